@@ -1,0 +1,46 @@
+# make help lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train evaluate test check format clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+setup: $(VENV)/.installed ## Create .venv and install the package with the pinned versions
+
+train: setup ## Train; for example: make train ARGS="trainer.epochs=5 model=cnn"
+	$(BIN)/python -m mnist_dist.train $(ARGS)
+
+evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs/... split=val"
+	$(BIN)/python -m mnist_dist.evaluate $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k history"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev ## Check format, lint and types; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Format the code and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove .venv and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+
+# The stamps make a second call install nothing, until what is to be installed changes.
+$(VENV)/.installed: pyproject.toml pins.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint pins.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint pins.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,235 @@
+"""The run folder: what is in it, and when a folder may be used. Only the chief is handed one to write."""
+
+import hashlib
+import json
+import platform
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.data.preprocess import SplitName
+from mnist_dist.errors import UserError
+from mnist_dist.files import check_writable, write_atomically
+from mnist_dist.history import History, to_csv
+from mnist_dist.metrics import EvaluationSums
+
+if TYPE_CHECKING:
+    import keras
+
+# Keys that may differ between two commands that train the same thing.
+_FREE_KEYS = ("run_dir", "plots.", "console.", "data.path", "data.cache_dir", "data.keras_home")
+
+
+class RunFolder:
+    """The files of one run; every file is replaced in one step, so a reader never meets half of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def from_config(cls, run_dir: str | None) -> "RunFolder":
+        """The configured folder, or a new one below `runs/`, named by the time."""
+        if run_dir is not None:
+            return cls(Path(run_dir).expanduser())
+        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"_{n}" for n in range(2, 1000))))
+        return cls(next(path for path in candidates if not path.exists()))
+
+    @property
+    def log_path(self) -> Path:
+        """The file that takes the log's lines."""
+        return self.path / "train.log"
+
+    @property
+    def model_path(self) -> Path:
+        """The saved Keras model."""
+        return self.path / "model.keras"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run came to its end here; its results are never overwritten."""
+        return self._path("summary.json").is_file()
+
+    def check_usable(self) -> None:
+        """Raise UserError unless this is (or can become) a run folder that can be written; leaves nothing behind."""
+        try:
+            if self.path.is_dir() and any(self.path.iterdir()) and not self._path("config.yaml").is_file():
+                raise UserError(
+                    f"run_dir={self.path}: this folder is not empty and is not a run folder; name another one"
+                )
+            check_writable(self.path)
+        except OSError as error:
+            raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror or error}") from error
+
+    def check_same_training(self, config: TrainConfig) -> None:
+        """Raise UserError if the folder holds a run of another training, naming the keys that differ."""
+        if not self._path("config.yaml").is_file():
+            return
+        theirs, ours = _flatten(self.read_config()), _flatten(asdict(config))
+        keys = [key for key in sorted({*theirs, *ours}) if not key.startswith(_FREE_KEYS)]
+        different = [
+            f"{key} was {theirs.get(key)}, is now {ours.get(key)}" for key in keys if theirs.get(key) != ours.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"run_dir={self.path}: holds a run of another configuration ({'; '.join(different)}); "
+                "name another run_dir, or use its configuration"
+            )
+
+    def check_has_model(self) -> None:
+        """Raise UserError unless a model was saved here."""
+        if not self.model_path.is_file():
+            raise UserError(f"run_dir={self.path}: no {self.model_path.name} here; name the folder of a finished run")
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the run that is here; raises UserError if there is none or it is damaged."""
+        path = self._path("config.yaml")
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(path))
+        except (OSError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(
+                f"run_dir={self.path}: {path.name} cannot be read: {' '.join(str(error).split())}"
+            ) from error
+        if not isinstance(content, dict):
+            raise UserError(f"run_dir={self.path}: {path.name} is not a configuration")
+        return {str(key): value for key, value in content.items() if key != "defaults"}
+
+    def read_summary(self) -> dict[str, Any]:
+        """`summary.json`; raises UserError if there is none or it is damaged."""
+        try:
+            content: dict[str, Any] = json.loads(self._path("summary.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"run_dir={self.path}: no finished run here: summary.json: {error}") from error
+        return content
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder and write `config.yaml`, which composes to the same run when it is passed back."""
+        # The choices first, so that Hydra finds their schemas; then every value.
+        defaults = [
+            "schema/train@_global_",
+            {"data": config.data.name},
+            {"model": config.model.name},
+            {"optimizer": config.optimizer.name},
+            "_self_",
+            {"hydra": "quiet"},
+        ]
+        values = {**asdict(config), "run_dir": str(self.path)}
+        text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **values}))
+        header = (
+            "# To train this again, into another folder:\n"
+            "#   python -m mnist_dist.train --config-dir THIS_FOLDER --config-name config run_dir=ANOTHER_FOLDER\n"
+        )
+        self._write("config.yaml", (header + text).encode())
+
+    def write_history(self, history: History) -> None:
+        """Write `history.csv`."""
+        self._write("history.csv", to_csv(history).encode())
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file; raises ValueError for NaN and infinity, which JSON has not."""
+        self._write(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+    def write_plot(self, name: str, png: bytes) -> None:
+        """Write a picture below `plots/`."""
+        self._write(f"plots/{name}", png)
+
+    def save_model(self, model: "keras.Model") -> None:
+        """Write `model.keras`."""
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / self.model_path.name
+            model.save(saved)
+            self._write(self.model_path.name, saved.read_bytes())
+
+    def _path(self, name: str) -> Path:
+        return self.path / name
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_atomically(self._path(name), content)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a run took."""
+
+    startup_s: float
+    """From the first line of the run to its first epoch."""
+    total_s: float
+
+
+def build_summary(
+    *,
+    config: TrainConfig,
+    dataset_sha256: str,
+    strategy: Mapping[str, Any],
+    history: History,
+    results: Mapping[SplitName, EvaluationSums],
+    weights_sha256: str,
+    timing: Timing,
+) -> dict[str, Any]:
+    """The content of `summary.json`; `strategy` describes where the training ran."""
+    epoch_s = history.column("epoch_s")
+    metrics: dict[str, Any] = {name: sums.to_dict() for name, sums in results.items()}
+    return {
+        "status": "finished",
+        "dataset": {
+            "name": config.data.name,
+            "sha256": dataset_sha256,
+            **{f"num_{name}": sums.num_examples for name, sums in results.items()},
+        },
+        **strategy,
+        "seed": config.seed,
+        "epochs_completed": len(history.epochs),
+        **metrics,
+        # The bounds of Ng's "Machine Learning Yearning": training error over none, and what validation adds to it.
+        "avoidable_bias_percent": 100 * (1 - metrics["train"]["accuracy"]),
+        "variance_percent": 100 * (metrics["train"]["accuracy"] - metrics["val"]["accuracy"]),
+        "weights_sha256": weights_sha256,
+        "timing": {
+            "startup_s": timing.startup_s,
+            "first_epoch_s": epoch_s[0],
+            "median_epoch_s": statistics.median(epoch_s),
+            "total_s": timing.total_s,
+        },
+        "resumed_from_epochs": [],
+        "versions": installed_versions(),
+    }
+
+
+def weights_digest(weights: npt.NDArray[np.float32]) -> str:
+    """SHA-256 over the float32 little-endian bytes of the trainable weights, in model order."""
+    return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what the results depend on, for the summary."""
+    import hydra
+    import keras
+    import sklearn
+    import tensorflow as tf
+
+    import mnist_dist
+
+    modules = (mnist_dist, tf, keras, np, sklearn, hydra)
+    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,257 @@
+"""The typed configuration: every key, its meaning, its range.
+
+The dataclasses are Hydra's schema, so a misspelt key or a wrong type is refused when the configuration is
+composed; `__post_init__` refuses values out of range when `to_config` turns it into these objects. Nothing here
+knows TensorFlow.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from mnist_dist.errors import UserError
+
+
+def _check(condition: bool, key: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value}: {rule}")
+
+
+@dataclass
+class DataConfig:
+    """Which images to train on, and how they are split."""
+
+    name: str = MISSING
+    """auto | mnist | digits | npz."""
+    path: str | None = None
+    """A Keras-layout .npz file, or (mnist) a folder with the four IDX files."""
+    cache_dir: str = MISSING
+    """Where built data sets are kept."""
+    keras_home: str = MISSING
+    """Keras' own cache: `datasets/mnist.npz` below it is read, and a download is put there."""
+    val_fraction: float = MISSING
+    """Share of the training images that is held out for validation (scikit-learn's `test_size`)."""
+    split_seed: int = MISSING
+    """`random_state` of that split; separate from `seed`, so that seeds can be compared on one split."""
+
+    def __post_init__(self) -> None:
+        choices = ("auto", "mnist", "digits", "npz")
+        _check(self.name in choices, "data.name", self.name, "is set by data=" + "|".join(choices))
+        _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must be between 0 and 1")
+        _check(0 <= self.split_seed < 2**32, "data.split_seed", self.split_seed, "must be from 0 to 4294967295")
+        _check(
+            self.name != "npz" or self.path is not None,
+            "data.path",
+            self.path,
+            "data=npz needs data.path=FILE.npz",
+        )
+        _check(
+            self.path is None or self.name in ("mnist", "npz"),
+            "data.path",
+            self.path,
+            f"data={self.name} reads no file; say data=mnist or data=npz as well",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """What every network has; the choices below add their own keys."""
+
+    name: str = MISSING
+    dropout: float = MISSING
+    """Share of units dropped after each hidden layer."""
+    activation: str = MISSING
+    kernel_initializer: str = MISSING
+    """Keras initializer of the hidden layers."""
+    output_initializer: str = MISSING
+    """Keras initializer of the softmax layer."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
+
+
+@dataclass
+class MLPConfig(ModelConfig):
+    """The multilayer perceptron of the recipe."""
+
+    name: str = MISSING
+    hidden_sizes: list[int] = MISSING
+    """Units of each hidden layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.name == "mlp", "model.name", self.name, "is set by model=...; leave it alone")
+        _check(all(n > 0 for n in self.hidden_sizes), "model.hidden_sizes", self.hidden_sizes, "must be positive")
+
+
+@dataclass
+class CNNConfig(ModelConfig):
+    """A small convolutional network: one convolution and 2x2 pooling per entry of `filters`, then one dense layer."""
+
+    name: str = MISSING
+    filters: list[int] = MISSING
+    """Channels of each convolution."""
+    kernel_size: int = MISSING
+    """Side of the convolution kernels, in pixels."""
+    dense_size: int = MISSING
+    """Units of the dense layer before the softmax."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.name == "cnn", "model.name", self.name, "is set by model=...; leave it alone")
+        _check(all(n > 0 for n in self.filters), "model.filters", self.filters, "must be positive")
+        _check(self.kernel_size > 0, "model.kernel_size", self.kernel_size, "must be positive")
+        _check(self.dense_size > 0, "model.dense_size", self.dense_size, "must be positive")
+
+
+@dataclass
+class OptimizerConfig:
+    """What every optimizer has."""
+
+    name: str = MISSING
+    learning_rate: float = MISSING
+
+    def __post_init__(self) -> None:
+        _check(
+            0 < self.learning_rate < float("inf"),
+            "optimizer.learning_rate",
+            self.learning_rate,
+            "must be a positive number",
+        )
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) with Keras' defaults."""
+
+    name: str = MISSING
+    learning_rate: float = MISSING
+    beta_1: float = MISSING
+    beta_2: float = MISSING
+    epsilon: float = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.name == "adam", "optimizer.name", self.name, "is set by optimizer=...; leave it alone")
+        _check(0 <= self.beta_1 < 1, "optimizer.beta_1", self.beta_1, "must be at least 0 and less than 1")
+        _check(0 <= self.beta_2 < 1, "optimizer.beta_2", self.beta_2, "must be at least 0 and less than 1")
+        _check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive")
+
+
+@dataclass
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent with optional momentum."""
+
+    name: str = MISSING
+    learning_rate: float = MISSING
+    momentum: float = MISSING
+    nesterov: bool = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.name == "sgd", "optimizer.name", self.name, "is set by optimizer=...; leave it alone")
+        _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and less than 1")
+        _check(
+            not self.nesterov or self.momentum > 0,
+            "optimizer.nesterov",
+            self.nesterov,
+            "needs optimizer.momentum greater than 0",
+        )
+
+
+@dataclass
+class BatchConfig:
+    """How training examples form a step."""
+
+    global_size: int = MISSING
+    """Examples per optimizer step, over all replicas together."""
+
+    def __post_init__(self) -> None:
+        _check(self.global_size > 0, "batch.global_size", self.global_size, "must be at least 1")
+
+
+@dataclass
+class TrainerConfig:
+    """The outer loop."""
+
+    epochs: int = MISSING
+
+    def __post_init__(self) -> None:
+        _check(self.epochs > 0, "trainer.epochs", self.epochs, "must be at least 1")
+
+
+@dataclass
+class PlotsConfig:
+    """The pictures."""
+
+    reference: str | None = None
+    """A history to overlay on the curves: `seed` (the original run, shipped with the package) or a CSV file."""
+
+
+@dataclass
+class ConsoleConfig:
+    """What the terminal shows."""
+
+    tensorflow_messages: bool = MISSING
+    """Show TensorFlow's own start-up messages."""
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `python -m mnist_dist.train` can be told."""
+
+    run_dir: str | None = None
+    """The run folder; by default a new one below `runs/`, named by date and time."""
+    seed: int = MISSING
+    """Initial weights, shuffling and dropout follow from it."""
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    batch: BatchConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    plots: PlotsConfig = MISSING
+    console: ConsoleConfig = MISSING
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**31, "seed", self.seed, "must be from 0 to 2147483647")
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything that `python -m mnist_dist.evaluate` can be told."""
+
+    run_dir: str | None = None
+    """The run folder to evaluate."""
+    split: str = MISSING
+    """train | val | test."""
+    data_path: str | None = None
+    """Where the run's data file is now, if it has moved."""
+    console: ConsoleConfig = MISSING
+
+    def __post_init__(self) -> None:
+        _check(self.run_dir is not None, "run_dir", None, "say which run to evaluate: run_dir=runs/...")
+        _check(self.split in ("train", "val", "test"), "split", self.split, "must be train, val or test")
+
+
+_SCHEMAS: dict[tuple[str, str], type] = {
+    ("schema", "train"): TrainConfig,
+    ("schema", "evaluate"): EvaluateConfig,
+    ("schema/model", "mlp"): MLPConfig,
+    ("schema/model", "cnn"): CNNConfig,
+    ("schema/optimizer", "adam"): AdamConfig,
+    ("schema/optimizer", "sgd"): SGDConfig,
+}
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra, under `schema/`, where the files of `conf/` name them."""
+    for (group, name), node in _SCHEMAS.items():
+        ConfigStore.instance().store(group=group, name=name, node=node)
+
+
+def conf_dir() -> Path:
+    """The folder `conf/`: inside the package once installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())

@@ -1,0 +1,92 @@
+"""What the terminal shows: plain lines for everybody, a live bar for a terminal, and a copy of the lines on file.
+
+Modules log through the standard library (`logging.getLogger(__name__)`); `Console` decides where that goes.
+"""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import rich.console
+import rich.progress
+
+_terminal = rich.console.Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+_logger = logging.getLogger("mnist_dist")
+
+
+class _TerminalHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "bold yellow" if record.levelno == logging.WARNING else None
+        _terminal.print(self.format(record), style=style)
+
+
+class Console:
+    """The log of one run: the terminal from the start, and a file once there is a run folder."""
+
+    def __init__(self, *, tensorflow_messages: bool = False) -> None:
+        self._tensorflow_messages = tensorflow_messages
+        self._early = logging.handlers.MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)
+        self._handlers: list[logging.Handler] = [_TerminalHandler(), self._early]
+
+    def __enter__(self) -> "Console":
+        _logger.setLevel(logging.INFO)
+        _logger.propagate = False
+        for handler in self._handlers:
+            _logger.addHandler(handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handler in reversed(self._handlers):
+            _logger.removeHandler(handler)
+            handler.close()
+
+    @contextlib.contextmanager
+    def tensorflow_start(self) -> Iterator[None]:
+        """Keep TensorFlow's start-up messages off the terminal, unless they were asked for or the start fails."""
+        if self._tensorflow_messages:
+            yield
+            return
+        # Read by TensorFlow's C++ side when it is first imported: 2 leaves errors only.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+        # But until its logging is set up it writes to file descriptor 2 regardless.
+        stderr = os.dup(2)
+        with tempfile.TemporaryFile() as kept:
+            os.dup2(kept.fileno(), 2)
+            try:
+                yield
+            except BaseException:
+                kept.seek(0)
+                os.write(stderr, kept.read())
+                raise
+            finally:
+                os.dup2(stderr, 2)
+                os.close(stderr)
+
+    def log_to(self, path: Path) -> None:
+        """Write all lines, those of before included, to the end of the file `path` as well."""
+        file = logging.FileHandler(path, encoding="utf-8")
+        self._early.setTarget(file)
+        self._early.close()  # hands over what it has kept
+        _logger.removeHandler(self._early)
+        _logger.addHandler(file)
+        self._handlers.append(file)
+
+
+@contextlib.contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A live bar with the time left, while the block runs and where a terminal shows it; call it with (done, total)."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=_terminal, transient=True, disable=not _terminal.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

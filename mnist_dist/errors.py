@@ -1,0 +1,17 @@
+"""Exit codes, and the errors that carry them to the command line.
+
+Raise `UserError` wherever the cause is something the user can mend: it ends as one line and exit code 2.
+"""
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+class UserError(ValueError):
+    """The user's input is wrong; the message names the key or file, its value and what to do."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on (for example a non-finite loss); the message says where and why."""

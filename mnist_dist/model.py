@@ -1,0 +1,162 @@
+"""The network: defined once, in plain Keras; and the same network as a pure function of one flat weight vector.
+
+A vector makes everything around the network independent of it: gradients of all layers travel in one message, and the
+state of a training run is a few arrays.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mnist_dist.config import CNNConfig, MLPConfig, ModelConfig
+from mnist_dist.dropout import BatchPosition, PositionalDropout, at_position
+from mnist_dist.errors import UserError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def build_model(config: ModelConfig, *, image_shape: tuple[int, ...], num_classes: int, seed: int) -> keras.Model:
+    """Build the configured network: (n, pixels) float images in 0..1 -> (n, num_classes) softmax probabilities."""
+    seeds = np.random.SeedSequence(seed).generate_state(64).tolist()  # one for each layer with weights
+    layers = [
+        keras.Input((int(np.prod(image_shape)),), name="pixels"),
+        *_hidden_layers(config, image_shape, seeds),
+        keras.layers.Dense(
+            num_classes,
+            activation="softmax",
+            kernel_initializer=_initializer(config.output_initializer, seeds.pop()),
+            name="probabilities",
+        ),
+    ]
+    return keras.Sequential(layers, name=config.name)
+
+
+def load_model(path: Path) -> keras.Model:
+    """Load a saved model; raises UserError if the file is damaged."""
+    try:
+        return keras.models.load_model(path)
+    except (ValueError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a usable Keras model: {' '.join(str(error).split())}") from error
+
+
+def _hidden_layers(config: ModelConfig, image_shape: tuple[int, ...], seeds: list[int]) -> list[keras.Layer]:
+    if isinstance(config, MLPConfig):
+        return _mlp_layers(config, seeds)
+    assert isinstance(config, CNNConfig), config
+    return _cnn_layers(config, image_shape, seeds)
+
+
+def _mlp_layers(config: MLPConfig, seeds: list[int]) -> list[keras.Layer]:
+    layers = []
+    for number, units in enumerate(config.hidden_sizes, start=1):
+        layers += [
+            _hidden(config, units, seeds, name=f"hidden_{number}"),
+            keras.layers.Dropout(config.dropout),
+        ]
+    return layers
+
+
+def _cnn_layers(config: CNNConfig, image_shape: tuple[int, ...], seeds: list[int]) -> list[keras.Layer]:
+    layers = [keras.layers.Reshape(image_shape if len(image_shape) == 3 else (*image_shape, 1))]
+    for number, filters in enumerate(config.filters, start=1):
+        convolution = keras.layers.Conv2D(
+            filters,
+            config.kernel_size,
+            padding="same",
+            activation=config.activation,
+            kernel_initializer=_initializer(config.kernel_initializer, seeds.pop()),
+            name=f"convolution_{number}",
+        )
+        layers += [convolution, keras.layers.MaxPooling2D(padding="same")]
+    hidden = _hidden(config, config.dense_size, seeds, name="hidden")
+    return [*layers, keras.layers.Flatten(), hidden, keras.layers.Dropout(config.dropout)]
+
+
+def _hidden(config: ModelConfig, units: int, seeds: list[int], *, name: str) -> keras.Layer:
+    return keras.layers.Dense(
+        units,
+        activation=config.activation,
+        kernel_initializer=_initializer(config.kernel_initializer, seeds.pop()),
+        name=name,
+    )
+
+
+def _initializer(name: str, seed: int) -> keras.Initializer:
+    return type(keras.initializers.get(name))(seed=seed)
+
+
+class Network:
+    """A Keras model as a function of its weights, all in one float32 vector in model order, each C-contiguous.
+
+    The model itself is left as it is; a twin of it computes. In the twin `Dropout` draws by batch position, and the
+    last layer gives logits, since loss and softmax are one numerically stable operation.
+
+    Raises:
+        ValueError: the model does not end in softmax, or has weights that are not trained (batch normalisation's
+            averages, for example): they would be state that no contract of this package covers.
+    """
+
+    def __init__(self, model: keras.Model, *, seed: int = 0) -> None:
+        if keras.activations.serialize(model.layers[-1].activation) != "softmax":
+            raise ValueError(f"model {model.name} must end in a layer with softmax activation")
+        if any(v for v in model.non_trainable_variables if "seed_generator" not in v.path):
+            raise ValueError(f"model {model.name} has weights that are not trained: {model.non_trainable_variables}")
+        self._model = model
+        self._twin = _twin(model, seed=seed)
+        self._shapes = [tuple(variable.shape) for variable in model.trainable_variables]
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes]
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of the weight vector."""
+        return sum(self._sizes)
+
+    def get_weights(self) -> FloatArray:
+        """The model's weights as one vector."""
+        return np.concatenate([variable.numpy().reshape(-1) for variable in self._model.trainable_variables])
+
+    def export(self, weights: FloatArray) -> keras.Model:
+        """The plain Keras model with these weights."""
+        pieces = np.split(weights, np.cumsum(self._sizes)[:-1])
+        for variable, piece, shape in zip(self._model.trainable_variables, pieces, self._shapes, strict=True):
+            variable.assign(piece.reshape(shape))
+        return self._model
+
+    def split(self, weights: tf.Tensor) -> list[tf.Tensor]:
+        """The vector as the tensors of the layers."""
+        pieces = tf.split(weights, self._sizes)
+        return [tf.reshape(piece, shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+
+    def logits(self, weights: list[tf.Tensor], images: tf.Tensor) -> tf.Tensor:
+        """Inference: (rows, pixels) -> (rows, num_classes) float32."""
+        return self._call(weights, images, training=False)
+
+    def training_logits(self, weights: list[tf.Tensor], images: tf.Tensor, position: BatchPosition) -> tf.Tensor:
+        """The same with dropout, for rows at this position of the global batch."""
+        with at_position(position):
+            return self._call(weights, images, training=True)
+
+    def _call(self, weights: list[tf.Tensor], images: tf.Tensor, *, training: bool) -> tf.Tensor:
+        logits, _ = self._twin.stateless_call(weights, [], images, training=training)
+        return tf.cast(logits, tf.float32)
+
+
+def _twin(model: keras.Model, *, seed: int) -> keras.Model:
+    num_dropouts = 0
+
+    def clone_layer(layer: keras.Layer) -> keras.Layer:
+        nonlocal num_dropouts
+        config: dict[str, Any] = layer.get_config()
+        if isinstance(layer, keras.layers.Dropout):
+            num_dropouts += 1
+            return PositionalDropout(layer.rate, seed=seed, index=num_dropouts, name=layer.name)
+        if layer is model.layers[-1]:
+            config["activation"] = "linear"
+        return type(layer).from_config(config)
+
+    return keras.models.clone_model(model, clone_function=clone_layer)

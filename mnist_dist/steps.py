@@ -1,0 +1,185 @@
+"""The compiled programs: one training epoch, one evaluation pass. Python does nothing per step.
+
+Every replica computes its rows of each global batch; sums over examples are what is reduced, and they are divided by
+the number of real examples of the global batch. A row without an example (index `PADDING`) has weight 0.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mnist_dist.data.batches import PADDING, BatchPlan
+from mnist_dist.data.preprocess import Split
+from mnist_dist.dropout import BatchPosition
+from mnist_dist.metrics import EpochSums, EvaluationSums
+from mnist_dist.model import FloatArray, Network
+from mnist_dist.optimizer import Optimizer
+from mnist_dist.strategy.base import Strategy
+
+EVALUATION_ROWS = 1024
+"""Rows that a replica evaluates at once, at most: enough to keep any device busy."""
+
+
+class DeviceSplit(NamedTuple):
+    """A split on every replica's device."""
+
+    images: tf.Tensor
+    labels: tf.Tensor
+
+
+class TrainState:
+    """What training changes: the weights, the optimizer's slots, the number of steps made. There is nothing else."""
+
+    def __init__(self, weights: FloatArray, *, optimizer: Optimizer, strategy: Strategy) -> None:
+        self.weights = strategy.create_variable(weights)
+        self.slots = [strategy.create_variable(np.zeros_like(weights)) for _ in optimizer.slot_names]
+        self.global_step = strategy.create_variable(np.array(0, np.int64))
+
+
+class TrainProgram:
+    """One epoch of training as one call."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        optimizer: Optimizer,
+        strategy: Strategy,
+        state: TrainState,
+        split: Split,
+        num_parts: int = 1,
+    ) -> None:
+        self._network = network
+        self._optimizer = optimizer
+        self._strategy = strategy
+        self._state = state
+        self._num_parts = num_parts
+        self._data = place_split(split, strategy)
+        self._compiled = tf.function(self._train_epoch)
+
+    def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rate: float) -> EpochSums:
+        """Train on the steps of `indices`, shape (steps, global_batch_size), as a `BatchPlan` makes them."""
+        num_shards = self._strategy.num_replicas * self._num_parts
+        padded = _pad_rows(indices, multiple=num_shards)
+        losses, num_correct = self._compiled(tf.constant(padded), tf.constant(learning_rate, tf.float32))
+        return EpochSums(losses.numpy(), num_correct.numpy().astype(np.int64))
+
+    def _train_epoch(self, indices: tf.Tensor, learning_rate: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        num_steps = indices.shape[0]
+        losses = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
+        num_correct = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
+        for step in tf.range(num_steps):
+            loss, correct = self._strategy.run(self._train_step, self._data, indices[step], learning_rate)
+            losses = losses.write(step, loss)
+            num_correct = num_correct.write(step, correct)
+        return losses.stack(), num_correct.stack()
+
+    def _train_step(
+        self, data: DeviceSplit, indices: tf.Tensor, learning_rate: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One replica's share of a step; `indices` are those of the whole global batch."""
+        state = self._state
+        weights = self._network.split(state.weights.read_value())
+        num_examples = tf.math.count_nonzero(indices != PADDING, dtype=tf.float32)
+        global_step = state.global_step.read_value()
+        parts = [
+            self._part(weights, data, rows, num_examples, BatchPosition(global_step, first_row))
+            for rows, first_row in self._own_rows(indices)
+        ]
+        totals = [tf.add_n(list(tensors)) for tensors in zip(*parts, strict=True)]
+        # Gradients and metric sums travel together: one message a step.
+        bucket = self._strategy.all_reduce_sum(tf.concat([tf.reshape(t, [-1]) for t in totals], axis=0))
+        gradient, loss, correct = tf.split(bucket, [self._network.num_parameters, 1, 1])
+        self._optimizer.apply(
+            state.weights, state.slots, gradient, global_step=global_step, learning_rate=learning_rate
+        )
+        state.global_step.assign_add(1)
+        return loss[0], correct[0]
+
+    def _own_rows(self, indices: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """This replica's rows of the global batch in `num_parts` equal parts, each with the position of its first."""
+        size = indices.shape[0] // (self._strategy.num_replicas * self._num_parts)
+        first = self._strategy.replica_index() * self._num_parts * size
+        starts = [first + part * size for part in range(self._num_parts)]
+        return [(tf.slice(indices, start[tf.newaxis], [size]), start) for start in starts]
+
+    def _part(
+        self,
+        weights: list[tf.Tensor],
+        data: DeviceSplit,
+        rows: tf.Tensor,
+        num_examples: tf.Tensor,
+        position: BatchPosition,
+    ) -> list[tf.Tensor]:
+        """Gradients of the global batch's mean loss as far as these rows go, the sum of losses, the correct ones."""
+        images, labels, example_weights = gather_rows(data, rows)
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            logits = self._network.training_logits(weights, images, position)
+            losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
+            mean_loss = tf.reduce_sum(losses) / num_examples
+        gradients = tape.gradient(mean_loss, weights)
+        correct = tf.cast(tf.argmax(logits, axis=1) == tf.argmax(labels, axis=1), tf.float32)
+        return [*gradients, tf.reduce_sum(losses), tf.reduce_sum(correct * example_weights)]
+
+
+class EvaluateProgram:
+    """Loss and confusion matrix of one split as one call."""
+
+    def __init__(self, *, network: Network, strategy: Strategy, split: Split) -> None:
+        self._network = network
+        self._strategy = strategy
+        self._num_classes = split.labels.shape[1]
+        self._data = place_split(split, strategy)
+        num_replicas = strategy.num_replicas
+        # The fewest passes, then the smallest batch that does with them, so that little is padding.
+        num_batches = -(-len(split) // (EVALUATION_ROWS * num_replicas))
+        plan = BatchPlan(len(split), global_batch_size=-(-len(split) // num_batches))
+        self._indices = _pad_rows(plan.in_order(), multiple=num_replicas)
+        self._compiled = tf.function(self._evaluate)
+
+    def run(self, weights: tf.Variable) -> EvaluationSums:
+        """Evaluate the weights on every example once; no dropout."""
+        sums = self._compiled(weights, tf.constant(self._indices)).numpy()
+        confusion = np.rint(sums[1:]).astype(np.int64).reshape(self._num_classes, self._num_classes)
+        return EvaluationSums(float(sums[0]), confusion)
+
+    def _evaluate(self, weights: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
+        return self._strategy.run(self._evaluate_replica, weights, self._data, indices)
+
+    def _evaluate_replica(self, weights: tf.Variable, data: DeviceSplit, indices: tf.Tensor) -> tf.Tensor:
+        """One replica's rows of every batch, then one reduction."""
+        layers = self._network.split(weights.read_value())
+        num_rows = indices.shape[1] // self._strategy.num_replicas
+        first_row = self._strategy.replica_index() * num_rows
+        # float64: exact for counts up to 2**53.
+        sums = tf.zeros([1 + self._num_classes**2], tf.float64)
+        for batch in tf.range(indices.shape[0]):
+            rows = tf.slice(indices[batch], first_row[tf.newaxis], [num_rows])
+            images, labels, example_weights = gather_rows(data, rows)
+            logits = self._network.logits(layers, images)
+            losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
+            taken_for = tf.one_hot(tf.argmax(logits, axis=1), self._num_classes)
+            confusion = tf.matmul(labels * example_weights[:, tf.newaxis], taken_for, transpose_a=True)
+            sums += tf.cast(tf.concat([[tf.reduce_sum(losses)], tf.reshape(confusion, [-1])], axis=0), tf.float64)
+        return self._strategy.all_reduce_sum(sums)
+
+
+def place_split(split: Split, strategy: Strategy) -> DeviceSplit:
+    """Put a split into every replica's memory: all data sets of this package fit there."""
+    return DeviceSplit(strategy.replicate(split.images), strategy.replicate(split.labels))
+
+
+def gather_rows(data: DeviceSplit, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Images, labels and weights (1 for an example, 0 for padding) of the rows with these example indices."""
+    valid = tf.maximum(indices, 0)  # padding reads example 0 and then weighs nothing
+    example_weights = tf.cast(indices != PADDING, tf.float32)
+    return tf.gather(data.images, valid), tf.gather(data.labels, valid), example_weights
+
+
+def _pad_rows(indices: npt.NDArray[np.int32], *, multiple: int) -> npt.NDArray[np.int32]:
+    """Widen the global batches by padding rows, so that they can be cut into `multiple` equal parts."""
+    missing = -indices.shape[1] % multiple
+    return np.pad(indices, [(0, 0), (0, missing)], constant_values=PADDING)

@@ -1,0 +1,88 @@
+"""The one interface to replicas and collectives, and its implementation for a single device.
+
+A compiled program is written once: `run` calls a function on every replica, and inside it `replica_index` tells the
+replica which rows are its own and `all_reduce_sum` adds up what the replicas found. Nothing outside this package asks
+which strategy it is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+import tensorflow as tf
+
+Array = npt.NDArray[Any]
+
+
+class Strategy(ABC):
+    """Placement and collectives of one job."""
+
+    name: str
+    num_replicas: int
+    """Model copies of the whole job."""
+
+    @abstractmethod
+    def devices(self) -> list[str]:
+        """Names of this process's devices, one for each of its replicas."""
+
+    @abstractmethod
+    def create_variable(self, value: Array) -> tf.Variable:
+        """A variable with a copy on every replica, each of which it reads and updates alone."""
+
+    @abstractmethod
+    def replicate(self, array: Array) -> Any:
+        """The array as a constant on every replica; to be handed to `run`."""
+
+    @abstractmethod
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function(*args)` on every replica and return what the first one of this process returns.
+
+        For use in a compiled program. Arguments from `replicate` arrive as the replica's own copy.
+        """
+
+    @abstractmethod
+    def replica_index(self) -> tf.Tensor:
+        """Inside `run`: this replica's number among all of the job, a scalar int64."""
+
+    @abstractmethod
+    def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
+        """Inside `run`, outside of loops: the sum of the replicas' tensors, on each of them."""
+
+
+class SingleDevice(Strategy):
+    """One process, one replica: the first GPU, or the CPU."""
+
+    name = "single"
+    num_replicas = 1
+
+    def __init__(self) -> None:
+        gpus = tf.config.list_logical_devices("GPU")
+        self._device = (gpus or tf.config.list_logical_devices("CPU"))[0].name
+
+    def devices(self) -> list[str]:
+        """The one device."""
+        return [self._device]
+
+    def create_variable(self, value: Array) -> tf.Variable:
+        """A plain variable."""
+        with tf.device(self._device):
+            return tf.Variable(value)
+
+    def replicate(self, array: Array) -> tf.Tensor:
+        """A plain tensor."""
+        with tf.device(self._device):
+            return tf.convert_to_tensor(array)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A plain call."""
+        with tf.device(self._device):
+            return function(*args)
+
+    def replica_index(self) -> tf.Tensor:
+        """Always 0."""
+        return tf.constant(0, tf.int64)
+
+    def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
+        """The tensor itself."""
+        return bucket

@@ -1,0 +1,157 @@
+"""Train: `python -m mnist_dist.train KEY=VALUE ...`. A run, from top to bottom."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mnist_dist import cli, plots
+from mnist_dist.artifacts import RunFolder, Timing, build_summary, weights_digest
+from mnist_dist.config import TrainConfig
+from mnist_dist.console import Console, progress
+from mnist_dist.data.batches import BatchPlan
+from mnist_dist.data.preprocess import SPLIT_NAMES, preprocess
+from mnist_dist.data.sources import load_dataset
+from mnist_dist.errors import EXIT_OK
+
+log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run with -m
+
+
+def train(config: TrainConfig, console: Console) -> int:
+    """Train, evaluate, save and plot one run; returns the exit code."""
+    started = time.perf_counter()
+
+    # The input, and all that can be wrong with it.
+    run_folder = RunFolder.from_config(config.run_dir)
+    run_folder.check_usable()
+    reference = plots.load_reference(config.plots.reference)
+    dataset = load_dataset(config.data)
+    config = replace(config, data=replace(config.data, name=dataset.name))  # what `auto` has become
+    run_folder.check_same_training(config)
+    if run_folder.is_finished:
+        log.info("%s holds this run, finished: nothing to do", run_folder.path)
+        return EXIT_OK
+    splits = preprocess(dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed)
+
+    # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
+    with console.tensorflow_start():
+        from mnist_dist.model import Network, build_model
+        from mnist_dist.optimizer import create_optimizer
+        from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState
+        from mnist_dist.strategy import create_strategy
+        from mnist_dist.trainer import LogEpoch, Trainer
+
+        strategy = create_strategy()
+
+    model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
+    network = Network(model, seed=config.seed)
+    optimizer = create_optimizer(config.optimizer)
+    state = TrainState(network.get_weights(), optimizer=optimizer, strategy=strategy)
+    train_program = TrainProgram(
+        network=network, optimizer=optimizer, strategy=strategy, state=state, split=splits.train
+    )
+    evaluate_programs = {
+        name: EvaluateProgram(network=network, strategy=strategy, split=splits[name]) for name in SPLIT_NAMES
+    }
+    plan = BatchPlan(len(splits.train), config.batch.global_size)
+
+    run_folder.create(config)
+    console.log_to(run_folder.log_path)
+    placement = {
+        "strategy": strategy.name,
+        "world_size": 1,
+        "num_replicas": strategy.num_replicas,
+        "global_batch_size": config.batch.global_size,
+        "per_replica_batch_size": -(-config.batch.global_size // strategy.num_replicas),
+        "precision": "float32",
+    }
+    log.info(
+        "Data: %s (%s), %d training / %d validation / %d test images of %s, %d classes",
+        dataset.name,
+        dataset.sha256[:12],
+        *(len(splits[name]) for name in SPLIT_NAMES),
+        "x".join(map(str, splits.image_shape)),
+        splits.num_classes,
+    )
+    log.info("Model: %s, %s parameters", config.model.name, f"{network.num_parameters:,}")
+    log.info(
+        "Devices: %s (strategy %s, %d replica), precision %s",
+        ", ".join(strategy.devices()),
+        strategy.name,
+        strategy.num_replicas,
+        placement["precision"],
+    )
+    log.info(
+        "Batch: %d over all replicas, %d per replica; %d steps an epoch, %d epochs",
+        placement["global_batch_size"],
+        placement["per_replica_batch_size"],
+        plan.steps_per_epoch,
+        config.trainer.epochs,
+    )
+    log.info("Run folder: %s", run_folder.path)
+
+    # The training.
+    num_epochs = config.trainer.epochs
+    with progress("training") as show:
+        trainer = Trainer(
+            train_epoch=train_program.run_epoch,
+            validate=lambda: evaluate_programs["val"].run(state.weights),
+            plan=plan,
+            seed=config.seed,
+            learning_rate=config.optimizer.learning_rate,
+            actions=[
+                LogEpoch(num_epochs=num_epochs),
+                run_folder.write_history,
+                lambda history: show(len(history.epochs), num_epochs),
+            ],
+        )
+        startup_s = time.perf_counter() - started
+        history = trainer.fit(num_epochs=num_epochs)
+
+    # The results: of the saved model, on every example of every split.
+    results = {name: program.run(state.weights) for name, program in evaluate_programs.items()}
+    weights = state.weights.numpy()
+    run_folder.save_model(network.export(weights))
+    for metric in ("loss", "accuracy"):
+        picture = plots.plot_curves(history, metric=metric, dataset=dataset.name, reference=reference)
+        run_folder.write_plot(f"{metric}.png", picture)
+    picture = plots.plot_confusion_matrix(
+        results["test"].confusion,
+        class_names=splits.class_names,
+        title=f"{dataset.name}, test set: {results['test'].to_dict()['accuracy']:.2%} correct",
+    )
+    run_folder.write_plot("confusion_matrix.png", picture)
+    summary = build_summary(
+        config=config,
+        dataset_sha256=dataset.sha256,
+        strategy=placement,
+        history=history,
+        results=results,
+        weights_sha256=weights_digest(weights),
+        timing=Timing(startup_s=startup_s, total_s=time.perf_counter() - started),
+    )
+    run_folder.write_json("summary.json", summary)
+    _log_results(summary, run_folder)
+    return EXIT_OK
+
+
+def _log_results(summary: Mapping[str, Any], run_folder: RunFolder) -> None:
+    for name in SPLIT_NAMES:
+        log.info(
+            "%-5s - loss: %.4f - accuracy: %.4f (%d of %d)",
+            name,
+            *(summary[name][key] for key in ("loss", "accuracy", "num_correct", "num_examples")),
+        )
+    log.info("Avoidable bias: %.2f %%", summary["avoidable_bias_percent"])
+    log.info("Variance: %.2f %%", summary["variance_percent"])
+    log.info("Results: %s (model.keras, summary.json, history.csv, plots/)", run_folder.path)
+
+
+def main() -> None:
+    """The console script."""
+    cli.run(train, config_name="train")
+
+
+if __name__ == "__main__":
+    main()

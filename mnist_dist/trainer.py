@@ -1,0 +1,106 @@
+"""The outer loop: epochs, and the actions between them."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.data.batches import BatchPlan
+from mnist_dist.errors import TrainingFailed
+from mnist_dist.history import EpochMetrics, History
+from mnist_dist.metrics import EpochSums, EvaluationSums
+
+log = logging.getLogger(__name__)
+
+EpochAction = Callable[[History], None]
+"""Something to do after each epoch, with all epochs so far."""
+
+
+class RunEpoch(Protocol):
+    """Train on one epoch's batches (see `steps.TrainProgram.run_epoch`)."""
+
+    def __call__(self, indices: npt.NDArray[np.int32], *, learning_rate: float) -> EpochSums:
+        """Train on the steps of `indices`."""
+        ...
+
+
+class Trainer:
+    """Trains epoch after epoch; knows neither files nor devices, which it is handed as callables."""
+
+    def __init__(
+        self,
+        *,
+        train_epoch: RunEpoch,
+        validate: Callable[[], EvaluationSums],
+        plan: BatchPlan,
+        seed: int,
+        learning_rate: float,
+        actions: Sequence[EpochAction] = (),
+    ) -> None:
+        self._train_epoch = train_epoch
+        self._validate = validate
+        self._plan = plan
+        self._seed = seed
+        self._learning_rate = learning_rate
+        self._actions = actions
+
+    def fit(self, *, num_epochs: int) -> History:
+        """Train for `num_epochs`; raises TrainingFailed when the loss stops being a number."""
+        history = History()
+        for epoch in range(1, num_epochs + 1):
+            history = history.append(self._run_epoch(epoch))
+            for action in self._actions:
+                action(history)
+        return history
+
+    def _run_epoch(self, epoch: int) -> EpochMetrics:
+        start = time.perf_counter()
+        indices = self._plan.shuffled(seed=self._seed, epoch=epoch)
+        sums = self._train_epoch(indices, learning_rate=self._learning_rate)
+        train_s = time.perf_counter() - start
+        _check_finite(sums.losses, epoch=epoch)
+        validation = self._validate()
+        return EpochMetrics(
+            epoch=epoch,
+            loss=sums.losses.sum(dtype=np.float64).item() / self._plan.num_examples,
+            accuracy=sums.num_correct.sum().item() / self._plan.num_examples,
+            val_loss=validation.loss / validation.num_examples,
+            val_accuracy=validation.num_correct / validation.num_examples,
+            learning_rate=self._learning_rate,
+            epoch_s=time.perf_counter() - start,
+            images_per_s=self._plan.num_examples / train_s,
+        )
+
+
+def _check_finite(losses: npt.NDArray[np.float32], *, epoch: int) -> None:
+    bad_steps = np.flatnonzero(~np.isfinite(losses))
+    if len(bad_steps):
+        step = int(bad_steps[0])
+        raise TrainingFailed(
+            f"the training loss became {losses[step]} at epoch {epoch}, step {step + 1} of {len(losses)}; "
+            "the results of earlier epochs are kept. A smaller optimizer.learning_rate usually helps"
+        )
+
+
+class LogEpoch:
+    """Logs one plain line an epoch, in the form Keras prints."""
+
+    def __init__(self, *, num_epochs: int) -> None:
+        self._num_epochs = num_epochs
+
+    def __call__(self, history: History) -> None:
+        """Log the last epoch."""
+        row = history.epochs[-1]
+        log.info(
+            "Epoch %d/%d - %.1fs - loss: %.4f - accuracy: %.4f - val_loss: %.4f - val_accuracy: %.4f",
+            row.epoch,
+            self._num_epochs,
+            row.epoch_s,
+            row.loss,
+            row.accuracy,
+            row.val_loss,
+            row.val_accuracy,
+        )
