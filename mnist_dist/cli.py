@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mnist_dist.config import conf_dir, register_schemas
+from mnist_dist.config import conf_dir, register_schemas, to_config
 from mnist_dist.console import Console
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
 
@@ -60,11 +60,6 @@ def _guarded(action: Callable[[], int]) -> int:
 def _report(code: int, message: str) -> int:
     sys.stderr.write(f"error: {message}\n")
     return code
-
-
-def to_config(config: DictConfig) -> Any:
-    """The typed configuration object of a composed configuration; raises UserError for values out of range."""
-    return OmegaConf.to_object(config)
 
 
 def explain(error: Exception) -> str:

@@ -7,9 +7,11 @@ knows TensorFlow.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mnist_dist.errors import UserError
 
@@ -249,6 +251,23 @@ def register_schemas() -> None:
     """Make the dataclasses known to Hydra, under `schema/`, where the files of `conf/` name them."""
     for (group, name), node in _SCHEMAS.items():
         ConfigStore.instance().store(group=group, name=name, node=node)
+
+
+def compose_config(*overrides: str, config_name: str = "train") -> Any:
+    """The typed configuration that the command line `overrides` would give; for use from Python.
+
+    Raises:
+        UserError: a value is out of range.
+        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: an unknown key, choice or type.
+    """
+    register_schemas()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return to_config(hydra.compose(config_name, list(overrides)))
+
+
+def to_config(composed: DictConfig) -> Any:
+    """The typed configuration of a composed one; raises UserError for values out of range."""
+    return OmegaConf.to_object(composed)
 
 
 def conf_dir() -> Path:

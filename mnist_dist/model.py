@@ -104,10 +104,10 @@ class Network:
     def __init__(self, model: keras.Model, *, seed: int = 0) -> None:
         if keras.activations.serialize(model.layers[-1].activation) != "softmax":
             raise ValueError(f"model {model.name} must end in a layer with softmax activation")
-        if any(v for v in model.non_trainable_variables if "seed_generator" not in v.path):
-            raise ValueError(f"model {model.name} has weights that are not trained: {model.non_trainable_variables}")
         self._model = model
         self._twin = _twin(model, seed=seed)
+        if state := [variable.path for variable in self._twin.non_trainable_variables]:
+            raise ValueError(f"model {model.name} has weights that are not trained: {', '.join(state)}")
         self._shapes = [tuple(variable.shape) for variable in model.trainable_variables]
         self._sizes = [int(np.prod(shape)) for shape in self._shapes]
 

@@ -196,7 +196,7 @@ def _read_idx(path: Path, *, ndim: int) -> Array:
 
 
 def _load_digits(config: DataConfig) -> ImageDataset:
-    from mnist_dist.data import digits  # SciPy and scikit-learn are slow to import
+    from mnist_dist.data import digits  # scikit-learn is slow to import
 
     path = Path(config.cache_dir).expanduser() / f"digits-v{digits.DIGITS_VERSION}.npz"
     arrays = _read_cached_digits(path, digits.DIGITS_SHA256)
@@ -251,7 +251,7 @@ def _build_digits(digits: ModuleType) -> dict[str, Array]:
 
 def _npz_bytes(arrays: Mapping[str, Array]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **dict[str, Any](arrays))
     return buffer.getvalue()
 
 

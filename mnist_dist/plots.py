@@ -1,0 +1,349 @@
+"""Pictures for a report: the curves of a run and the confusion matrix, as PNG bytes.
+
+`draw_*` builds a figure, `plot_*` encodes it. Nothing here writes a file or needs a display (pyplot is not
+used), and the same input gives the same bytes. This module knows numbers and names, no model and no device.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from mnist_dist.errors import UserError
+from mnist_dist.history import History
+
+Metric = Literal["loss", "accuracy"]
+
+REFERENCE_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy")
+MAX_CLASSES_WITH_COUNTS = 20
+MAX_CLASS_LABELS = 60
+MAX_NAME_LENGTH = 28
+DPI = 160
+PADDING_INCHES = 0.12
+
+# Two colours of the Okabe-Ito palette, told apart with any colour vision and in greyscale print.
+TRAIN_COLOR = "#0072B2"
+VALIDATION_COLOR = "#D55E00"
+REFERENCE_COLOR = "#333333"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The curves of an earlier run, to compare with."""
+
+    name: str
+    """What the legend calls it."""
+    columns: Mapping[str, tuple[float, ...]]
+    """One column for each of `REFERENCE_COLUMNS`, all of the same length; epochs count from 1."""
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One line of a picture: its legend entry, its points and how it is drawn."""
+
+    label: str
+    epochs: tuple[float, ...]
+    values: tuple[float, ...]
+    line: Mapping[str, Any]
+
+
+def load_reference(name: str | None) -> Reference | None:
+    """The curves that `plots.reference` asks for.
+
+    Args:
+        name: None for no reference, `seed` for the original run (it comes with the package), else the path of
+            a CSV file with at least the columns of `REFERENCE_COLUMNS`; the `history.csv` of any run will do.
+
+    Raises:
+        UserError: The file cannot be read, or is not such a table.
+    """
+    if name is None:
+        return None
+    if name == "seed":
+        text = resources.files("mnist_dist").joinpath("reference", "seed_history.csv").read_text("utf-8")
+        return Reference("seed", _parse_reference(text))
+    try:
+        # "utf-8-sig": spreadsheet programs put a byte-order mark before the first column's name.
+        columns = _parse_reference(Path(name).read_text("utf-8-sig"))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _reference_error(name, f"cannot be read ({reason}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise _reference_error(name, "is not a text file; give a CSV file") from error
+    except (ValueError, csv.Error) as error:
+        raise _reference_error(name, str(error)) from error
+    # Every run calls its file history.csv, so the folder's name is what tells two of them apart.
+    return Reference("/".join(Path(name).parts[-2:]), columns)
+
+
+def _reference_error(name: str, problem: str) -> UserError:
+    return UserError(f"plots.reference={name} {problem}, or use plots.reference=seed or plots.reference=null")
+
+
+def _parse_reference(text: str) -> dict[str, tuple[float, ...]]:
+    """Columns of a CSV text; raises ValueError that says what is wrong and what to do."""
+    # strict=True: a forgotten closing quote is an error, not a field that swallows the rest of the file.
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
+    header = [name.strip() for name in reader.fieldnames or ()]
+    if not header:
+        raise ValueError("is empty; give a CSV file with a header and a row per epoch")
+    missing = [name for name in REFERENCE_COLUMNS if name not in header]
+    if missing:
+        raise ValueError(f"has no column {', '.join(missing)}; it needs {','.join(REFERENCE_COLUMNS)}")
+    reader.fieldnames = header
+    rows = [[_parse_cell(row[name], name, reader.line_num) for name in REFERENCE_COLUMNS] for row in reader]
+    if not rows:
+        raise ValueError("has a header but no epochs; give a CSV file with a row per epoch")
+    columns = {name: tuple(row[i] for row in rows) for i, name in enumerate(REFERENCE_COLUMNS)}
+    epochs = columns["epoch"]
+    if epochs[0] < 1 or any(later <= earlier for earlier, later in pairwise(epochs)):
+        raise ValueError("has epochs that do not count upwards from 1 or later; renumber its column epoch")
+    return columns
+
+
+def _parse_cell(cell: str | None, column: str, line: int) -> float:
+    try:
+        value = float(cell or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"line {line} has {column}={cell!r}; write a number there")
+    if column.endswith("accuracy") and not 0 <= value <= 1:
+        raise ValueError(f"line {line} has {column}={cell}; write accuracies as fractions from 0 to 1")
+    return value
+
+
+def plot_curves(history: History, *, metric: Metric, dataset: str, reference: Reference | None) -> bytes:
+    """PNG bytes of the train and validation curves of one metric; see `draw_curves`."""
+    # The user's own matplotlibrc must not change (or, with LaTeX switched on, break) the pictures of a run.
+    with style.context("default"):
+        return _encode_png(draw_curves(history, metric=metric, dataset=dataset, reference=reference))
+
+
+def plot_confusion_matrix(matrix: np.ndarray, *, class_names: Sequence[str], title: str) -> bytes:
+    """PNG bytes of a confusion matrix of shape (n, n); see `draw_confusion_matrix`."""
+    with style.context("default"):
+        return _encode_png(draw_confusion_matrix(matrix, class_names=class_names, title=title))
+
+
+def _encode_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # By default the file names the version of Matplotlib; equal pictures should be equal files.
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _create_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches whose parts make room for each other."""
+    layout = ConstrainedLayoutEngine(w_pad=PADDING_INCHES, h_pad=PADDING_INCHES)
+    return Figure(figsize=(width, height), dpi=DPI, layout=layout)
+
+
+def draw_curves(history: History, *, metric: Metric, dataset: str, reference: Reference | None) -> Figure:
+    """The train and validation curves of one metric over the epochs of a run, with the best epoch marked.
+
+    Args:
+        history: At least one epoch.
+        metric: Which one to draw.
+        dataset: Its name, for the title.
+        reference: Curves to compare with, or None; drawn as far as the run goes.
+    """
+    figure = _create_figure(10, 6.25)
+    axes = figure.add_subplot()
+    num_epochs = len(history.epochs)
+    curves = _run_curves(history, metric)
+    if reference is not None:
+        curves += _reference_curves(reference, metric, num_epochs)
+    for curve in curves:
+        axes.plot(curve.epochs, curve.values, label=curve.label, **curve.line)
+
+    axes.set_title(f"{metric.capitalize()} on {dataset}", loc="left", fontsize=17, pad=30, parse_math=False)
+    axes.set_xlabel("Epoch", fontsize=13)
+    margin = max(0.5, 0.015 * num_epochs)
+    axes.set_xlim(1 - margin, num_epochs + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    if metric == "accuracy":
+        _set_accuracy_axis(axes, curves, num_epochs)
+    else:
+        _set_loss_axis(axes, curves)
+    _mark_best_epoch(axes, history, metric)
+
+    axes.tick_params(labelsize=12)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Outside the axes the legend cannot hide a curve, wherever the curves happen to be.
+    legend = figure.legend(loc="outside lower center", ncols=2, fontsize=12, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # A "$" in a file's name is not a formula.
+    return figure
+
+
+def _run_curves(history: History, metric: Metric) -> list[_Curve]:
+    epochs = tuple(history.column("epoch"))
+    # One epoch is a point, which only a marker shows; with many epochs markers would hide the line.
+    marker_size = 6 if len(epochs) <= 40 else 0
+    # Thousands of epochs give a jagged line, whose teeth melt together unless it is thin.
+    width = 2.0 if len(epochs) <= 400 else 1.0
+    train = {"color": TRAIN_COLOR, "marker": "s", "markersize": marker_size, "linewidth": width}
+    validation = {**train, "color": VALIDATION_COLOR, "marker": "o"}
+    return [
+        _Curve("train", epochs, tuple(history.column(metric)), train),
+        _Curve("validation", epochs, tuple(history.column(f"val_{metric}")), validation),
+    ]
+
+
+def _reference_curves(reference: Reference, metric: Metric, num_epochs: int) -> list[_Curve]:
+    shown = [i for i, epoch in enumerate(reference.columns["epoch"]) if epoch <= num_epochs]
+    epochs = tuple(reference.columns["epoch"][i] for i in shown)
+    name = _shorten(reference.name)
+    marker_size = 9 if num_epochs <= 40 else 0
+    # Above the run's own lines and dot: a run that repeats its reference would hide it otherwise.
+    line = {"color": REFERENCE_COLOR, "linewidth": 1.0, "zorder": 5, "markersize": marker_size}
+    train = {**line, "linestyle": (0, (5, 2)), "marker": "+"}
+    validation = {**line, "linestyle": (0, (1, 1.5)), "marker": "x"}
+    curves = []
+    for label, column, look in (("train", metric, train), ("validation", f"val_{metric}", validation)):
+        values = tuple(reference.columns[column][i] for i in shown)
+        curves.append(_Curve(f"{label}, reference {name}", epochs, values, look))
+    return curves
+
+
+def _set_accuracy_axis(axes: Axes, curves: Iterable[_Curve], num_epochs: int) -> None:
+    """Percent, over the range that the accuracies keep once the first steep epochs are over."""
+    points = [point for curve in curves for point in zip(curve.epochs, curve.values, strict=True)]
+    # The first epochs climb so far that, shown in full, they would press all others into one flat line. Longer
+    # runs have more of them, but not in proportion: none of fewer than 9 epochs, 1 of 20, 4 of 150, 18 of 3000.
+    num_steep = math.sqrt(num_epochs) / 3
+    low = min(value for epoch, value in points if epoch > num_steep)
+    high = max(value for _, value in points)
+    margin = max(0.05 * (high - low), 0.001)
+    axes.set_ylim(low - margin, high + margin)
+    ticks = MaxNLocator(nbins=11, steps=[1, 2, 2.5, 5, 10]).tick_values(low - margin, high + margin)
+    # The margin is there for the line's width; an accuracy of 101% is not to be read off the axis.
+    axes.set_yticks([tick for tick in ticks if max(0, low - margin) <= tick <= min(1 + 1e-9, high + margin)])
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.set_ylabel("Accuracy", fontsize=13)
+    lowest = min(value for _, value in points)
+    if lowest < low - margin:
+        axes.set_xlabel(f"Epoch (the axis is cut: the lowest accuracy is {lowest:.1%})", fontsize=13)
+
+
+def _set_loss_axis(axes: Axes, curves: Iterable[_Curve]) -> None:
+    """Logarithmic where the losses span a factor of ten or more: it keeps late epochs apart."""
+    values = [value for curve in curves for value in curve.values]
+    axes.set_ylabel("Loss", fontsize=13)
+    if min(values) <= 0 or max(values) < 10 * min(values):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("Loss (log scale)", fontsize=13)
+
+
+def _mark_best_epoch(axes: Axes, history: History, metric: Metric) -> None:
+    """A dot, and a line up to the best epoch's number and value."""
+    best = history.best
+    value = best.val_accuracy if metric == "accuracy" else best.val_loss
+    axes.axvline(best.epoch, color=VALIDATION_COLOR, linewidth=1.0, linestyle=":", zorder=1)
+    axes.scatter(best.epoch, value, s=90, color=VALIDATION_COLOR, edgecolors="black", zorder=4)
+    text = f"best epoch {best.epoch}: validation accuracy {best.val_accuracy:.2%}"
+    if metric == "loss":
+        text += f", loss {value:.4f}"
+    # Above the axes, where no curve can be; it grows away from the nearer edge of the picture.
+    position = best.epoch / (len(history.epochs) + 1)
+    axes.annotate(
+        text,
+        xy=(best.epoch, 1),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="left" if position < 0.35 else "right" if position > 0.65 else "center",
+        fontsize=12,
+        color="#A04000",
+    )
+
+
+def draw_confusion_matrix(matrix: np.ndarray, *, class_names: Sequence[str], title: str) -> Figure:
+    """Counts as text, and as colour the share of a class's examples that were predicted so.
+
+    Args:
+        matrix: Counts of shape (n, n); `matrix[i, j]` examples of class i were predicted as class j.
+        class_names: n names, in the order of the rows.
+        title: Stands above the picture.
+    """
+    num_classes = len(class_names)
+    assert matrix.shape == (num_classes, num_classes), f"{matrix.shape} for {num_classes} class names"
+    # A class may have no examples; its row then stays blank.
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    # Room for the names comes on top of the room for the cells, which long names would squeeze otherwise.
+    side = min(max(6.5, 0.19 * num_classes), 12.0)
+    names_room = max(0.085 * len(_shorten(name)) for name in class_names)
+    figure = _create_figure(side + names_room + 2.5, side + names_room + 1.25)
+    axes = figure.add_subplot()
+    # Equal steps of colour would make an error of 1% look like none; the square root lifts the small shares.
+    norm = PowerNorm(gamma=0.5, vmin=0, vmax=1)
+    cells = np.ma.masked_equal(shares, 0)
+    image = axes.imshow(cells, cmap=colormaps["Blues"].with_extremes(bad="white"), norm=norm)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    bar.set_label("Share of the true class", fontsize=12)
+    axes.set_title(title, fontsize=15, pad=12, parse_math=False)
+    axes.set_xlabel("Predicted class", fontsize=13)
+    axes.set_ylabel("True class", fontsize=13)
+    _label_classes(axes, class_names)
+    if num_classes <= MAX_CLASSES_WITH_COUNTS:
+        _write_counts(axes, matrix, dark=norm(shares) > 0.6)
+    return figure
+
+
+def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
+    num_classes = len(class_names)
+    positions = range(0, num_classes, math.ceil(num_classes / MAX_CLASS_LABELS))
+    names = [_shorten(class_names[i]) for i in positions]
+    size = 12 if num_classes <= 12 else 10 if num_classes <= 30 else 7
+    # Side by side there is room for a digit or a word; longer names stand upright.
+    room = 80 / num_classes
+    rotation = 90 if max(len(name) for name in names) > room else 0
+    axes.set_xticks(positions, names, rotation=rotation, fontsize=size, parse_math=False)
+    axes.set_yticks(positions, names, fontsize=size, parse_math=False)
+    axes.tick_params(length=0)
+    # Lines between the cells, not through them.
+    axes.set_xticks(np.arange(num_classes - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(num_classes - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="#DDDDDD", linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
+
+
+def _write_counts(axes: Axes, matrix: np.ndarray, *, dark: np.ndarray) -> None:
+    """The counts, shape (n, n), into all cells but zeros; white where `dark` (same shape)."""
+    # Cells are about 490 points divided by n wide, a digit 0.65 of the font size: the longest count must fit.
+    num_digits = max(len(str(int(matrix.max()))), 3)
+    size = min(14.0, 490 / len(matrix) * 0.8 / (0.65 * num_digits))
+    for i, j in np.argwhere(matrix):
+        color = "white" if dark[i, j] else "black"
+        axes.text(j, i, f"{int(matrix[i, j])}", ha="center", va="center", fontsize=size, color=color)
+
+
+def _shorten(name: str) -> str:
+    """At most `MAX_NAME_LENGTH` characters; the middle goes, since names often differ at their ends."""
+    if len(name) <= MAX_NAME_LENGTH:
+        return name
+    half = (MAX_NAME_LENGTH - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"

@@ -1,0 +1,249 @@
+#!/usr/bin/env bash
+# Builds Horovod against the TensorFlow of a Python, installs it there and proves
+# that it works by an all-reduce of two ranks.
+#
+# usage: scripts/horovod/build.sh [PYTHON]       (default: .venv/bin/python)
+#
+# Environment:
+#   HOROVOD_GPU_OPERATIONS  NCCL: build with NCCL or fail; set but empty: build
+#                           without; not set: with NCCL if nvcc and nccl.h are here
+#   HOROVOD_NCCL_HOME       where NCCL is, if it is in none of the usual places
+#   CUDA_HOME               where CUDA is, if its nvcc is not on PATH
+#   MNIST_DIST_CACHE        where wheels are kept (default: ~/.cache/mnist_dist)
+set -euo pipefail
+
+version=0.28.1
+sdist_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
+# What the build itself needs. setup.py wants Horovod's run-time needs as well.
+build_tools=(setuptools==80.9.0 wheel==0.45.1)
+# The last series before 4, which Horovod's copy of Gloo is too old for.
+cmake_tool=cmake==3.31.10
+runtime_needs=(cloudpickle psutil pyyaml packaging)
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+patch_file=$here/tensorflow-2.21.patch
+
+say() { printf 'horovod: %s\n' "$*"; }
+die() {
+    say "$*" >&2
+    exit 1
+}
+
+# --- what is here -------------------------------------------------------------
+
+python=${1:-$repo/.venv/bin/python}
+[[ $python == */* ]] || python=$(command -v "$python") || die "no such Python: $1"
+[[ -x $python ]] || die "no such Python: $python"
+# Absolute, but not resolved: a virtual environment is known by the link's place.
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+
+"$python" -m pip --version >/dev/null 2>&1 || die "no pip in $python (try: $python -m ensurepip)"
+
+# Read from the metadata: importing TensorFlow would take seconds.
+mapfile -t facts < <("$python" - <<'END'
+import importlib.metadata
+import sysconfig
+
+for name in ("tensorflow", "tensorflow-cpu", "tensorflow-rocm", "tf-nightly"):
+    try:
+        print(name + importlib.metadata.version(name))
+        break
+    except importlib.metadata.PackageNotFoundError:
+        pass
+else:
+    print()
+print(sysconfig.get_config_var("SOABI"))
+print(sysconfig.get_path("platlib"))
+print(sysconfig.get_path("scripts"))
+END
+)
+tensorflow=${facts[0]:-} abi=${facts[1]:-} site_packages=${facts[2]:-} scripts=${facts[3]:-}
+[[ -n $tensorflow ]] || die "no TensorFlow in $python; install it first"
+
+# Sets nccl_home. The pip package comes before the system's NCCL because it is
+# the one that TensorFlow loads, and a process can only hold one libnccl.so.2.
+find_nccl() {
+    local home
+    for home in "${HOROVOD_NCCL_HOME:-}" "$site_packages/nvidia/nccl" "${CUDA_HOME:-}" /usr /usr/local; do
+        if [[ -n $home && -e $home/include/nccl.h ]]; then
+            nccl_home=$home
+            return
+        fi
+    done
+    return 1
+}
+
+nccl_home=
+if [[ -x ${CUDA_HOME:-}/bin/nvcc ]]; then
+    export PATH=$CUDA_HOME/bin:$PATH
+fi
+case ${HOROVOD_GPU_OPERATIONS-auto} in
+    auto) ! command -v nvcc >/dev/null || find_nccl || true ;;
+    NCCL)
+        command -v nvcc >/dev/null || die "NCCL was asked for, but there is no nvcc on PATH or in CUDA_HOME"
+        find_nccl || die "NCCL was asked for, but there is no nccl.h; set HOROVOD_NCCL_HOME"
+        ;;
+    "") ;;
+    *) die "HOROVOD_GPU_OPERATIONS=$HOROVOD_GPU_OPERATIONS is not supported; it may be NCCL, empty or not set" ;;
+esac
+if [[ -n $nccl_home ]]; then
+    flavour=nccl-cuda$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+else
+    flavour=cpu
+fi
+
+patch_hash=$(sha256sum "$patch_file" | cut -c1-8)
+key=$version-$tensorflow-$abi-$flavour-$patch_hash
+cache=${MNIST_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mnist_dist}/horovod/$key
+mkdir -p "$cache"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+
+# --- build --------------------------------------------------------------------
+
+build() {
+    # Tools go to a folder of their own: a build leaves no trace in the environment.
+    local tools=("${build_tools[@]}" "${runtime_needs[@]}")
+    command -v cmake >/dev/null || tools+=("$cmake_tool")
+    pip install --target "$work/tools" "${tools[@]}"
+    export PYTHONPATH=$work/tools${PYTHONPATH:+:$PYTHONPATH} PATH=$work/tools/bin:$PATH
+
+    # pip checks the hash before it runs anything of the download.
+    echo "horovod==$version --hash=sha256:$sdist_sha256" >"$work/sdist.txt"
+    pip download --no-binary horovod --no-deps --no-build-isolation --require-hashes \
+        --dest "$work" --requirement "$work/sdist.txt"
+    tar -xzf "$work/horovod-$version.tar.gz" -C "$work"
+    local source=$work/horovod-$version
+    if command -v patch >/dev/null; then
+        patch -p1 -d "$source" <"$patch_file"
+    else
+        # Kept from finding a repository around it, in which it would skip every file.
+        GIT_CEILING_DIRECTORIES=$work git -C "$source" apply --verbose "$patch_file"
+    fi
+
+    if [[ -n $nccl_home ]]; then
+        export HOROVOD_GPU_OPERATIONS=NCCL
+        # An nvcc on PATH may only call the real one, and CMake would look for the
+        # headers beside the caller.
+        local cuda_home
+        cuda_home=$(nvcc -v none 2>&1 | sed -n 's/^#\$ _HERE_=\(.*\)\/bin$/\1/p') || true
+        if [[ -x $cuda_home/bin/nvcc && -e $cuda_home/include/cuda_runtime.h ]]; then
+            export HOROVOD_CUDA_HOME=$cuda_home
+        fi
+        case $nccl_home in
+            /usr | /usr/local) ;; # CMake looks there by itself, and knows about lib/x86_64-linux-gnu
+            *)
+                export HOROVOD_NCCL_HOME=$nccl_home HOROVOD_NCCL_INCLUDE=$nccl_home/include
+                if [[ -e $nccl_home/lib/libnccl.so.2 && ! -e $nccl_home/lib/libnccl.so ]]; then
+                    # The pip package has no libnccl.so for a linker to find. Not in $work, as
+                    # the folder goes into the library as a place to load NCCL from.
+                    mkdir -p "$cache/nccl"
+                    ln -sf "$nccl_home/lib/libnccl.so.2" "$cache/nccl/libnccl.so"
+                    export HOROVOD_NCCL_LIB=$cache/nccl HOROVOD_NCCL_LINK=shared
+                fi
+                ;;
+        esac
+    else
+        unset HOROVOD_GPU_OPERATIONS
+    fi
+    export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
+    export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
+    # For a CMake of 4 or later; an older one does not read it.
+    export CMAKE_POLICY_VERSION_MINIMUM=3.5
+    # Never what a make around this script left here, of whose job server nobody knows
+    # in the end; 8 is Horovod's own limit (a job can take more than a gigabyte).
+    local jobs
+    jobs=$(nproc)
+    export MAKEFLAGS=-j$((jobs < 8 ? jobs : 8))
+    pip wheel --verbose --use-pep517 --no-build-isolation --no-deps --no-cache-dir \
+        --wheel-dir "$work/wheel" "$source"
+
+    # Renamed into place: whoever looks at the cache meanwhile sees a whole wheel or none.
+    local built
+    built=$(echo "$work"/wheel/horovod-*.whl)
+    cp "$built" "$cache/.part.$$"
+    mv -f "$cache/.part.$$" "$cache/$(basename "$built")"
+}
+
+find_wheel() { compgen -G "$cache/horovod-*.whl" | head -n 1; }
+
+wheel=$(find_wheel) || true
+if [[ -n $wheel ]]; then
+    say "using $wheel"
+else
+    # Only asked for here: with a wheel in the cache none of it is needed.
+    compiler=${CXX:-}
+    for candidate in c++ g++ clang++; do
+        [[ -n $compiler ]] || ! command -v "$candidate" >/dev/null || compiler=$candidate
+    done
+    command -v "${compiler%% *}" >/dev/null ||
+        die "no C++ compiler found; install one (Debian and Ubuntu: apt-get install g++ make)"
+    command -v make >/dev/null || die "make not found; install it"
+    command -v patch >/dev/null || command -v git >/dev/null || die "neither patch nor git found; install one"
+
+    log=$cache/build.log
+    say "building $version ($flavour) for $tensorflow; this takes minutes; log: $log"
+    # In a shell of its own, and not as a condition, in which set -e would be off.
+    set +e
+    (
+        set -e
+        build
+    ) >"$log" 2>&1
+    status=$?
+    set -e
+    if ((status)); then
+        # The end of the log is mostly what pip makes of it; the cause comes first.
+        grep -m 5 -A 2 -E ' error: |CMake Error|ERROR: ' "$log" >&2 || true
+        echo ... >&2
+        tail -n 30 "$log" >&2
+        [[ $flavour == cpu ]] || say "without NCCL: HOROVOD_GPU_OPERATIONS= $0" >&2
+        die "the build failed; log: $log"
+    fi
+    wheel=$(find_wheel)
+    say "built $wheel in $SECONDS s"
+fi
+
+# --- install ------------------------------------------------------------------
+
+constraints=()
+[[ ! -e $repo/pins.txt ]] || constraints=(--constraint "$repo/pins.txt")
+pip install --quiet "${constraints[@]}" "${runtime_needs[@]}"
+
+# pip records the hash of a wheel that it installed from a file.
+installed=$("$python" - <<'END'
+import importlib.metadata
+import json
+
+try:
+    record = importlib.metadata.distribution("horovod").read_text("direct_url.json")
+except importlib.metadata.PackageNotFoundError:
+    record = None
+print(json.loads(record or "{}").get("archive_info", {}).get("hash", ""))
+END
+)
+if [[ $installed == "sha256=$(sha256sum "$wheel" | cut -d' ' -f1)" ]]; then
+    say "already installed"
+else
+    # By force, as another build of Horovod has the same version.
+    pip install --quiet --no-deps --force-reinstall "$wheel"
+    say "installed"
+fi
+
+# --- prove --------------------------------------------------------------------
+
+# Every time, and no stamp for it: seconds, and a stamp would outlive the change
+# (of TensorFlow, of the network, of the machine) that it should have told about.
+# Only what the ranks print is shown, unless it fails: what TensorFlow writes when
+# it is imported, by horovodrun as by each rank, takes more than a screen.
+say "all-reduce of 2 ranks:"
+if ! timeout 300 "$scripts/horovodrun" --gloo -np 2 --gloo-timeout-seconds 120 \
+    "$python" "$here/check.py" 2 >"$work/check.log" 2>&1; then
+    cat "$work/check.log" >&2
+    die "the all-reduce failed; to build anew, remove $cache"
+fi
+sed -n 's/^\[[0-9]*\]<stdout>://p' "$work/check.log"
+say "works"

@@ -1,0 +1,49 @@
+"""One rank of the all-reduce that proves a Horovod build: `horovodrun --gloo -np 2 python check.py`.
+
+Exits non-zero unless there are as many ranks as asked for and every rank got the right sum.
+"""
+
+import sys
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+
+def main() -> int:
+    expected_size = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    hvd.init()
+    rank, size = hvd.rank(), hvd.size()
+
+    # NCCL refuses two ranks on one GPU, so GPUs are used only when there is one for every rank.
+    gpus = tf.config.list_physical_devices("GPU")
+    on_gpu = hvd.nccl_built() and len(gpus) >= hvd.local_size()
+    tf.config.set_visible_devices(gpus[hvd.local_rank()] if on_gpu else [], "GPU")
+
+    @tf.function
+    def reduce(tensor: tf.Tensor) -> tf.Tensor:
+        return hvd.allreduce(tensor, op=hvd.Sum, name="check")
+
+    with tf.device("/GPU:0" if on_gpu else "/CPU:0"):
+        # Every element and every rank differs, so that neither a mix-up of ranks nor one of
+        # elements leaves the sum right; whole numbers, so that it is exact.
+        elements = tf.range(1000, dtype=tf.float32)
+        total = reduce(elements * float(rank + 1))
+        expected = elements * float(size * (size + 1) // 2)
+        right = bool(tf.reduce_all(total == expected))
+
+    print(
+        f"rank {rank} of {size}: sum {'right' if right else 'WRONG'} on {'GPU' if on_gpu else 'CPU'},"
+        f" gloo_built={bool(hvd.gloo_built())} nccl_built={bool(hvd.nccl_built())},"
+        f" TensorFlow {tf.__version__}",
+        flush=True,
+    )
+    hvd.shutdown()
+    if size != expected_size:
+        # A rank that came up alone sums only its own tensor, which proves nothing.
+        print(f"expected {expected_size} ranks, got {size}", file=sys.stderr)
+        return 1
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

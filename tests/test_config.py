@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from mnist_dist.config import compose_config
+from mnist_dist.errors import UserError
+
+
+def test_the_defaults_are_the_seed_recipe():
+    assert compose_config("data=mnist") == compose_config("data=mnist", "experiment=seed")
+    config = compose_config()
+    assert (config.trainer.epochs, config.batch.global_size, config.model.hidden_sizes) == (150, 512, [256, 256])
+    assert (config.optimizer.name, config.optimizer.learning_rate, config.model.dropout) == ("adam", 0.001, 0.4)
+
+
+def test_the_command_line_is_stronger_than_an_experiment():
+    assert compose_config("experiment=debug").trainer.epochs == 3
+    assert compose_config("experiment=debug", "trainer.epochs=7").trainer.epochs == 7
+
+
+def test_out_of_range_names_key_value_and_rule():
+    with pytest.raises(UserError, match=r"^model\.dropout=1\.0: must be at least 0 and less than 1$"):
+        compose_config("model.dropout=1.0")
+
+
+def test_every_key_is_in_the_readme():
+    """A table of keys that misses one is worse than none."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for model in ("mlp", "cnn"):
+        for optimizer in ("adam", "sgd"):
+            config = compose_config(f"model={model}", f"optimizer={optimizer}")
+            for key, value in vars(config).items():
+                nested = [f"{key}.{name}" for name in vars(value)] if hasattr(value, "__dict__") else [key]
+                for name in nested:
+                    assert name.endswith(".name") or f"`{name}`" in readme, name

@@ -1,0 +1,46 @@
+import math
+
+import pytest
+
+from mnist_dist.history import COLUMNS, EpochMetrics, History, from_csv, to_csv
+
+
+def metrics(epoch: int, val_accuracy: float = 0.5) -> EpochMetrics:
+    return EpochMetrics(epoch, 0.1 + epoch / 3, 0.9, 0.2, val_accuracy, 0.001, 0.6, 1e5 / 3)
+
+
+def test_columns_are_the_contract():
+    assert ",".join(COLUMNS) == "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,epoch_s,images_per_s"
+
+
+def test_csv_round_trip_is_exact():
+    history = History((metrics(1), metrics(2)))
+    assert from_csv(to_csv(history)) == history
+
+
+@pytest.mark.parametrize("epochs", [[2], [1, 1], [1, 3], [2, 1]])
+def test_epochs_have_no_gap_or_repeat(epochs):
+    with pytest.raises(ValueError, match="without a gap"):
+        History(tuple(metrics(epoch) for epoch in epochs))
+
+
+def test_append_takes_the_next_epoch_only():
+    history = History().append(metrics(1))
+    assert len(history.epochs) == 1
+    with pytest.raises(ValueError, match="without a gap"):
+        history.append(metrics(3))
+
+
+def test_best_is_the_earliest_of_the_highest():
+    history = History((metrics(1, 0.5), metrics(2, 0.9), metrics(3, 0.9)))
+    assert history.best.epoch == 2
+
+
+@pytest.mark.parametrize("text", ["", "epoch,loss\n1,2\n", to_csv(History()) + "1,2,3\n"])
+def test_not_a_history(text):
+    with pytest.raises(ValueError, match="expected"):
+        from_csv(text)
+
+
+def test_column():
+    assert math.isclose(History((metrics(1), metrics(2))).column("loss")[1], 0.1 + 2 / 3)

@@ -1,0 +1,95 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mnist_dist.config import compose_config
+from mnist_dist.dropout import BatchPosition
+from mnist_dist.errors import UserError
+from mnist_dist.model import Network, build_model, load_model
+
+
+def build(*overrides: str, image_shape=(28, 28), num_classes=10, seed=0) -> keras.Model:
+    return build_model(compose_config(*overrides).model, image_shape=image_shape, num_classes=num_classes, seed=seed)
+
+
+def test_mlp_is_the_recipe():
+    model = build()
+    assert model.count_params() == 269_322
+    kinds = [type(layer).__name__ for layer in model.layers]
+    assert kinds == ["Dense", "Dropout", "Dense", "Dropout", "Dense"]
+    first, last = model.layers[0], model.layers[-1]
+    assert first.activation is keras.activations.relu
+    assert isinstance(first.kernel_initializer, keras.initializers.HeNormal)
+    assert isinstance(last.kernel_initializer, keras.initializers.GlorotNormal)
+    assert model.layers[1].rate == 0.4
+
+
+def test_initial_weights_follow_the_seed():
+    first, again, other = (Network(build(seed=seed)).get_weights() for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    kernels = [layer.kernel.numpy() for layer in build().layers if hasattr(layer, "kernel")]
+    assert abs(kernels[0].std() - np.sqrt(2 / 784)) < 0.002  # he_normal
+    assert not np.array_equal(kernels[0][:256], kernels[1])  # layers differ
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (8, 8), (5, 7), (16, 16, 3)])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_any_image_shape(name, shape):
+    model = build(f"model={name}", image_shape=shape, num_classes=3)
+    probabilities = model.predict(np.zeros((2, int(np.prod(shape))), np.float32), verbose=0)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_network_computes_what_the_model_does(name):
+    model = build(f"model={name}")
+    network = Network(model)
+    images = np.random.default_rng(0).random((5, 784), np.float32)
+    weights = network.split(tf.constant(network.get_weights()))
+    logits = network.logits(weights, tf.constant(images))
+    np.testing.assert_allclose(tf.nn.softmax(logits), model.predict(images, verbose=0), rtol=1e-4, atol=1e-6)
+
+
+def test_export_takes_the_weights_and_stays_plain_keras(tmp_path):
+    network = Network(build())
+    weights = np.random.default_rng(0).normal(size=network.num_parameters).astype(np.float32)
+    model = network.export(weights)
+    np.testing.assert_array_equal(Network(model).get_weights(), weights)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert {type(layer).__module__.split(".")[0] for layer in loaded.layers} == {"keras"}
+
+
+def test_dropout_acts_in_training_only_and_by_position():
+    network = Network(build())
+    weights = network.split(tf.constant(network.get_weights()))
+    images = tf.constant(np.random.default_rng(0).random((6, 784), np.float32))
+
+    def at(step: int, row: int, rows: tf.Tensor) -> np.ndarray:
+        position = BatchPosition(tf.constant(step, tf.int64), tf.constant(row, tf.int64))
+        return network.training_logits(weights, rows, position).numpy()
+
+    whole = at(0, 0, images)
+    assert not np.allclose(whole, network.logits(weights, images))
+    np.testing.assert_allclose(at(0, 4, images[4:]), whole[4:], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(at(1, 0, images), whole)
+
+
+def test_models_with_other_state_are_refused():
+    layers = [keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(2, activation="softmax")]
+    with pytest.raises(ValueError, match="not trained"):
+        Network(keras.Sequential(layers))
+
+
+def test_models_without_softmax_are_refused():
+    with pytest.raises(ValueError, match="softmax"):
+        Network(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+
+
+def test_damaged_model_file(tmp_path):
+    path = tmp_path / "model.keras"
+    path.write_bytes(b"PK\x03\x04 not a model")
+    with pytest.raises(UserError, match="not a usable Keras model"):
+        load_model(path)

@@ -1,0 +1,72 @@
+import logging
+
+import numpy as np
+import pytest
+
+from mnist_dist.data.batches import BatchPlan
+from mnist_dist.errors import TrainingFailed
+from mnist_dist.metrics import EpochSums, EvaluationSums
+from mnist_dist.trainer import LogEpoch, Trainer
+
+PLAN = BatchPlan(10, 4)
+
+
+class FakePrograms:
+    """Stands for the compiled programs; remembers what it was asked."""
+
+    def __init__(self, losses=(4.0, 4.0, 1.0)):
+        self.losses = losses
+        self.indices = []
+
+    def train_epoch(self, indices, *, learning_rate):
+        self.indices.append(indices)
+        return EpochSums(np.array(self.losses, np.float32), np.array([3, 3, 1]))
+
+    def validate(self):
+        return EvaluationSums(loss=5.0, confusion=np.array([[3, 1], [2, 4]]))
+
+
+def make_trainer(programs: FakePrograms, **kwargs) -> Trainer:
+    return Trainer(
+        train_epoch=programs.train_epoch, validate=programs.validate, plan=PLAN, seed=5, learning_rate=0.5, **kwargs
+    )
+
+
+def test_metrics_are_sums_over_all_examples():
+    history = make_trainer(FakePrograms()).fit(num_epochs=2)
+    row = history.epochs[1]
+    assert (row.epoch, row.loss, row.accuracy) == (2, 0.9, 0.7)
+    assert (row.val_loss, row.val_accuracy, row.learning_rate) == (0.5, 0.7, 0.5)
+    assert row.epoch_s > 0
+    assert row.images_per_s > 0
+
+
+def test_every_epoch_has_its_own_plan():
+    programs = FakePrograms()
+    make_trainer(programs).fit(num_epochs=2)
+    for epoch, indices in enumerate(programs.indices, start=1):
+        np.testing.assert_array_equal(indices, PLAN.shuffled(seed=5, epoch=epoch))
+
+
+def test_actions_run_between_epochs_with_all_epochs_so_far():
+    seen = []
+    make_trainer(FakePrograms(), actions=[lambda history: seen.append(len(history.epochs))]).fit(num_epochs=3)
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(np.nan, "nan"), (np.inf, "inf")])
+def test_a_loss_that_is_no_number_stops_the_run(bad, shown):
+    seen = []
+    trainer = make_trainer(FakePrograms(losses=(1.0, bad, bad)), actions=[seen.append])
+    with pytest.raises(TrainingFailed, match=f"became {shown} at epoch 1, step 2 of 3"):
+        trainer.fit(num_epochs=2)
+    assert seen == []  # nothing was saved of the bad epoch
+
+
+def test_log_line_has_the_recipes_form(caplog):
+    history = make_trainer(FakePrograms()).fit(num_epochs=1)
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("mnist_dist").propagate = True
+        LogEpoch(num_epochs=150)(history)
+    expected = "Epoch 1/150 - 0.0s - loss: 0.9000 - accuracy: 0.7000 - val_loss: 0.5000 - val_accuracy: 0.7000"
+    assert caplog.messages == [expected]

@@ -1,0 +1,49 @@
+"""The wheel carries conf/ and runs from anywhere."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A fresh environment with the built wheel; everything else comes from the packages that are here already."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "env", with_pip=False)
+    python = folder / "env" / "bin" / "python"
+    purelib = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+    # A plain path entry: the .pth files over there, an editable install's among them, are not read.
+    (Path(purelib) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, timeout=300)
+    return folder / "env" / "bin"
+
+
+def test_the_wheel_composes_its_configuration(installed, tmp_path):
+    code = "import mnist_dist; from mnist_dist.config import compose_config; print(mnist_dist.__file__)\n"
+    code += "print(compose_config('experiment=seed', 'model=cnn').trainer.epochs)"
+    result = subprocess.run(
+        [installed / "python", "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=100, check=True
+    )
+    location, epochs = result.stdout.split()
+    assert Path(location).is_relative_to(installed.parent)
+    assert epochs == "150"
+
+
+def test_the_console_scripts_train_and_evaluate(installed, small_npz, tmp_path):
+    args = ["data=npz", f"data.path={small_npz}", "trainer.epochs=1", "run_dir=run", "plots.reference=seed"]
+    for command in ([installed / "mnist-dist-train", *args], [installed / "mnist-dist-evaluate", "run_dir=run"]):
+        result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "evaluation_test.json").is_file()
