@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mnist_dist.config import TrainConfig
+from mnist_dist.config import TrainConfig, training_keys
 from mnist_dist.data.preprocess import SplitName
 from mnist_dist.errors import UserError
 from mnist_dist.files import check_writable, write_atomically
@@ -27,24 +27,29 @@ from mnist_dist.metrics import EvaluationSums
 if TYPE_CHECKING:
     import keras
 
-# Keys that may differ between two commands that train the same thing.
-_FREE_KEYS = ("run_dir", "plots.", "console.", "data.path", "data.cache_dir", "data.keras_home")
-
 
 class RunFolder:
-    """The files of one run; every file is replaced in one step, so a reader never meets half of one."""
+    """The files of one run; every file is replaced in one step, so a reader never meets half of one.
 
-    def __init__(self, path: Path) -> None:
+    Only the chief's object writes: on the others all writing methods do nothing, so that no caller has to ask.
+    """
+
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path = path
+        self._is_writer = is_writer
 
     @classmethod
-    def from_config(cls, run_dir: str | None) -> "RunFolder":
+    def from_config(cls, run_dir: str | None, *, is_writer: bool = True) -> "RunFolder":
         """The configured folder, or a new one below `runs/`, named by the time."""
         if run_dir is not None:
-            return cls(Path(run_dir).expanduser())
+            return cls(Path(run_dir).expanduser(), is_writer=is_writer)
         name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"_{n}" for n in range(2, 1000))))
-        return cls(next(path for path in candidates if not path.exists()))
+        return cls(next(path for path in candidates if not path.exists()), is_writer=is_writer)
+
+    def moved_to(self, path: str) -> "RunFolder":
+        """The same role in another folder: the one that the chief has chosen."""
+        return RunFolder(Path(path), is_writer=self._is_writer)
 
     @property
     def log_path(self) -> Path:
@@ -68,7 +73,8 @@ class RunFolder:
                 raise UserError(
                     f"run_dir={self.path}: this folder is not empty and is not a run folder; name another one"
                 )
-            check_writable(self.path)
+            if self._is_writer:
+                check_writable(self.path)
         except OSError as error:
             raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror or error}") from error
 
@@ -76,10 +82,12 @@ class RunFolder:
         """Raise UserError if the folder holds a run of another training, naming the keys that differ."""
         if not self._path("config.yaml").is_file():
             return
-        theirs, ours = _flatten(self.read_config()), _flatten(asdict(config))
-        keys = [key for key in sorted({*theirs, *ours}) if not key.startswith(_FREE_KEYS)]
+        theirs, ours = training_keys(self.read_config()), training_keys(asdict(config))
         different = [
-            f"{key} was {theirs.get(key)}, is now {ours.get(key)}" for key in keys if theirs.get(key) != ours.get(key)
+            f"{key} was {theirs.get(key)}, is now {ours.get(key)}"
+            for key in sorted({*theirs, *ours})
+            # Where the training runs is free, and what is still `auto` is not known yet.
+            if theirs.get(key) != ours.get(key) and not key.startswith("strategy.") and ours.get(key) != "auto"
         ]
         if different:
             raise UserError(
@@ -121,11 +129,12 @@ class RunFolder:
             {"data": config.data.name},
             {"model": config.model.name},
             {"optimizer": config.optimizer.name},
+            {"strategy": config.strategy.name},
+            {"precision": config.precision.name},
             "_self_",
             {"hydra": "quiet"},
         ]
-        values = {**asdict(config), "run_dir": str(self.path)}
-        text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **values}))
+        text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **asdict(config)}))
         header = (
             "# To train this again, into another folder:\n"
             "#   python -m mnist_dist.train --config-dir THIS_FOLDER --config-name config run_dir=ANOTHER_FOLDER\n"
@@ -146,6 +155,8 @@ class RunFolder:
 
     def save_model(self, model: "keras.Model") -> None:
         """Write `model.keras`."""
+        if not self._is_writer:
+            return
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / self.model_path.name
             model.save(saved)
@@ -155,7 +166,8 @@ class RunFolder:
         return self.path / name
 
     def _write(self, name: str, content: bytes) -> None:
-        write_atomically(self._path(name), content)
+        if self._is_writer:
+            write_atomically(self._path(name), content)
 
 
 @dataclass(frozen=True)
@@ -171,13 +183,13 @@ def build_summary(
     *,
     config: TrainConfig,
     dataset_sha256: str,
-    strategy: Mapping[str, Any],
+    placement: Mapping[str, Any],
     history: History,
     results: Mapping[SplitName, EvaluationSums],
     weights_sha256: str,
     timing: Timing,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; `strategy` describes where the training ran."""
+    """The content of `summary.json`; `placement` says where the training ran."""
     epoch_s = history.column("epoch_s")
     metrics: dict[str, Any] = {name: sums.to_dict() for name, sums in results.items()}
     return {
@@ -187,7 +199,7 @@ def build_summary(
             "sha256": dataset_sha256,
             **{f"num_{name}": sums.num_examples for name, sums in results.items()},
         },
-        **strategy,
+        **placement,
         "seed": config.seed,
         "epochs_completed": len(history.epochs),
         **metrics,
@@ -222,14 +234,3 @@ def installed_versions() -> dict[str, str]:
 
     modules = (mnist_dist, tf, keras, np, sklearn, hydra)
     return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -5,6 +5,7 @@ composed; `__post_init__` refuses values out of range when `to_config` turns it 
 knows TensorFlow.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,14 +165,80 @@ class SGDConfig(OptimizerConfig):
 
 
 @dataclass
+class LearningRateConfig:
+    """How the learning rate follows the size of the global batch."""
+
+    scaling: str = MISSING
+    """none | linear | sqrt: of the factor by which the global batch is larger than `batch.global_size`."""
+    warmup_epochs: float = MISSING
+    """Epochs over which the rate rises to its full value (Goyal et al. 2017, arXiv 1706.02677)."""
+
+    def __post_init__(self) -> None:
+        choices = ("none", "linear", "sqrt")
+        _check(self.scaling in choices, "learning_rate.scaling", self.scaling, "must be none, linear or sqrt")
+        _check(self.warmup_epochs >= 0, "learning_rate.warmup_epochs", self.warmup_epochs, "must be at least 0")
+
+
+@dataclass
 class BatchConfig:
     """How training examples form a step."""
 
     global_size: int = MISSING
-    """Examples per optimizer step, over all replicas together."""
+    """Examples per optimizer step: over all replicas together (strong scaling), or of each replica (weak)."""
+    scaling: str = MISSING
+    """strong | weak."""
 
     def __post_init__(self) -> None:
         _check(self.global_size > 0, "batch.global_size", self.global_size, "must be at least 1")
+        _check(self.scaling in ("strong", "weak"), "batch.scaling", self.scaling, "must be strong or weak")
+
+
+@dataclass
+class StrategyConfig:
+    """Which devices train, and how they work together."""
+
+    name: str = MISSING
+    """auto | single | mirrored | multiworker | horovod."""
+    num_replicas: int | None = None
+    """mirrored: how many GPUs to use, or without GPUs how many logical CPUs."""
+    start_timeout_s: float = MISSING
+    """multiworker: how long to wait for the other processes to start, seconds."""
+
+    def __post_init__(self) -> None:
+        choices = ("auto", "single", "mirrored", "multiworker", "horovod")
+        _check(self.name in choices, "strategy.name", self.name, "is set by strategy=" + "|".join(choices))
+        _check(
+            self.num_replicas is None or self.num_replicas > 0,
+            "strategy.num_replicas",
+            self.num_replicas,
+            "must be at least 1",
+        )
+        _check(self.start_timeout_s > 0, "strategy.start_timeout_s", self.start_timeout_s, "must be positive")
+
+
+@dataclass
+class PrecisionConfig:
+    """The type that layers compute in; weights, softmax, loss and reduction are float32 always."""
+
+    name: str = MISSING
+    """auto | float32 | mixed_float16 | mixed_bfloat16."""
+    initial_loss_scale: float = MISSING
+    """mixed_float16: first factor on the loss, which keeps small gradients from vanishing."""
+    loss_scale_growth_steps: int = MISSING
+    """mixed_float16: the factor doubles after so many steps without overflow."""
+
+    def __post_init__(self) -> None:
+        choices = ("auto", "float32", "mixed_float16", "mixed_bfloat16")
+        _check(self.name in choices, "precision.name", self.name, "is set by precision=" + "|".join(choices))
+        _check(
+            self.initial_loss_scale >= 1, "precision.initial_loss_scale", self.initial_loss_scale, "must be at least 1"
+        )
+        _check(
+            self.loss_scale_growth_steps > 0,
+            "precision.loss_scale_growth_steps",
+            self.loss_scale_growth_steps,
+            "must be at least 1",
+        )
 
 
 @dataclass
@@ -211,7 +278,10 @@ class TrainConfig:
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
     optimizer: OptimizerConfig = MISSING
+    learning_rate: LearningRateConfig = MISSING
     batch: BatchConfig = MISSING
+    strategy: StrategyConfig = MISSING
+    precision: PrecisionConfig = MISSING
     trainer: TrainerConfig = MISSING
     plots: PlotsConfig = MISSING
     console: ConsoleConfig = MISSING
@@ -245,6 +315,25 @@ _SCHEMAS: dict[tuple[str, str], type] = {
     ("schema/optimizer", "adam"): AdamConfig,
     ("schema/optimizer", "sgd"): SGDConfig,
 }
+
+
+# Keys that may differ between two commands that train the same thing, and between the processes of one job.
+_FREE_KEYS = ("run_dir", "plots.", "console.", "data.path", "data.cache_dir", "data.keras_home")
+
+
+def training_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration (as nested mappings) that its training depends on, dotted."""
+    return {key: value for key, value in _flatten(tree).items() if not key.startswith(_FREE_KEYS)}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def register_schemas() -> None:

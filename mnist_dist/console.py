@@ -7,6 +7,7 @@ import contextlib
 import logging
 import logging.handlers
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +15,19 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
+from mnist_dist.errors import UserError
+
 _terminal = rich.console.Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 _logger = logging.getLogger("mnist_dist")
 
 
 class _TerminalHandler(logging.Handler):
+    """Lines to standard output, errors to standard error."""
+
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            sys.stderr.write(self.format(record) + "\n")
+            return
         style = "bold yellow" if record.levelno == logging.WARNING else None
         _terminal.print(self.format(record), style=style)
 
@@ -27,13 +35,18 @@ class _TerminalHandler(logging.Handler):
 class Console:
     """The log of one run: the terminal from the start, and a file once there is a run folder."""
 
-    def __init__(self, *, tensorflow_messages: bool = False) -> None:
+    def __init__(self, *, tensorflow_messages: bool = False, rank: int = 0, world_size: int = 1) -> None:
+        """Open the log of one process; those of rank 1 and up show warnings only, with their number."""
+        self._is_chief = rank == 0
+        self._prefix = "" if self._is_chief else f"[rank {rank}/{world_size}] "
         self._tensorflow_messages = tensorflow_messages
         self._early = logging.handlers.MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = [_TerminalHandler(), self._early]
+        for handler in self._handlers:
+            handler.setFormatter(logging.Formatter(self._prefix.replace("%", "%%") + "%(message)s"))
 
     def __enter__(self) -> "Console":
-        _logger.setLevel(logging.INFO)
+        _logger.setLevel(logging.INFO if self._is_chief else logging.WARNING)
         _logger.propagate = False
         for handler in self._handlers:
             _logger.addHandler(handler)
@@ -58,9 +71,10 @@ class Console:
             os.dup2(kept.fileno(), 2)
             try:
                 yield
-            except BaseException:
-                kept.seek(0)
-                os.write(stderr, kept.read())
+            except Exception as error:
+                if not isinstance(error, UserError):  # whose message says it all
+                    kept.seek(0)
+                    os.write(stderr, kept.read())
                 raise
             finally:
                 os.dup2(stderr, 2)
@@ -68,6 +82,8 @@ class Console:
 
     def log_to(self, path: Path) -> None:
         """Write all lines, those of before included, to the end of the file `path` as well."""
+        if not self._is_chief:
+            return
         file = logging.FileHandler(path, encoding="utf-8")
         self._early.setTarget(file)
         self._early.close()  # hands over what it has kept
@@ -77,7 +93,7 @@ class Console:
 
 
 @contextlib.contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress(description: str, *, show: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A live bar with the time left, while the block runs and where a terminal shows it; call it with (done, total)."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -87,6 +103,8 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
         rich.progress.TextColumn("left"),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(*columns, console=_terminal, transient=True, disable=not _terminal.is_terminal) as bar:
+    with rich.progress.Progress(
+        *columns, console=_terminal, transient=True, disable=not (show and _terminal.is_terminal)
+    ) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -14,12 +14,15 @@ from mnist_dist.console import Console
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
+from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m
 
 
-def evaluate(config: EvaluateConfig, console: Console) -> int:
+def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> int:
     """Evaluate `model.keras` of a run on one split of its data; returns the exit code."""
+    if topology.world_size > 1:
+        raise UserError(f"{topology.world_size} processes were started; evaluation needs one")
     run_folder = RunFolder.from_config(config.run_dir)
     split_name = cast(SplitName, config.split)
     run_folder.check_has_model()
@@ -34,9 +37,9 @@ def evaluate(config: EvaluateConfig, console: Console) -> int:
     with console.tensorflow_start():
         from mnist_dist.model import Network, load_model
         from mnist_dist.steps import EvaluateProgram
-        from mnist_dist.strategy import create_strategy
+        from mnist_dist.strategy.base import SingleDevice
 
-        strategy = create_strategy()
+        strategy = SingleDevice()
 
     network = Network(load_model(run_folder.model_path))
     program = EvaluateProgram(network=network, strategy=strategy, split=splits[split_name])

@@ -93,19 +93,20 @@ def _initializer(name: str, seed: int) -> keras.Initializer:
 class Network:
     """A Keras model as a function of its weights, all in one float32 vector in model order, each C-contiguous.
 
-    The model itself is left as it is; a twin of it computes. In the twin `Dropout` draws by batch position, and the
-    last layer gives logits, since loss and softmax are one numerically stable operation.
+    The model itself is left as it is, plain and float32; a twin of it computes. The twin's layers have the dtype
+    policy `policy`, its `Dropout` draws by batch position, and its last layer gives logits, since loss and softmax are
+    one numerically stable operation in float32.
 
     Raises:
         ValueError: the model does not end in softmax, or has weights that are not trained (batch normalisation's
             averages, for example): they would be state that no contract of this package covers.
     """
 
-    def __init__(self, model: keras.Model, *, seed: int = 0) -> None:
+    def __init__(self, model: keras.Model, *, seed: int = 0, policy: str = "float32") -> None:
         if keras.activations.serialize(model.layers[-1].activation) != "softmax":
             raise ValueError(f"model {model.name} must end in a layer with softmax activation")
         self._model = model
-        self._twin = _twin(model, seed=seed)
+        self._twin = _twin(model, seed=seed, policy=policy)
         if state := [variable.path for variable in self._twin.non_trainable_variables]:
             raise ValueError(f"model {model.name} has weights that are not trained: {', '.join(state)}")
         self._shapes = [tuple(variable.shape) for variable in model.trainable_variables]
@@ -146,7 +147,7 @@ class Network:
         return tf.cast(logits, tf.float32)
 
 
-def _twin(model: keras.Model, *, seed: int) -> keras.Model:
+def _twin(model: keras.Model, *, seed: int, policy: str) -> keras.Model:
     num_dropouts = 0
 
     def clone_layer(layer: keras.Layer) -> keras.Layer:
@@ -154,9 +155,10 @@ def _twin(model: keras.Model, *, seed: int) -> keras.Model:
         config: dict[str, Any] = layer.get_config()
         if isinstance(layer, keras.layers.Dropout):
             num_dropouts += 1
-            return PositionalDropout(layer.rate, seed=seed, index=num_dropouts, name=layer.name)
+            return PositionalDropout(layer.rate, seed=seed, index=num_dropouts, name=layer.name, dtype=policy)
         if layer is model.layers[-1]:
             config["activation"] = "linear"
+        config["dtype"] = policy
         return type(layer).from_config(config)
 
     return keras.models.clone_model(model, clone_function=clone_layer)

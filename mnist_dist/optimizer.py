@@ -8,9 +8,11 @@ which does the arithmetic of Keras' optimizer in one operation.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.config import AdamConfig, OptimizerConfig, SGDConfig
+from mnist_dist.config import AdamConfig, LearningRateConfig, OptimizerConfig, SGDConfig
 
 
 class Optimizer(ABC):
@@ -25,10 +27,10 @@ class Optimizer(ABC):
         slots: Sequence[tf.Variable],
         gradient: tf.Tensor,
         *,
-        global_step: tf.Tensor,
+        num_updates: tf.Tensor,
         learning_rate: tf.Tensor,
     ) -> None:
-        """Update weights and slots in place; `global_step` counts the updates made before this one."""
+        """Update weights and slots in place; `num_updates` counts the updates made before this one."""
 
 
 class Adam(Optimizer):
@@ -45,18 +47,18 @@ class Adam(Optimizer):
         slots: Sequence[tf.Variable],
         gradient: tf.Tensor,
         *,
-        global_step: tf.Tensor,
+        num_updates: tf.Tensor,
         learning_rate: tf.Tensor,
     ) -> None:
         """Update weights and slots in place."""
         config, (momentum, velocity) = self._config, slots
-        updates = tf.cast(global_step + 1, tf.float32)
+        this_update = tf.cast(num_updates + 1, tf.float32)
         tf.raw_ops.ResourceApplyAdam(
             var=weights.handle,
             m=momentum.handle,
             v=velocity.handle,
-            beta1_power=tf.pow(config.beta_1, updates),
-            beta2_power=tf.pow(config.beta_2, updates),
+            beta1_power=tf.pow(config.beta_1, this_update),
+            beta2_power=tf.pow(config.beta_2, this_update),
             lr=learning_rate,
             beta1=config.beta_1,
             beta2=config.beta_2,
@@ -78,11 +80,11 @@ class SGD(Optimizer):
         slots: Sequence[tf.Variable],
         gradient: tf.Tensor,
         *,
-        global_step: tf.Tensor,
+        num_updates: tf.Tensor,
         learning_rate: tf.Tensor,
     ) -> None:
         """Update weights and slots in place."""
-        del global_step  # the same rule at every step
+        del num_updates  # the same rule at every step
         if not slots:
             tf.raw_ops.ResourceApplyGradientDescent(var=weights.handle, alpha=learning_rate, delta=gradient)
             return
@@ -94,6 +96,26 @@ class SGD(Optimizer):
             momentum=self._config.momentum,
             use_nesterov=self._config.nesterov,
         )
+
+
+class LearningRate:
+    """The rate of every step.
+
+    A global batch that is larger than the configured one by a factor gets a rate that is larger by the factor
+    (`linear`) or its root (`sqrt`). Over the warm-up it rises in equal steps from the configured rate to that one
+    (gradual warm-up of Goyal et al. 2017, arXiv 1706.02677); where the two are the same, from 0.
+    """
+
+    def __init__(self, config: LearningRateConfig, *, base: float, batch_factor: int, steps_per_epoch: int) -> None:
+        self._target = base * {"none": 1.0, "linear": batch_factor, "sqrt": batch_factor**0.5}[config.scaling]
+        self._start = base if self._target > base else 0.0
+        self._warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+
+    def at(self, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The rates of these steps, counted from 0 over the whole training."""
+        progress = np.minimum((steps + 1) / self._warmup_steps, 1) if self._warmup_steps else np.ones(len(steps))
+        # Written so that the end of the warm-up is the target to the last bit.
+        return np.asarray(self._target - (self._target - self._start) * (1 - progress))
 
 
 def create_optimizer(config: OptimizerConfig) -> Optimizer:

@@ -16,6 +16,7 @@ from mnist_dist.dropout import BatchPosition
 from mnist_dist.metrics import EpochSums, EvaluationSums
 from mnist_dist.model import FloatArray, Network
 from mnist_dist.optimizer import Optimizer
+from mnist_dist.precision import LossScale
 from mnist_dist.strategy.base import Strategy
 
 EVALUATION_ROWS = 1024
@@ -30,12 +31,16 @@ class DeviceSplit(NamedTuple):
 
 
 class TrainState:
-    """What training changes: the weights, the optimizer's slots, the number of steps made. There is nothing else."""
+    """What training changes, all of it; one copy on every replica, and all copies are the same."""
 
-    def __init__(self, weights: FloatArray, *, optimizer: Optimizer, strategy: Strategy) -> None:
+    def __init__(self, weights: FloatArray, *, optimizer: Optimizer, loss_scale: LossScale, strategy: Strategy) -> None:
         self.weights = strategy.create_variable(weights)
         self.slots = [strategy.create_variable(np.zeros_like(weights)) for _ in optimizer.slot_names]
         self.global_step = strategy.create_variable(np.array(0, np.int64))
+        # Steps whose gradient overflowed are steps, but no updates (mixed_float16 only).
+        self.num_updates = strategy.create_variable(np.array(0, np.int64))
+        self.loss_scale = strategy.create_variable(np.array(loss_scale.initial, np.float32))
+        self.good_steps = strategy.create_variable(np.array(0, np.int64))
 
 
 class TrainProgram:
@@ -46,6 +51,7 @@ class TrainProgram:
         *,
         network: Network,
         optimizer: Optimizer,
+        loss_scale: LossScale,
         strategy: Strategy,
         state: TrainState,
         split: Split,
@@ -53,25 +59,25 @@ class TrainProgram:
     ) -> None:
         self._network = network
         self._optimizer = optimizer
+        self._loss_scale = loss_scale
         self._strategy = strategy
         self._state = state
         self._num_parts = num_parts
         self._data = place_split(split, strategy)
         self._compiled = tf.function(self._train_epoch)
 
-    def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rate: float) -> EpochSums:
+    def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, shape (steps, global_batch_size), as a `BatchPlan` makes them."""
-        num_shards = self._strategy.num_replicas * self._num_parts
-        padded = _pad_rows(indices, multiple=num_shards)
-        losses, num_correct = self._compiled(tf.constant(padded), tf.constant(learning_rate, tf.float32))
+        padded = _pad_rows(indices, multiple=self._strategy.num_replicas * self._num_parts)
+        losses, num_correct = self._compiled(tf.constant(padded), tf.constant(learning_rates, tf.float32))
         return EpochSums(losses.numpy(), num_correct.numpy().astype(np.int64))
 
-    def _train_epoch(self, indices: tf.Tensor, learning_rate: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _train_epoch(self, indices: tf.Tensor, learning_rates: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         num_steps = indices.shape[0]
         losses = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
         num_correct = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
         for step in tf.range(num_steps):
-            loss, correct = self._strategy.run(self._train_step, self._data, indices[step], learning_rate)
+            loss, correct = self._strategy.run(self._train_step, self._data, indices[step], learning_rates[step])
             losses = losses.write(step, loss)
             num_correct = num_correct.write(step, correct)
         return losses.stack(), num_correct.stack()
@@ -82,21 +88,41 @@ class TrainProgram:
         """One replica's share of a step; `indices` are those of the whole global batch."""
         state = self._state
         weights = self._network.split(state.weights.read_value())
+        # What a sum over examples is multiplied by to be the global batch's (scaled) mean.
         num_examples = tf.math.count_nonzero(indices != PADDING, dtype=tf.float32)
+        loss_factor = state.loss_scale.read_value() / num_examples
         global_step = state.global_step.read_value()
         parts = [
-            self._part(weights, data, rows, num_examples, BatchPosition(global_step, first_row))
+            self._part(weights, data, rows, loss_factor, BatchPosition(global_step, first_row))
             for rows, first_row in self._own_rows(indices)
         ]
         totals = [tf.add_n(list(tensors)) for tensors in zip(*parts, strict=True)]
         # Gradients and metric sums travel together: one message a step.
         bucket = self._strategy.all_reduce_sum(tf.concat([tf.reshape(t, [-1]) for t in totals], axis=0))
         gradient, loss, correct = tf.split(bucket, [self._network.num_parameters, 1, 1])
-        self._optimizer.apply(
-            state.weights, state.slots, gradient, global_step=global_step, learning_rate=learning_rate
-        )
+        self._update(gradient, learning_rate)
         state.global_step.assign_add(1)
         return loss[0], correct[0]
+
+    def _update(self, scaled_gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
+        """Apply the reduced gradient, unless it overflowed."""
+        state = self._state
+        if not self._loss_scale.is_dynamic:
+            self._apply(scaled_gradient, learning_rate)
+            return
+        gradient = scaled_gradient / state.loss_scale.read_value()
+        is_finite = tf.reduce_all(tf.math.is_finite(gradient))
+        if is_finite:
+            self._apply(gradient, learning_rate)
+        self._loss_scale.update(state.loss_scale, state.good_steps, is_finite)
+
+    def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
+        state = self._state
+        num_updates = state.num_updates.read_value()
+        self._optimizer.apply(
+            state.weights, state.slots, gradient, num_updates=num_updates, learning_rate=learning_rate
+        )
+        state.num_updates.assign_add(1)
 
     def _own_rows(self, indices: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
         """This replica's rows of the global batch in `num_parts` equal parts, each with the position of its first."""
@@ -110,17 +136,17 @@ class TrainProgram:
         weights: list[tf.Tensor],
         data: DeviceSplit,
         rows: tf.Tensor,
-        num_examples: tf.Tensor,
+        loss_factor: tf.Tensor,
         position: BatchPosition,
     ) -> list[tf.Tensor]:
-        """Gradients of the global batch's mean loss as far as these rows go, the sum of losses, the correct ones."""
+        """What these rows add to the gradient of the global batch, to the sum of losses, to the correct ones."""
         images, labels, example_weights = gather_rows(data, rows)
         with tf.GradientTape() as tape:
             tape.watch(weights)
             logits = self._network.training_logits(weights, images, position)
             losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
-            mean_loss = tf.reduce_sum(losses) / num_examples
-        gradients = tape.gradient(mean_loss, weights)
+            share_of_mean = tf.reduce_sum(losses) * loss_factor
+        gradients = tape.gradient(share_of_mean, weights)
         correct = tf.cast(tf.argmax(logits, axis=1) == tf.argmax(labels, axis=1), tf.float32)
         return [*gradients, tf.reduce_sum(losses), tf.reduce_sum(correct * example_weights)]
 

@@ -1,21 +1,147 @@
 """The process layout: how many processes train together, and which of them this is.
 
-The only reader of environment variables; everything else is told what it needs to know.
+Pure: a mapping of environment variables in, a `Topology` out. The only reader of environment variables; everything
+else is told what it needs to know.
 """
 
+import json
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+from mnist_dist.errors import UserError
+
+Launcher = Literal["none", "horovod", "tf_config", "slurm"]
+
+# Ports for a job's first contact, below the range from which Linux gives out ports by itself (32768 and up).
+_FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
 
 @dataclass(frozen=True)
 class Topology:
     """This process among all processes of the job; the fields speak of processes, never of model replicas."""
 
+    launcher: Launcher = "none"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    addresses: tuple[str, ...] = ()
+    """`host:port` of every rank, where the launcher told them."""
 
     @property
     def is_chief(self) -> bool:
         """Whether this process writes the run folder."""
         return self.rank == 0
+
+
+def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
+    """The process layout that the launcher set up.
+
+    Horovod's variables and TF_CONFIG are stronger than Slurm's, which are there in every process of an allocation.
+
+    Raises:
+        UserError: two launchers at once, or variables that do not fit together.
+    """
+    if "HOROVOD_RANK" in environ and "TF_CONFIG" in environ:
+        raise UserError(
+            f"HOROVOD_RANK={environ['HOROVOD_RANK']} and TF_CONFIG={environ['TF_CONFIG']} are both set: two launchers "
+            "at once; unset one of them (horovodrun sets the first, multiworker needs the second)"
+        )
+    if "HOROVOD_RANK" in environ:
+        return _from_horovod(environ)
+    if "TF_CONFIG" in environ:
+        return _from_tf_config(environ["TF_CONFIG"])
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(environ)
+    return Topology()
+
+
+def _from_horovod(environ: Mapping[str, str]) -> Topology:
+    """What horovodrun tells its processes."""
+    names = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise UserError(f"HOROVOD_RANK is set but {', '.join(missing)} is not; start the job with horovodrun")
+    try:
+        rank, size, local_rank, local_size = (int(environ[name]) for name in names)
+    except ValueError as error:
+        values = ", ".join(f"{name}={environ[name]}" for name in names)
+        raise UserError(f"{values}: must be whole numbers; start the job with horovodrun") from error
+    return _checked(Topology("horovod", rank, size, local_rank, local_size))
+
+
+def _from_tf_config(text: str) -> Topology:
+    """TensorFlow's own variable: {"cluster": {"worker": [ADDRESS, ...]}, "task": {"type": "worker", "index": N}}."""
+    try:
+        content = json.loads(text)
+        cluster, task = content["cluster"], content["task"]
+        addresses = tuple(address for job in ("chief", "worker") for address in cluster.get(job, ()))
+        rank = int(task["index"]) + (len(cluster.get("chief", ())) if task["type"] == "worker" else 0)
+        if not addresses or task["type"] not in ("chief", "worker"):
+            raise ValueError("it names no chief or worker")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"TF_CONFIG={text}: not usable ({type(error).__name__}: {error}); expected "
+            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+        ) from error
+    return _checked(_with_local_ranks("tf_config", rank, addresses))
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Topology:
+    """What srun tells the tasks of a job step: tasks are numbered node by node (its default distribution)."""
+    hosts = expand_node_list(environ["SLURM_STEP_NODELIST"])
+    counts = expand_task_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
+    # Steps of one node must not meet: their ports follow from the job's and the step's number.
+    step = int(environ["SLURM_JOB_ID"]) * 31 + int(environ["SLURM_STEP_ID"])
+    first_port = _FIRST_PORT + step * 16 % _NUM_PORTS
+    addresses = tuple(
+        f"{host}:{first_port + local_rank}"
+        for host, count in zip(hosts, counts, strict=True)
+        for local_rank in range(count)
+    )
+    return _checked(_with_local_ranks("slurm", int(environ["SLURM_PROCID"]), addresses))
+
+
+def _with_local_ranks(launcher: Launcher, rank: int, addresses: tuple[str, ...]) -> Topology:
+    hosts = [address.rpartition(":")[0] for address in addresses]
+    if not 0 <= rank < len(hosts):
+        raise UserError(f"this process has number {rank}, but there are {len(hosts)} addresses: {', '.join(addresses)}")
+    return Topology(
+        launcher,
+        rank=rank,
+        world_size=len(hosts),
+        local_rank=hosts[:rank].count(hosts[rank]),
+        local_size=hosts.count(hosts[rank]),
+        addresses=addresses,
+    )
+
+
+def _checked(topology: Topology) -> Topology:
+    if not (0 <= topology.rank < topology.world_size and 0 <= topology.local_rank < topology.local_size):
+        raise UserError(f"the launcher's numbers do not fit together: {topology}")
+    return topology
+
+
+def expand_node_list(text: str) -> list[str]:
+    """Host names of Slurm's compressed form: `a[1-2,5],b` -> a1, a2, a5, b; leading zeros are kept."""
+    hosts = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", text):
+        if not ranges:
+            hosts.append(prefix)
+            continue
+        for part in ranges.split(","):
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            hosts += [f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers]
+    return hosts
+
+
+def expand_task_counts(text: str) -> list[int]:
+    """Tasks of each node of Slurm's compressed form: `2(x3),1` -> 2, 2, 2, 1."""
+    counts = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeats or 1)
+    return counts

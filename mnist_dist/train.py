@@ -3,27 +3,28 @@
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from mnist_dist import cli, plots
+from mnist_dist import __version__, agreement, cli, plots
 from mnist_dist.artifacts import RunFolder, Timing, build_summary, weights_digest
-from mnist_dist.config import TrainConfig
+from mnist_dist.config import TrainConfig, training_keys
 from mnist_dist.console import Console, progress
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.data.preprocess import SPLIT_NAMES, preprocess
+from mnist_dist.data.preprocess import SPLIT_NAMES, Splits, preprocess
 from mnist_dist.data.sources import load_dataset
-from mnist_dist.errors import EXIT_OK
+from mnist_dist.errors import EXIT_OK, UserError
+from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run with -m
 
 
-def train(config: TrainConfig, console: Console) -> int:
+def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     """Train, evaluate, save and plot one run; returns the exit code."""
     started = time.perf_counter()
 
     # The input, and all that can be wrong with it.
-    run_folder = RunFolder.from_config(config.run_dir)
+    run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
     run_folder.check_usable()
     reference = plots.load_reference(config.plots.reference)
     dataset = load_dataset(config.data)
@@ -37,69 +38,72 @@ def train(config: TrainConfig, console: Console) -> int:
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start():
         from mnist_dist.model import Network, build_model
-        from mnist_dist.optimizer import create_optimizer
+        from mnist_dist.optimizer import LearningRate, create_optimizer
+        from mnist_dist.precision import LossScale, choose_precision
         from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState
         from mnist_dist.strategy import create_strategy
         from mnist_dist.trainer import LogEpoch, Trainer
 
-        strategy = create_strategy()
+        # From here on all processes of the job go together.
+        strategy = create_strategy(config.strategy, topology)
+        policy = choose_precision(config.precision.name, strategy.compute_capability())
+        config = replace(config, precision=replace(config.precision, name=policy))
+        facts = {**training_keys(asdict(config)), "data": dataset.sha256, "mnist_dist": __version__}
+        agreement.check_agreement(strategy.gather_text(agreement.to_text(facts)))
+        run_folder = run_folder.moved_to(strategy.gather_text(str(run_folder.path))[0])
+        config = replace(config, run_dir=str(run_folder.path))
+        run_folder.check_same_training(config)
 
+    # The parts of the training.
+    batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
+    plan = BatchPlan(len(splits.train), config.batch.global_size * batch_factor)
+    if strategy.num_replicas > plan.global_batch_size:
+        raise UserError(
+            f"batch.global_size={config.batch.global_size}: fewer examples than the {strategy.num_replicas} replicas; "
+            "ask for a larger batch or fewer replicas"
+        )
     model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
-    network = Network(model, seed=config.seed)
+    network = Network(model, seed=config.seed, policy=policy)
     optimizer = create_optimizer(config.optimizer)
-    state = TrainState(network.get_weights(), optimizer=optimizer, strategy=strategy)
+    loss_scale = LossScale(policy, config.precision)
+    state = TrainState(network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy)
     train_program = TrainProgram(
-        network=network, optimizer=optimizer, strategy=strategy, state=state, split=splits.train
+        network=network,
+        optimizer=optimizer,
+        loss_scale=loss_scale,
+        strategy=strategy,
+        state=state,
+        split=splits.train,
     )
-    evaluate_programs = {
-        name: EvaluateProgram(network=network, strategy=strategy, split=splits[name]) for name in SPLIT_NAMES
-    }
-    plan = BatchPlan(len(splits.train), config.batch.global_size)
+    validation = EvaluateProgram(network=network, strategy=strategy, split=splits.val)
+    learning_rate = LearningRate(
+        config.learning_rate,
+        base=config.optimizer.learning_rate,
+        batch_factor=batch_factor,
+        steps_per_epoch=plan.steps_per_epoch,
+    )
 
     run_folder.create(config)
     console.log_to(run_folder.log_path)
     placement = {
         "strategy": strategy.name,
-        "world_size": 1,
+        "world_size": topology.world_size,
         "num_replicas": strategy.num_replicas,
-        "global_batch_size": config.batch.global_size,
-        "per_replica_batch_size": -(-config.batch.global_size // strategy.num_replicas),
-        "precision": "float32",
+        "global_batch_size": plan.global_batch_size,
+        "per_replica_batch_size": -(-plan.global_batch_size // strategy.num_replicas),
+        "precision": policy,
     }
-    log.info(
-        "Data: %s (%s), %d training / %d validation / %d test images of %s, %d classes",
-        dataset.name,
-        dataset.sha256[:12],
-        *(len(splits[name]) for name in SPLIT_NAMES),
-        "x".join(map(str, splits.image_shape)),
-        splits.num_classes,
-    )
-    log.info("Model: %s, %s parameters", config.model.name, f"{network.num_parameters:,}")
-    log.info(
-        "Devices: %s (strategy %s, %d replica), precision %s",
-        ", ".join(strategy.devices()),
-        strategy.name,
-        strategy.num_replicas,
-        placement["precision"],
-    )
-    log.info(
-        "Batch: %d over all replicas, %d per replica; %d steps an epoch, %d epochs",
-        placement["global_batch_size"],
-        placement["per_replica_batch_size"],
-        plan.steps_per_epoch,
-        config.trainer.epochs,
-    )
-    log.info("Run folder: %s", run_folder.path)
+    _log_start(config, splits, placement, devices=strategy.devices(), num_parameters=network.num_parameters, plan=plan)
 
     # The training.
     num_epochs = config.trainer.epochs
-    with progress("training") as show:
+    with progress("training", show=topology.is_chief) as show:
         trainer = Trainer(
             train_epoch=train_program.run_epoch,
-            validate=lambda: evaluate_programs["val"].run(state.weights),
+            validate=lambda: validation.run(state.weights),
             plan=plan,
             seed=config.seed,
-            learning_rate=config.optimizer.learning_rate,
+            learning_rate_at=learning_rate.at,
             actions=[
                 LogEpoch(num_epochs=num_epochs),
                 run_folder.write_history,
@@ -109,10 +113,14 @@ def train(config: TrainConfig, console: Console) -> int:
         startup_s = time.perf_counter() - started
         history = trainer.fit(num_epochs=num_epochs)
 
-    # The results: of the saved model, on every example of every split.
-    results = {name: program.run(state.weights) for name, program in evaluate_programs.items()}
-    weights = state.weights.numpy()
-    run_folder.save_model(network.export(weights))
+    # The results: of the saved model, which is float32, on every example of every split.
+    weights = strategy.read(state.weights)
+    saved_network = Network(network.export(weights))
+    results = {
+        name: EvaluateProgram(network=saved_network, strategy=strategy, split=splits[name]).run(state.weights)
+        for name in SPLIT_NAMES
+    }
+    run_folder.save_model(model)
     for metric in ("loss", "accuracy"):
         picture = plots.plot_curves(history, metric=metric, dataset=dataset.name, reference=reference)
         run_folder.write_plot(f"{metric}.png", picture)
@@ -125,7 +133,7 @@ def train(config: TrainConfig, console: Console) -> int:
     summary = build_summary(
         config=config,
         dataset_sha256=dataset.sha256,
-        strategy=placement,
+        placement=placement,
         history=history,
         results=results,
         weights_sha256=weights_digest(weights),
@@ -134,6 +142,40 @@ def train(config: TrainConfig, console: Console) -> int:
     run_folder.write_json("summary.json", summary)
     _log_results(summary, run_folder)
     return EXIT_OK
+
+
+def _log_start(
+    config: TrainConfig,
+    splits: Splits,
+    placement: Mapping[str, Any],
+    *,
+    devices: list[str],
+    num_parameters: int,
+    plan: BatchPlan,
+) -> None:
+    log.info(
+        "Data: %s, %d training / %d validation / %d test images of %s, %d classes",
+        config.data.name,
+        *(len(splits[name]) for name in SPLIT_NAMES),
+        "x".join(map(str, splits.image_shape)),
+        splits.num_classes,
+    )
+    log.info("Run folder: %s", config.run_dir)
+    log.info("Model: %s, %s parameters", config.model.name, f"{num_parameters:,}")
+    log.info(
+        "Devices: %s; %d process(es), %d replica(s), precision %s",
+        ", ".join(devices),
+        placement["world_size"],
+        placement["num_replicas"],
+        placement["precision"],
+    )
+    log.info(
+        "Batch: %d over all replicas, %d per replica; %d steps an epoch, %d epochs",
+        placement["global_batch_size"],
+        placement["per_replica_batch_size"],
+        plan.steps_per_epoch,
+        config.trainer.epochs,
+    )
 
 
 def _log_results(summary: Mapping[str, Any], run_folder: RunFolder) -> None:

@@ -22,8 +22,8 @@ EpochAction = Callable[[History], None]
 class RunEpoch(Protocol):
     """Train on one epoch's batches (see `steps.TrainProgram.run_epoch`)."""
 
-    def __call__(self, indices: npt.NDArray[np.int32], *, learning_rate: float) -> EpochSums:
-        """Train on the steps of `indices`."""
+    def __call__(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
+        """Train on the steps of `indices`, each with its learning rate."""
         ...
 
 
@@ -37,14 +37,14 @@ class Trainer:
         validate: Callable[[], EvaluationSums],
         plan: BatchPlan,
         seed: int,
-        learning_rate: float,
+        learning_rate_at: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
         actions: Sequence[EpochAction] = (),
     ) -> None:
         self._train_epoch = train_epoch
         self._validate = validate
         self._plan = plan
         self._seed = seed
-        self._learning_rate = learning_rate
+        self._learning_rate_at = learning_rate_at
         self._actions = actions
 
     def fit(self, *, num_epochs: int) -> History:
@@ -59,7 +59,8 @@ class Trainer:
     def _run_epoch(self, epoch: int) -> EpochMetrics:
         start = time.perf_counter()
         indices = self._plan.shuffled(seed=self._seed, epoch=epoch)
-        sums = self._train_epoch(indices, learning_rate=self._learning_rate)
+        learning_rates = self._learning_rate_at(np.arange(len(indices)) + (epoch - 1) * len(indices))
+        sums = self._train_epoch(indices, learning_rates=learning_rates)
         train_s = time.perf_counter() - start
         _check_finite(sums.losses, epoch=epoch)
         validation = self._validate()
@@ -69,7 +70,7 @@ class Trainer:
             accuracy=sums.num_correct.sum().item() / self._plan.num_examples,
             val_loss=validation.loss / validation.num_examples,
             val_accuracy=validation.num_correct / validation.num_examples,
-            learning_rate=self._learning_rate,
+            learning_rate=learning_rates[-1].item(),
             epoch_s=time.perf_counter() - start,
             images_per_s=self._plan.num_examples / train_s,
         )

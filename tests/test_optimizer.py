@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.config import compose_config
-from mnist_dist.optimizer import create_optimizer
+from mnist_dist.optimizer import LearningRate, create_optimizer
 
 KERAS = {
     "adam": lambda: keras.optimizers.Adam(0.01),
@@ -36,9 +36,26 @@ def test_equals_keras_over_many_steps(name):
             weights,
             slots,
             gradient,
-            global_step=tf.constant(step, tf.int64),
+            num_updates=tf.constant(step, tf.int64),
             learning_rate=tf.constant(0.01, tf.float32),
         )
         # Adam divides by the root of a small number, which magnifies the last bit.
         np.testing.assert_allclose(weights.numpy(), reference.numpy(), rtol=1e-5, atol=5e-6)
     assert np.abs(weights.numpy() - start).mean() > 0.01  # it did move
+
+
+@pytest.mark.parametrize(
+    ("scaling", "warmup", "factor", "expected"),
+    [
+        ("none", 0, 4, [0.1, 0.1, 0.1, 0.1]),
+        ("linear", 0, 4, [0.4, 0.4, 0.4, 0.4]),
+        ("sqrt", 0, 4, [0.2, 0.2, 0.2, 0.2]),
+        ("linear", 1.5, 4, [0.2, 0.3, 0.4, 0.4]),  # three steps of warm-up, from 0.1
+        ("none", 1, 4, [0.05, 0.1, 0.1, 0.1]),  # nothing to rise from but 0
+    ],
+)
+def test_learning_rates(scaling, warmup, factor, expected):
+    config = compose_config(f"learning_rate.scaling={scaling}", f"learning_rate.warmup_epochs={warmup}").learning_rate
+    rate = LearningRate(config, base=0.1, batch_factor=factor, steps_per_epoch=2)
+    assert rate.at(np.arange(4)) == pytest.approx(expected)
+    assert rate.at(np.arange(2, 4)) == pytest.approx(expected[2:])

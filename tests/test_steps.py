@@ -10,8 +10,10 @@ from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import Split
 from mnist_dist.model import Network, build_model
 from mnist_dist.optimizer import create_optimizer
+from mnist_dist.precision import LossScale, choose_precision
 from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState
-from mnist_dist.strategy.base import SingleDevice
+from mnist_dist.strategy.base import SingleDevice, Strategy
+from mnist_dist.strategy.mirrored import Mirrored
 
 NUM_PIXELS, NUM_CLASSES = 20, 3
 
@@ -22,17 +24,29 @@ def make_split(num_examples: int, seed: int = 0) -> Split:
     return Split(rng.random((num_examples, NUM_PIXELS), np.float32), labels)
 
 
-def make_program(split: Split, *overrides: str, num_parts: int = 1):
+def make_program(split: Split, *overrides: str, num_parts: int = 1, strategy: Strategy | None = None):
+    strategy = strategy or SingleDevice()
     config = compose_config("model.hidden_sizes=[16]", *overrides)
+    policy = choose_precision(config.precision.name, None)
     model = build_model(config.model, image_shape=(4, 5), num_classes=NUM_CLASSES, seed=0)
-    network = Network(model)
-    optimizer = create_optimizer(config.optimizer)
-    strategy = SingleDevice()
-    state = TrainState(network.get_weights(), optimizer=optimizer, strategy=strategy)
-    program = TrainProgram(
-        network=network, optimizer=optimizer, strategy=strategy, state=state, split=split, num_parts=num_parts
+    parts = {
+        "network": Network(model, policy=policy),
+        "optimizer": create_optimizer(config.optimizer),
+        "loss_scale": LossScale(policy, config.precision),
+        "strategy": strategy,
+    }
+    state = TrainState(
+        parts["network"].get_weights(),
+        optimizer=parts["optimizer"],
+        loss_scale=parts["loss_scale"],
+        strategy=strategy,
     )
-    return program, state, network, model
+    program = TrainProgram(**parts, state=state, split=split, num_parts=num_parts)
+    return program, state, parts["network"], model
+
+
+def rates(indices: np.ndarray, rate: float) -> np.ndarray:
+    return np.full(len(indices), rate)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
@@ -45,7 +59,7 @@ def test_an_epoch_equals_plain_keras_steps(optimizer, num_parts):
     )
     plan = BatchPlan(70, 16)
     indices = plan.shuffled(seed=3, epoch=1)
-    sums = program.run_epoch(indices, learning_rate=0.01)
+    sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
 
     reference = {"sgd": keras.optimizers.SGD(0.01), "adam": keras.optimizers.Adam(0.01)}[optimizer]
     for step, row in enumerate(indices):
@@ -69,7 +83,8 @@ def test_parts_draw_the_same_dropout():
     results = []
     for num_parts in (1, 2, 4):
         program, state, *_ = make_program(split, "optimizer=sgd", "optimizer.learning_rate=1.0", num_parts=num_parts)
-        program.run_epoch(BatchPlan(64, 32).shuffled(seed=0, epoch=1), learning_rate=1.0)
+        indices = BatchPlan(64, 32).shuffled(seed=0, epoch=1)
+        program.run_epoch(indices, learning_rates=rates(indices, 1.0))
         results.append(state.weights.numpy())
     np.testing.assert_allclose(results[1], results[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(results[2], results[0], rtol=1e-5, atol=1e-6)
@@ -80,7 +95,8 @@ def test_same_seed_same_bits():
     for _ in range(2):
         program, state, *_ = make_program(make_split(70))
         for epoch in (1, 2):
-            program.run_epoch(BatchPlan(70, 16).shuffled(seed=0, epoch=epoch), learning_rate=0.001)
+            indices = BatchPlan(70, 16).shuffled(seed=0, epoch=epoch)
+            program.run_epoch(indices, learning_rates=rates(indices, 0.001))
         weights.append(state.weights.numpy().tobytes())
     assert weights[0] == weights[1]
 
@@ -89,7 +105,7 @@ def test_dropout_differs_from_step_to_step():
     split = make_split(16)
     program, *_ = make_program(split, "optimizer=sgd")
     indices = np.repeat(BatchPlan(16, 16).in_order(), 2, axis=0)
-    losses = program.run_epoch(indices, learning_rate=1e-30).losses  # the weights stay
+    losses = program.run_epoch(indices, learning_rates=rates(indices, 1e-30)).losses  # the weights stay
     assert losses[0] != losses[1]
 
 
@@ -116,5 +132,122 @@ def test_one_epoch_is_one_call_of_one_program():
     program, *_ = make_program(make_split(70))
     plan = BatchPlan(70, 16)
     for epoch in (1, 2, 3):
-        program.run_epoch(plan.shuffled(seed=0, epoch=epoch), learning_rate=0.1 / epoch)
+        indices = plan.shuffled(seed=0, epoch=epoch)
+        program.run_epoch(indices, learning_rates=rates(indices, 0.1 / epoch))
     assert program._compiled.experimental_get_tracing_count() == 1
+
+
+@pytest.fixture(params=[1, 2, 3, 4, 5, 7])
+def mirrored(request) -> Mirrored:
+    return Mirrored(num_replicas=request.param)
+
+
+def test_every_example_once_an_epoch_through_the_real_path(mirrored):
+    """With rate 1, no bias and logits that do not depend on the weights' values, each example leaves a trace.
+
+    Pixel i of example i is 1 and all else is 0: in a network without hidden layers, row i of the kernel moves by the
+    gradient of example i alone, divided by the size of its batch.
+    """
+    num_examples = NUM_PIXELS
+    labels = np.eye(NUM_CLASSES, dtype=np.float32)[np.arange(num_examples) % NUM_CLASSES]
+    split = Split(np.eye(num_examples, dtype=np.float32), labels)
+    overrides = ["model.hidden_sizes=[]", "optimizer=sgd", "optimizer.learning_rate=1.0"]
+    program, state, network, _ = make_program(split, *overrides, strategy=mirrored)
+    before = network.get_weights()[: NUM_PIXELS * NUM_CLASSES].reshape(NUM_PIXELS, NUM_CLASSES)
+    plan = BatchPlan(num_examples, 8)  # 8, 8 and 4
+    indices = plan.shuffled(seed=0, epoch=1)
+    for row in indices:  # one step at a time from the same weights: a tiny rate, then scaled up
+        program.run_epoch(row[np.newaxis], learning_rates=rates(indices[:1], 1e-3))
+    after = mirrored.read(state.weights)[: NUM_PIXELS * NUM_CLASSES].reshape(NUM_PIXELS, NUM_CLASSES)
+    probabilities = np.exp(before) / np.exp(before).sum(axis=1, keepdims=True)
+    batch_sizes = np.empty(num_examples)
+    for row in indices:
+        batch_sizes[row[row >= 0]] = (row >= 0).sum()
+    expected = 1e-3 * (labels - probabilities) / batch_sizes[:, np.newaxis]
+    np.testing.assert_allclose(after - before, expected, rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
+    split = make_split(70)
+    overrides = [f"optimizer={optimizer}", "optimizer.learning_rate=0.01"]
+    indices = BatchPlan(70, 16).shuffled(seed=0, epoch=1)
+    results = []
+    for strategy in (SingleDevice(), mirrored):
+        program, state, *_ = make_program(split, *overrides, strategy=strategy)
+        sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+        results.append((strategy.read(state.weights), sums))
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(results[1][1].losses, results[0][1].losses, rtol=1e-5)
+    np.testing.assert_array_equal(results[1][1].num_correct, results[0][1].num_correct)
+
+
+def test_replicas_hold_the_same_bits(mirrored):
+    program, state, *_ = make_program(make_split(70), strategy=mirrored)
+    indices = BatchPlan(70, 16).shuffled(seed=0, epoch=1)
+    program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+    copies = [value.numpy().tobytes() for value in mirrored._strategy.experimental_local_results(state.weights)]
+    assert len(copies) == mirrored.num_replicas
+    assert len(set(copies)) == 1
+
+
+@pytest.mark.parametrize("num_examples", [6, 50, 1025])
+def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_examples):
+    split = make_split(num_examples)
+    _, _, network, _ = make_program(split)
+    sums = [
+        EvaluateProgram(network=network, strategy=strategy, split=split).run(
+            strategy.create_variable(network.get_weights())
+        )
+        for strategy in (SingleDevice(), mirrored)
+    ]
+    np.testing.assert_array_equal(sums[1].confusion, sums[0].confusion)
+    assert sums[1].num_examples == num_examples
+    assert sums[1].loss == pytest.approx(sums[0].loss, rel=1e-6)
+
+
+def test_an_overflow_on_one_replica_skips_the_step_on_all():
+    """Example 0 has pixels that float16 cannot hold; one replica of two sees it."""
+    strategy = Mirrored(num_replicas=2)
+    split = make_split(16)
+    split.images[0] = 3e38
+    program, state, network, _ = make_program(
+        split, "precision=mixed_float16", "precision.initial_loss_scale=1024", strategy=strategy
+    )
+    indices = BatchPlan(16, 8).in_order()
+    program.run_epoch(indices[:1], learning_rates=rates(indices[:1], 0.01))
+    for copy in strategy._strategy.experimental_local_results(state.weights):
+        np.testing.assert_array_equal(copy.numpy(), network.get_weights())
+    assert strategy.read(state.loss_scale) == 512
+    assert (strategy.read(state.global_step), strategy.read(state.num_updates)) == (1, 0)
+    program.run_epoch(indices[1:], learning_rates=rates(indices[1:], 0.01))
+    assert np.abs(strategy.read(state.weights) - network.get_weights()).max() > 1e-3
+    assert (strategy.read(state.global_step), strategy.read(state.num_updates)) == (2, 1)
+    assert strategy.read(state.loss_scale) == 512
+
+
+def test_the_loss_scale_grows_after_many_good_steps():
+    program, state, *_ = make_program(
+        make_split(64),
+        "precision=mixed_float16",
+        "precision.initial_loss_scale=4",
+        "precision.loss_scale_growth_steps=3",
+    )
+    indices = BatchPlan(64, 8).in_order()
+    program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+    assert state.loss_scale.numpy() == 16  # 8 steps: twice three
+    assert state.good_steps.numpy() == 2
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_stays_near_float32(policy):
+    split = make_split(70)
+    indices = BatchPlan(70, 16).shuffled(seed=0, epoch=1)
+    losses, weights = [], []
+    for name in ("float32", policy):
+        program, state, *_ = make_program(split, f"precision={name}")
+        losses.append(program.run_epoch(indices, learning_rates=rates(indices, 0.01)).losses)
+        weights.append(state.weights.numpy())
+        assert state.weights.dtype == tf.float32
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.03)
+    assert not np.array_equal(weights[0], weights[1])  # it did compute in another precision

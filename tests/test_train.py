@@ -131,7 +131,8 @@ def test_a_non_finite_loss_stops_the_run(small_npz, run_python, tmp_path):
 
 
 def test_the_default_run_folder_is_named_by_the_time(small_npz, run_python, tmp_path):
-    result = run_python("-m", "mnist_dist.train", "data=npz", f"data.path={small_npz}", "trainer.epochs=1")
+    args = ["data=npz", f"data.path={small_npz}", "trainer.epochs=1"]
+    result = run_python("-m", "mnist_dist.train", *args, cwd=tmp_path)
     assert result.returncode == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)

@@ -18,7 +18,8 @@ class FakePrograms:
         self.losses = losses
         self.indices = []
 
-    def train_epoch(self, indices, *, learning_rate):
+    def train_epoch(self, indices, *, learning_rates):
+        assert learning_rates.tolist() == [0.5] * len(indices)
         self.indices.append(indices)
         return EpochSums(np.array(self.losses, np.float32), np.array([3, 3, 1]))
 
@@ -28,7 +29,12 @@ class FakePrograms:
 
 def make_trainer(programs: FakePrograms, **kwargs) -> Trainer:
     return Trainer(
-        train_epoch=programs.train_epoch, validate=programs.validate, plan=PLAN, seed=5, learning_rate=0.5, **kwargs
+        train_epoch=programs.train_epoch,
+        validate=programs.validate,
+        plan=PLAN,
+        seed=5,
+        learning_rate_at=lambda steps: np.full(len(steps), 0.5),
+        **kwargs,
     )
 
 

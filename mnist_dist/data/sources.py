@@ -7,12 +7,13 @@ these errors answer at once.
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import logging
+import math
 import threading
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,20 +105,31 @@ def array_digests(arrays: Mapping[str, Array]) -> dict[str, str]:
 
 def _load_mnist(config: DataConfig) -> ImageDataset:
     if config.path is not None:
-        path = Path(config.path).expanduser()
-        arrays = _read_idx_folder(path) if path.is_dir() else _read_npz(path)
-    else:
-        path = Path(config.keras_home).expanduser() / "datasets" / "mnist.npz"
-        if not path.is_file():
-            _download_mnist(path)
-        arrays = _read_npz(path)
+        return _dataset("mnist", _read_mnist(_path("data.path", config.path)))
+    path = _path("data.keras_home", config.keras_home) / "datasets" / "mnist.npz"
+    if not path.is_file():
+        _download_mnist(path)
+    try:
+        return _dataset("mnist", _read_mnist(path))
+    except UserError as error:
+        # The user has not named this file, and need not mend it.
+        raise UserError(
+            f"data=mnist: delete {path}, which is damaged, to have it downloaded again ({error})"
+        ) from error
+
+
+def _read_mnist(path: Path) -> dict[str, Array]:
+    """Read an .npz file or a folder of IDX files, and make sure that it is MNIST."""
+    with _readable(path):
+        is_folder = path.is_dir()
+    arrays = _read_idx_folder(path) if is_folder else _read_npz(path)
     for key, digest in array_digests(arrays).items():
         if digest != MNIST_SHA256[key]:
             raise UserError(
                 f"data.path={path}: {key} is not MNIST's (SHA-256 {digest[:12]}..., expected "
                 f"{MNIST_SHA256[key][:12]}...); get the original file, or say data=npz for data of your own"
             )
-    return _dataset("mnist", arrays)
+    return arrays
 
 
 def _download_mnist(path: Path) -> None:
@@ -158,8 +170,11 @@ def _fetch(url: str) -> bytes:
         raise answer
     if isinstance(answer, Exception):
         raise OSError(str(answer)) from answer
-    with answer:
-        return bytes(answer.read())
+    try:
+        with answer:
+            return bytes(answer.read())
+    except http.client.HTTPException as error:  # the connection was lost half-way
+        raise OSError(f"the download broke off: {error}") from error
 
 
 def _reason(error: OSError) -> str:
@@ -173,7 +188,8 @@ def _read_idx_folder(folder: Path) -> dict[str, Array]:
 
 
 def _find_idx(folder: Path, stem: str) -> Path:
-    candidates = [p for p in sorted(folder.iterdir()) if p.name.startswith(stem)]
+    with _readable(folder):
+        candidates = [p for p in sorted(folder.iterdir()) if p.name.startswith(stem)]
     if not candidates:
         raise UserError(f"data.path={folder}: no file {stem}-idx?-ubyte or .gz in this folder")
     return candidates[0]
@@ -189,7 +205,10 @@ def _read_idx(path: Path, *, ndim: int) -> Array:
         if content[:4] != bytes([0, 0, 8, ndim]):
             raise ValueError(f"not an IDX file of {ndim}-dimensional uint8")
         shape = tuple(np.frombuffer(content, ">u4", count=ndim, offset=4).tolist())
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim)
+        if len(values) != math.prod(shape):
+            raise ValueError(f"it has {len(values)} bytes of data where its head says {math.prod(shape)}")
+        return values.reshape(shape)
 
 
 # The embedded digits
@@ -198,7 +217,7 @@ def _read_idx(path: Path, *, ndim: int) -> Array:
 def _load_digits(config: DataConfig) -> ImageDataset:
     from mnist_dist.data import digits  # scikit-learn is slow to import
 
-    path = Path(config.cache_dir).expanduser() / f"digits-v{digits.DIGITS_VERSION}.npz"
+    path = _path("data.cache_dir", config.cache_dir) / f"digits-v{digits.DIGITS_VERSION}.npz"
     arrays = _read_cached_digits(path, digits.DIGITS_SHA256)
     if arrays is None:
         arrays = _build_digits_once(path, digits)
@@ -209,13 +228,10 @@ def _read_cached_digits(path: Path, sha256: Mapping[str, str]) -> dict[str, Arra
     """The cached arrays; None if there are none, or none that are intact."""
     if not path.is_file():
         return None
-    try:
+    with contextlib.suppress(UserError):
         arrays = _read_npz(path)
-    except UserError:
-        arrays = {}
-    if arrays and array_digests(arrays) == sha256:
-        return arrays
-    log.warning("the cached digits at %s are damaged and are built again", path)
+        if array_digests(arrays) == sha256:
+            return arrays
     return None
 
 
@@ -229,6 +245,8 @@ def _build_digits_once(path: Path, digits: ModuleType) -> dict[str, Array]:
             return _build_digits(digits)
         arrays = _read_cached_digits(path, digits.DIGITS_SHA256)  # another process may have been faster
         if arrays is None:
+            if path.is_file():
+                log.warning("the cached digits at %s are damaged and are built again", path)
             arrays = _build_digits(digits)
             try:
                 write_atomically(path, _npz_bytes(arrays))
@@ -259,7 +277,7 @@ def _npz_bytes(arrays: Mapping[str, Array]) -> bytes:
 
 
 def _load_npz(config: DataConfig) -> ImageDataset:
-    path = Path(str(config.path)).expanduser()
+    path = _path("data.path", str(config.path))
     arrays = _read_npz(path)
     for part in ("train", "test"):
         images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
@@ -325,13 +343,29 @@ def _some(values: Array, most: int = 5) -> str:
 # Files
 
 
+def _path(key: str, value: str) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={value}: no such user's home folder; write the path out") from error
+
+
 def _read_npz(path: Path) -> dict[str, Array]:
     """Read the four arrays of a Keras-layout file; never unpickles."""
-    with _readable(path), np.load(path, allow_pickle=False) as content:
-        missing = [name for name in ARRAY_NAMES if name not in content]
-        if missing:
-            raise ValueError(f"the file has no {', '.join(missing)}")
-        return {name: content[name] for name in ARRAY_NAMES}
+    with _readable(path), path.open("rb") as stream:
+        if not zipfile.is_zipfile(stream):
+            # NumPy would take anything that it does not know for a pickle.
+            raise ValueError("it is no .npz archive, or its end is missing; write it with numpy.savez")
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as content:
+            missing = [name for name in ARRAY_NAMES if name not in content]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            arrays = {name: content[name] for name in ARRAY_NAMES}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # NumPy hands over as bytes what it cannot read
+                raise ValueError(f"{name} is not an array; write the file with numpy.savez")
+        return arrays
 
 
 @contextlib.contextmanager
@@ -341,15 +375,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"data.path={path}: cannot be read: {_reason(error)}") from error
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # NumPy, zipfile and the decompressors each have errors of their own for bad bytes
         if "allow_pickle" in str(error) or "pickled" in str(error):
             reason = "it holds pickled objects, which are never loaded; save plain arrays with numpy.savez"
         else:

@@ -1,10 +1,84 @@
-"""Placement and collectives: one interface (`base.Strategy`), one implementation a backend."""
+"""Placement and collectives: one interface (`base.Strategy`), one implementation a backend, and the choice of one."""
 
-from mnist_dist.strategy.base import SingleDevice, Strategy
+import importlib.util
+import logging
 
-__all__ = ["Strategy", "create_strategy"]
+from mnist_dist.config import StrategyConfig
+from mnist_dist.errors import UserError
+from mnist_dist.strategy.base import Strategy
+from mnist_dist.topology import Topology
+
+__all__ = ["Strategy", "choose_strategy", "create_strategy"]
+
+log = logging.getLogger(__name__)
 
 
-def create_strategy() -> Strategy:
-    """The strategy of this run."""
+def create_strategy(config: StrategyConfig, topology: Topology) -> Strategy:
+    """The configured strategy, ready for use; for several processes that means all of them have come.
+
+    Raises:
+        UserError: it does not fit the launched processes or the devices, or something it needs is missing.
+    """
+    import tensorflow as tf
+
+    num_gpus = len(tf.config.list_physical_devices("GPU"))
+    name, reason = choose_strategy(config.name, topology, num_gpus=num_gpus)
+    if config.num_replicas is not None and name != "mirrored":
+        raise UserError(
+            f"strategy.num_replicas={config.num_replicas}: is for strategy=mirrored; with strategy={name} the number "
+            "of replicas follows from the processes and devices"
+        )
+    log.info("Strategy: %s (%s)", name, reason)
+    # Each backend is imported only when it is chosen.
+    if name == "mirrored":
+        from mnist_dist.strategy.mirrored import Mirrored
+
+        return Mirrored(num_replicas=config.num_replicas)
+    if name == "multiworker":
+        from mnist_dist.strategy.multiworker import MultiWorker
+
+        return MultiWorker(topology=topology, start_timeout_s=config.start_timeout_s)
+    if name == "horovod":
+        from mnist_dist.strategy.horovod import Horovod
+
+        return Horovod(topology=topology)
+    from mnist_dist.strategy.base import SingleDevice
+
     return SingleDevice()
+
+
+def choose_strategy(name: str, topology: Topology, *, num_gpus: int) -> tuple[str, str]:
+    """The strategy's name and why it is this one.
+
+    Raises:
+        UserError: the configured strategy cannot serve the launched processes.
+    """
+    several = topology.world_size > 1
+    if name == "auto":
+        return _choose_automatically(topology, num_gpus=num_gpus)
+    if several and name in ("single", "mirrored"):
+        raise UserError(
+            f"strategy={name}: is for one process, but {topology.launcher} started {topology.world_size}; "
+            "say strategy=horovod or strategy=multiworker, or start one process"
+        )
+    if several and name == "multiworker" and not topology.addresses:
+        raise UserError(
+            "strategy=multiworker: horovodrun started the processes, and does not tell their addresses; "
+            "say strategy=horovod, or set TF_CONFIG in place of using horovodrun"
+        )
+    if several and name == "horovod" and topology.launcher != "horovod":
+        raise UserError(
+            f"strategy=horovod: the processes were started by {topology.launcher}; start them with horovodrun, "
+            "or say strategy=multiworker"
+        )
+    return name, "as configured"
+
+
+def _choose_automatically(topology: Topology, *, num_gpus: int) -> tuple[str, str]:
+    if topology.launcher == "horovod":
+        return "horovod", "HOROVOD_RANK is set"
+    if topology.world_size > 1:
+        return "multiworker", f"{topology.world_size} processes were started by {topology.launcher}"
+    if num_gpus >= 2:
+        return "mirrored", f"one process, {num_gpus} GPUs"
+    return "single", f"one process, {num_gpus} GPU" + ("" if num_gpus else "s: training on the CPU")

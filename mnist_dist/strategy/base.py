@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
@@ -26,9 +27,18 @@ class Strategy(ABC):
     def devices(self) -> list[str]:
         """Names of this process's devices, one for each of its replicas."""
 
+    def compute_capability(self) -> tuple[int, int] | None:
+        """The GPUs' generation, as NVIDIA counts; None on a CPU."""
+        gpus = tf.config.get_visible_devices("GPU")
+        return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability") if gpus else None
+
     @abstractmethod
     def create_variable(self, value: Array) -> tf.Variable:
-        """A variable with a copy on every replica, each of which it reads and updates alone."""
+        """A variable with a copy on every replica, which each reads and updates alone; rank 0's value for all."""
+
+    @abstractmethod
+    def read(self, variable: tf.Variable) -> Array:
+        """The value of this process's (first) copy."""
 
     @abstractmethod
     def replicate(self, array: Array) -> Any:
@@ -48,6 +58,10 @@ class Strategy(ABC):
     @abstractmethod
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """Inside `run`, outside of loops: the sum of the replicas' tensors, on each of them."""
+
+    @abstractmethod
+    def gather_text(self, text: str) -> list[str]:
+        """The texts of all processes, by rank; every process must call it."""
 
 
 class SingleDevice(Strategy):
@@ -69,6 +83,10 @@ class SingleDevice(Strategy):
         with tf.device(self._device):
             return tf.Variable(value)
 
+    def read(self, variable: tf.Variable) -> Array:
+        """Its value."""
+        return np.asarray(variable.numpy())
+
     def replicate(self, array: Array) -> tf.Tensor:
         """A plain tensor."""
         with tf.device(self._device):
@@ -86,3 +104,7 @@ class SingleDevice(Strategy):
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """The tensor itself."""
         return bucket
+
+    def gather_text(self, text: str) -> list[str]:
+        """The one text."""
+        return [text]

@@ -1,0 +1,66 @@
+"""Several processes, one replica each, by Horovod's plain collectives.
+
+`horovod.tensorflow.keras` must not be used: under Keras 3 its optimizer silently does not reduce.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+from mnist_dist.errors import UserError
+from mnist_dist.strategy.base import Array, SingleDevice
+from mnist_dist.topology import Topology
+
+_HOW_TO_INSTALL = "install it with: make horovod"
+
+
+def load_horovod() -> Any:
+    """The module `horovod.tensorflow`; raises UserError with the way out where it is missing or does not fit."""
+    try:
+        import horovod.tensorflow as hvd
+    except ModuleNotFoundError as error:
+        raise UserError(f"strategy=horovod: Horovod is not installed; {_HOW_TO_INSTALL}") from error
+    except (ImportError, tf.errors.NotFoundError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"strategy=horovod: Horovod was not built for the installed TensorFlow {tf.__version__} ({reason}); "
+            f"build it again: make horovod"
+        ) from error
+    return hvd
+
+
+class Horovod(SingleDevice):
+    """This process's one device, together with those of the other processes."""
+
+    name = "horovod"
+
+    def __init__(self, *, topology: Topology) -> None:
+        self._hvd = load_horovod()
+        gpus = tf.config.list_physical_devices("GPU")
+        if gpus:
+            # A launcher may show each process its own GPU only, or all of them.
+            own = 0 if len(gpus) == 1 else topology.local_rank
+            if own >= len(gpus):
+                raise UserError(
+                    f"{topology.local_size} processes on this machine but {len(gpus)} GPUs; start one process per GPU"
+                )
+            tf.config.set_visible_devices(gpus[own], "GPU")
+        self._hvd.init()
+        super().__init__()
+        self.num_replicas = self._hvd.size()
+
+    def create_variable(self, value: Array) -> tf.Variable:
+        """A plain variable with rank 0's value."""
+        return super().create_variable(self._hvd.broadcast(tf.convert_to_tensor(value), root_rank=0))
+
+    def replica_index(self) -> tf.Tensor:
+        """This process's rank."""
+        return tf.constant(self._hvd.rank(), tf.int64)
+
+    def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
+        """Horovod's all-reduce: NCCL where it is built in, otherwise Gloo."""
+        return self._hvd.allreduce(bucket, op=self._hvd.Sum, name="all_reduce_sum")
+
+    def gather_text(self, text: str) -> list[str]:
+        """The texts of all processes, by rank."""
+        return list(self._hvd.allgather_object(text))

@@ -1,0 +1,90 @@
+"""One process, several replicas: `tf.distribute.MirroredStrategy`.
+
+Every replica owns its copy of the state and updates it alone, from the same reduced gradient; so nothing is
+synchronised but the gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import logging
+
+import numpy as np
+import tensorflow as tf
+
+from mnist_dist.errors import UserError
+from mnist_dist.strategy.base import Array, Strategy
+
+log = logging.getLogger(__name__)
+
+
+class DistributeStrategy(Strategy):
+    """What the strategies of `tf.distribute` have in common."""
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        self._strategy = strategy
+        self.num_replicas = strategy.num_replicas_in_sync
+
+    def devices(self) -> list[str]:
+        """This process's devices."""
+        return list(self._strategy.extended.worker_devices)
+
+    def create_variable(self, value: Array) -> tf.Variable:
+        """A copy on every replica, with the first process's value."""
+        with self._strategy.scope():
+            # ON_READ: each replica may assign to its own copy, with no communication.
+            return tf.Variable(
+                value,
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            )
+
+    def read(self, variable: tf.Variable) -> Array:
+        """The first local replica's copy."""
+        return np.asarray(self._strategy.experimental_local_results(variable)[0].numpy())
+
+    def replicate(self, array: Array) -> Any:
+        """A copy in each local device's memory."""
+        return self._strategy.experimental_distribute_values_from_function(lambda _: tf.convert_to_tensor(array))
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` on every replica of the job."""
+        results = self._strategy.run(function, args=args)
+        return tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
+
+    def replica_index(self) -> tf.Tensor:
+        """This replica's number in the job."""
+        return tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
+
+    def gather_text(self, text: str) -> list[str]:
+        """The one text: there is one process."""
+        return [text]
+
+    def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
+        """TensorFlow's all-reduce: NCCL between GPUs."""
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, bucket)
+
+
+class Mirrored(DistributeStrategy):
+    """All GPUs of this machine, or the first `num_replicas`; without GPUs that many logical CPUs."""
+
+    name = "mirrored"
+
+    def __init__(self, *, num_replicas: int | None) -> None:
+        gpus = tf.config.list_physical_devices("GPU")
+        wanted = num_replicas or len(gpus) or 1
+        if gpus and wanted > len(gpus):
+            raise UserError(
+                f"strategy.num_replicas={wanted}: this machine has {len(gpus)} GPU(s); ask for that many at most"
+            )
+        if gpus:
+            devices, reduction = [f"GPU:{index}" for index in range(wanted)], tf.distribute.NcclAllReduce()
+        else:
+            devices, reduction = [f"CPU:{index}" for index in range(wanted)], tf.distribute.ReductionToOneDevice()
+            cpu = tf.config.list_physical_devices("CPU")[0]
+            if len(tf.config.get_logical_device_configuration(cpu) or [cpu]) < wanted:
+                tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
+            if num_replicas is None:
+                log.info("No GPU: training on 1 logical CPU; strategy.num_replicas=N makes N of them")
+        super().__init__(tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction))

@@ -1,0 +1,102 @@
+"""Fixtures that all tests share: data sets, and Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+# Before anything starts TensorFlow's devices: as many logical CPUs as the largest `mirrored` test has replicas.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 7
+)
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+# What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
+LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture(scope="session")
+def mnist_path() -> Path:
+    """The real MNIST as an .npz file; without it the test is skipped, but fails where nothing may be skipped (CI)."""
+    name = os.environ.get("MNIST_DIST_TEST_MNIST")
+    if name and Path(name).is_file():
+        return Path(name).resolve()
+    reason = f"MNIST_DIST_TEST_MNIST={name}: no such file" if name else "MNIST_DIST_TEST_MNIST=mnist.npz is not set"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def small_arrays() -> dict[str, np.ndarray]:
+    """600 training and 120 test images of 8x8 pixels in 4 classes: each class lights its own quarter of the image."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, num_images in (("train", 600), ("test", 120)):
+        labels = generator.permutation(np.arange(num_images) % 4).astype(np.uint8)
+        images = generator.integers(0, 120, (num_images, 8, 8))
+        quarters = images.reshape(num_images, 2, 4, 2, 4)  # a view: (image, upper or lower, row, left or right, column)
+        quarters[np.arange(num_images), labels // 2, :, labels % 2, :] += 60
+        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": labels}
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def small_npz(small_arrays, tmp_path_factory) -> Path:
+    """`small_arrays` as a file; not to be changed."""
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(path, **small_arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def python_environment() -> dict[str, str]:
+    """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory, python_environment):
+    """Run `python *args` in a process of its own, by default in a new empty folder; returns it with what it printed."""
+
+    def run(*args, env=None, cwd=None, timeout=300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            env={**python_environment, **(env or {})},
+            cwd=cwd or tmp_path_factory.mktemp("cwd"),
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_python(python_environment, tmp_path):
+    """Start `python *args` without waiting for it; what still runs when the test ends is killed."""
+    processes = []
+
+    def start(*args, cwd=tmp_path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, args)],
+            env=python_environment,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,133 @@
+"""Atomic writes, locks between real processes, and the check for a writable folder."""
+
+import os
+import stat
+import time
+
+import pytest
+
+from mnist_dist import files
+from mnist_dist.files import check_writable, file_lock, write_atomically
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    write_atomically(path, b"one")
+    assert path.read_bytes() == b"one"
+    write_atomically(path, b"2")
+    assert path.read_bytes() == b"2"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_old_content_stays_while_the_new_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_atomically(path, b"old")
+    seen = []
+    monkeypatch.setattr(files.os, "fsync", lambda _: seen.append(path.read_bytes()))
+    write_atomically(path, b"new")
+    assert seen == [b"old"]  # flushed before the old content went away
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("function", ["fsync", "umask"])
+def test_a_failure_leaves_the_old_content_and_no_temporary_file(function, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(files.os, function, fail)
+    with pytest.raises(OSError, match="disk is full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_way_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "a.txt" / "b").mkdir(parents=True)
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "a.txt", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_interrupt_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.txt", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_mode_follows_the_umask(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "a.txt", b"")
+        assert os.umask(umask) == umask  # left as it was
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("parent", ["a file", "/proc"])
+def test_unwritable_places_raise_oserror(parent, tmp_path):
+    (tmp_path / "a file").write_bytes(b"")
+    folder = tmp_path / parent / "x"  # an absolute `parent` stands alone
+    for action in (lambda: write_atomically(folder / "y", b""), lambda: check_writable(folder)):
+        with pytest.raises(OSError):
+            action()
+    with pytest.raises(OSError), file_lock(folder / "lock"):
+        pass
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        check_writable(tmp_path / "file")
+
+
+def test_check_writable_of_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable(files.Path("runs/x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+COUNT = """
+import sys, time
+from pathlib import Path
+from mnist_dist.files import file_lock
+counter = Path("counter")
+for _ in range(20):
+    with file_lock(Path("folder/lock")):
+        value = int(counter.read_text())
+        time.sleep(0.001)
+        counter.write_text(str(value + 1))
+"""
+
+
+def test_a_lock_keeps_processes_apart(tmp_path, start_python):
+    (tmp_path / "counter").write_text("0")
+    processes = [start_python("-c", COUNT, cwd=tmp_path) for _ in range(3)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "counter").read_text() == "60"
+
+
+def test_a_lock_ends_with_its_process(tmp_path, start_python):
+    code = (
+        "import time; from pathlib import Path; from mnist_dist.files import file_lock\n"
+        "with file_lock(Path('lock')): Path('held').touch(); time.sleep(600)"
+    )
+    process = start_python("-c", code, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "held").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    with file_lock(tmp_path / "lock"):
+        pass  # would wait for ever

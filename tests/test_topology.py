@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from mnist_dist.errors import UserError
+from mnist_dist.topology import Topology, expand_node_list, expand_task_counts, read_topology
+
+
+def tf_config(*addresses: str, index: int = 0) -> dict[str, str]:
+    content = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+    return {"TF_CONFIG": json.dumps(content)}
+
+
+HOROVOD = {"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "4",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_NODELIST": "n[1-2],login",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+}
+
+
+def test_one_process():
+    assert read_topology({}) == Topology()
+    assert Topology().is_chief
+
+
+def test_horovod():
+    assert read_topology(HOROVOD) == Topology("horovod", rank=3, world_size=4, local_rank=1, local_size=2)
+
+
+def test_horovod_inside_a_slurm_allocation():
+    assert read_topology({**SLURM, **HOROVOD}).launcher == "horovod"
+
+
+def test_tf_config():
+    topology = read_topology(tf_config("a:1", "b:1", "a:2", index=2))
+    assert (topology.rank, topology.world_size, topology.local_rank, topology.local_size) == (2, 3, 1, 2)
+    assert topology.addresses == ("a:1", "b:1", "a:2")
+    assert not topology.is_chief
+
+
+def test_tf_config_with_a_chief():
+    cluster = {"chief": ["a:1"], "worker": ["b:1"]}
+    for task, rank in [({"type": "chief", "index": 0}, 0), ({"type": "worker", "index": 0}, 1)]:
+        assert read_topology({"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}).rank == rank
+
+
+def test_slurm():
+    topology = read_topology(SLURM)
+    assert (topology.rank, topology.world_size, topology.local_rank, topology.local_size) == (4, 5, 0, 1)
+    hosts = [address.split(":")[0] for address in topology.addresses]
+    assert hosts == ["n1", "n1", "n2", "n2", "login"]
+    assert len(set(topology.addresses)) == 5
+    other_step = read_topology({**SLURM, "SLURM_STEP_ID": "1"})
+    assert not set(topology.addresses) & set(other_step.addresses)
+
+
+def test_one_slurm_task_is_one_process():
+    assert read_topology({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) == Topology()
+
+
+@pytest.mark.parametrize(
+    ("environ", "fragments"),
+    [
+        ({**HOROVOD, **tf_config("a:1")}, ["HOROVOD_RANK=3", "TF_CONFIG=", "unset one"]),
+        ({"HOROVOD_RANK": "0"}, ["HOROVOD_SIZE", "horovodrun"]),
+        ({**HOROVOD, "HOROVOD_SIZE": "four"}, ["HOROVOD_SIZE=four", "whole numbers"]),
+        ({**HOROVOD, "HOROVOD_RANK": "4"}, ["do not fit together"]),
+        ({"TF_CONFIG": "{oops"}, ["TF_CONFIG={oops", "expected"]),
+        ({"TF_CONFIG": "{}"}, ["TF_CONFIG={}", "expected"]),
+        (tf_config(), ["names no chief or worker"]),
+        (tf_config("a:1", "b:1", index=2), ["number 2", "a:1, b:1"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(environ, fragments):
+    with pytest.raises(UserError) as error:
+        read_topology(environ)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        ("gpu[08-10]", ["gpu08", "gpu09", "gpu10"]),
+        ("a[1-2,5],b,c[3]", ["a1", "a2", "a5", "b", "c3"]),
+        ("rack-1n[1-2]-ib", ["rack-1n1-ib", "rack-1n2-ib"]),
+    ],
+)
+def test_expand_node_list(text, hosts):
+    assert expand_node_list(text) == hosts
+
+
+@pytest.mark.parametrize(("text", "counts"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2(x2)", [1, 2, 2])])
+def test_expand_task_counts(text, counts):
+    assert expand_task_counts(text) == counts
