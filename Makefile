@@ -7,12 +7,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate test check format clean
+.PHONY: help setup horovod train evaluate test check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: $(VENV)/.installed ## Create .venv and install the package with the pinned versions
+
+horovod: setup ## Build Horovod for the installed TensorFlow, install and try it (minutes the first time)
+	scripts/horovod/build.sh $(BIN)/python
 
 train: setup ## Train; for example: make train ARGS="trainer.epochs=5 model=cnn"
 	$(BIN)/python -m mnist_dist.train $(ARGS)
@@ -21,6 +24,7 @@ evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs
 	$(BIN)/python -m mnist_dist.evaluate $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k history"
+	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check format, lint and types; changes nothing

@@ -99,14 +99,19 @@ def _check_command_line() -> None:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            arguments = get_args_parser().parse_args()
+            arguments, rest = get_args_parser().parse_known_intermixed_args()
     except SystemExit as stop:
         if not stop.code:  # --version
             raise
         _, _, problem = printed.getvalue().strip().rpartition("error: ")
-        raise UserError(f"{problem}; keys are given as KEY=VALUE (all keys: --help)") from stop
+        raise UserError(f"{problem}; --hydra-help lists the options") from stop
+    for text in rest:
+        if text.startswith("-"):
+            raise UserError(f"{text}: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)")
     for text in arguments.overrides:
         _check_override(text, sweep=arguments.multirun)
+    # Hydra takes KEY=VALUE on one side of the --options only; people write them in any order.
+    sys.argv[1:] = [*arguments.overrides, *(text for text in sys.argv[1:] if text not in arguments.overrides)]
 
 
 def _check_override(text: str, *, sweep: bool) -> None:

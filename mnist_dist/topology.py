@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mnist_dist.errors import UserError
@@ -30,6 +30,8 @@ class Topology:
     local_size: int = 1
     addresses: tuple[str, ...] = ()
     """`host:port` of every rank, where the launcher told them."""
+    visible_gpus: str | None = None
+    """CUDA_VISIBLE_DEVICES."""
 
     @property
     def is_chief(self) -> bool:
@@ -51,12 +53,14 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
             "at once; unset one of them (horovodrun sets the first, multiworker needs the second)"
         )
     if "HOROVOD_RANK" in environ:
-        return _from_horovod(environ)
-    if "TF_CONFIG" in environ:
-        return _from_tf_config(environ["TF_CONFIG"])
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return _from_slurm(environ)
-    return Topology()
+        topology = _from_horovod(environ)
+    elif "TF_CONFIG" in environ:
+        topology = _from_tf_config(environ["TF_CONFIG"])
+    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        topology = _from_slurm(environ)
+    else:
+        topology = Topology()
+    return replace(topology, visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _from_horovod(environ: Mapping[str, str]) -> Topology:

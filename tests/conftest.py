@@ -1,6 +1,9 @@
 """Fixtures that all tests share: data sets, and Python in a process of its own."""
 
+import contextlib
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +103,57 @@ def start_python(python_environment, tmp_path):
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def run_job(tmp_path_factory, python_environment):
+    """Train with several processes, as a user launches them; returns what each (horovodrun: what it) printed.
+
+    `run_job("horovod", 2, *args)` and `run_job("multiworker", 2, *args)`; `script` replaces `-m mnist_dist.train`, and
+    `per_rank` gives arguments to single ranks of multiworker.
+    """
+
+    def run(strategy, size, *args, script=("-m", "mnist_dist.train"), env=None, per_rank=None, timeout=300):
+        command = [sys.executable, *script, f"strategy={strategy}", *map(str, args)]
+        environment = {**python_environment, **(env or {})}
+        if strategy == "horovod":
+            commands = [[horovodrun(), "--gloo", "-np", str(size), *command]]
+            environments = [environment]
+        else:
+            addresses = [f"127.0.0.1:{port}" for port in free_ports(size)]
+            commands = [[*command, *(per_rank or {}).get(rank, [])] for rank in range(size)]
+            tasks = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": n}} for n in range(size)]
+            environments = [{**environment, "TF_CONFIG": json.dumps(task)} for task in tasks]
+        folder = tmp_path_factory.mktemp("job")
+        outputs = [(folder / f"out{n}", folder / f"err{n}") for n in range(len(commands))]
+        processes = [
+            subprocess.Popen(command, env=environment, cwd=folder, stdout=out.open("w"), stderr=err.open("w"))
+            for command, environment, (out, err) in zip(commands, environments, outputs, strict=True)
+        ]
+        try:
+            codes = [process.wait(timeout) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [
+            subprocess.CompletedProcess(process.args, code, out.read_text(), err.read_text())
+            for process, code, (out, err) in zip(processes, codes, outputs, strict=True)
+        ]
+
+    return run
+
+
+def horovodrun() -> str:
+    """The launcher; without Horovod the test is skipped, but fails where nothing may be skipped (CI)."""
+    path = Path(sys.executable).with_name("horovodrun")
+    if not path.is_file():
+        reason = "Horovod is not installed: make horovod"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return str(path)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [server.getsockname()[1] for server in servers]

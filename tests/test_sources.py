@@ -288,7 +288,7 @@ def talk_nonsense(request):
         (send(b""), "the download is not the expected file"),
         (lambda request: request.send_error(404), "Not Found"),
         (break_off, "the download broke off: IncompleteRead(9 bytes read, 991 more expected)"),
-        (talk_nonsense, "who is there?"),
+        (talk_nonsense, "who is there?)"),
         (lambda _: None, "Remote end closed connection without response"),
         (None, "Connection refused"),
     ],

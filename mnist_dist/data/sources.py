@@ -180,7 +180,8 @@ def _fetch(url: str) -> bytes:
 def _reason(error: OSError) -> str:
     """The shortest true description of a network or file error."""
     reason = getattr(error, "reason", error)
-    return getattr(reason, "strerror", None) or str(reason)
+    text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    return " ".join(text.split())
 
 
 def _read_idx_folder(folder: Path) -> dict[str, Array]:

@@ -1,10 +1,10 @@
 """Placement and collectives: one interface (`base.Strategy`), one implementation a backend, and the choice of one."""
 
-import importlib.util
 import logging
 
 from mnist_dist.config import StrategyConfig
 from mnist_dist.errors import UserError
+from mnist_dist.strategy import gpus
 from mnist_dist.strategy.base import Strategy
 from mnist_dist.topology import Topology
 
@@ -29,6 +29,21 @@ def create_strategy(config: StrategyConfig, topology: Topology) -> Strategy:
             "of replicas follows from the processes and devices"
         )
     log.info("Strategy: %s (%s)", name, reason)
+    strategy = _create(name, config, topology)
+    if topology.world_size > 1:
+        _check_gpus(strategy, topology)
+    return strategy
+
+
+def _check_gpus(strategy: Strategy, topology: Topology) -> None:
+    """Raise UserError if two processes use one GPU; every process calls this."""
+    indices = strategy.gpu_indices()
+    own = gpus.used_uuids(indices, visible=topology.visible_gpus, uuids=gpus.list_uuids()) if indices else []
+    everyone = strategy.gather_text(",".join(own))
+    gpus.check_not_shared({rank: list(filter(None, text.split(","))) for rank, text in enumerate(everyone)})
+
+
+def _create(name: str, config: StrategyConfig, topology: Topology) -> Strategy:
     # Each backend is imported only when it is chosen.
     if name == "mirrored":
         from mnist_dist.strategy.mirrored import Mirrored

@@ -27,6 +27,11 @@ class Strategy(ABC):
     def devices(self) -> list[str]:
         """Names of this process's devices, one for each of its replicas."""
 
+    def gpu_indices(self) -> list[int]:
+        """TensorFlow's numbers, among all GPUs that this process sees, of those that it uses."""
+        every = tf.config.list_physical_devices("GPU")
+        return [every.index(gpu) for gpu in tf.config.get_visible_devices("GPU")]
+
     def compute_capability(self) -> tuple[int, int] | None:
         """The GPUs' generation, as NVIDIA counts; None on a CPU."""
         gpus = tf.config.get_visible_devices("GPU")

@@ -29,6 +29,15 @@ def load_horovod() -> Any:
     return hvd
 
 
+def choose_own_gpu(local_rank: int, *, local_size: int, num_gpus: int) -> int:
+    """The number of this process's GPU; raises UserError if there are fewer than processes."""
+    if num_gpus == 1:
+        return 0  # a launcher may show each process its own GPU only; whether they share it is checked later
+    if local_rank >= num_gpus:
+        raise UserError(f"{local_size} processes on this machine but {num_gpus} GPUs; start one process per GPU")
+    return local_rank
+
+
 class Horovod(SingleDevice):
     """This process's one device, together with those of the other processes."""
 
@@ -38,12 +47,7 @@ class Horovod(SingleDevice):
         self._hvd = load_horovod()
         gpus = tf.config.list_physical_devices("GPU")
         if gpus:
-            # A launcher may show each process its own GPU only, or all of them.
-            own = 0 if len(gpus) == 1 else topology.local_rank
-            if own >= len(gpus):
-                raise UserError(
-                    f"{topology.local_size} processes on this machine but {len(gpus)} GPUs; start one process per GPU"
-                )
+            own = choose_own_gpu(topology.local_rank, local_size=topology.local_size, num_gpus=len(gpus))
             tf.config.set_visible_devices(gpus[own], "GPU")
         self._hvd.init()
         super().__init__()

@@ -1,0 +1,635 @@
+"""Bad input, as a new user gives it: exit code 2, one clear line, nothing written, TensorFlow not started."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnist_dist.config import DataConfig
+from mnist_dist.data.sources import load_dataset
+
+TRAIN, EVALUATE = "mnist_dist.train", "mnist_dist.evaluate"
+NO_DATA = ("data=npz", "data.path=nowhere.npz")  # ends the runs that get as far as the data
+
+# Imports the entry points once and then forks a process for each request, which saves an import of a second each.
+SERVER = """
+import importlib, json, os, sys, traceback
+modules = {name: importlib.import_module(name) for name in sys.argv[1:]}
+for line in sys.stdin:
+    name, arguments, folder, printed = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"{printed}/{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+        os.chdir(folder)
+        sys.argv = [name, *arguments]
+        code = 1
+        try:
+            modules[name].main()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(100 + code if {"tensorflow", "keras"} & set(sys.modules) else code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    knows_tensorflow: bool
+
+
+@pytest.fixture(scope="module")
+def server(python_environment):
+    # A proxy at which nobody listens, in case something does try to reach the network.
+    nobody = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, TRAIN, EVALUATE],
+        env={**python_environment, **nobody, "no_proxy": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.fixture
+def work(tmp_path):
+    """The empty folder that commands run in."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def ask(server, tmp_path, work):
+    """Run `python -m MODULE *args` in `work` and return its answer."""
+    caches = (f"data.keras_home={tmp_path}/keras", f"data.cache_dir={tmp_path}/cache")
+
+    def ask(module, *args):
+        printed = tmp_path / "printed"
+        printed.mkdir(exist_ok=True)
+        for path in printed.iterdir():
+            path.unlink()
+        arguments = [*(caches if module == TRAIN else ()), *map(str, args)]
+        server.stdin.write(json.dumps([module, arguments, str(work), str(printed)]) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        stdout, stderr = ((printed / descriptor).read_text() for descriptor in "12")
+        return Answer(code % 100, stdout, stderr, knows_tensorflow=code >= 100)
+
+    return ask
+
+
+@pytest.fixture
+def refuse(ask, work):
+    """Run a command that must be refused before anything starts; returns the line without its `error: `."""
+
+    def refuse(module, *args):
+        before = snapshot(work)
+        answer = ask(module, *args)
+        assert answer.code == 2, answer
+        assert answer.stdout == ""
+        assert answer.stderr.startswith("error: ")
+        assert answer.stderr.endswith("\n")
+        assert len(answer.stderr.splitlines()) == 1
+        assert not answer.knows_tensorflow
+        assert snapshot(work) == before
+        return answer.stderr.removeprefix("error: ").rstrip("\n")
+
+    return refuse
+
+
+def snapshot(folder):
+    """All paths below a folder, with their content."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+# The command line: arguments, and the line they get
+
+CONF = Path(__file__).parent.parent / "conf"
+EXPERIMENTS = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+QUOTES = (
+    "cannot be read as KEY=VALUE; a value with blanks, brackets or other special characters needs quotes of its own"
+)
+
+KEYS = [
+    ("trainer.epoch=3", "no such key; did you mean trainer.epochs=3? (all keys: --help)"),
+    ("epochs=3", "no such key; did you mean trainer.epochs=3? (all keys: --help)"),
+    ("batch.size=64", "no such key; the keys here are global_size, scaling (all keys: --help)"),
+    ("modle=cnn", "no such key; did you mean model=cnn? (all keys: --help)"),
+    ("model.hiden_sizes=[1]", "no such key; did you mean model.hidden_sizes=[1]? (all keys: --help)"),
+    ("model.units=3", "no such key; the keys here are dropout, activation, kernel_initializer, output_initializer, "
+     "hidden_sizes (all keys: --help)"),
+    ("optimizer.momentum=0.9", "no such key; the keys here are learning_rate, beta_1, beta_2, epsilon "
+     "(all keys: --help)"),
+    ("data.splitseed=1", "no such key; did you mean data.split_seed=1? (all keys: --help)"),
+    ("+foo=1", "no key can be added; to change one write foo=1"),
+    ("++model.foo=1", "no key can be added; to change one write model.foo=1"),
+    ("+trainer.epochs=1", "no key can be added; to change one write trainer.epochs=1"),
+    ("+experiment=debug", "no key can be added; to change one write experiment=debug"),
+    ("~trainer.epochs", "no key can be left out; to change one write KEY=VALUE"),
+    ("~model", "no key can be left out; to change one write KEY=VALUE"),
+    ("trainer.epochs.foo=3", "must be a whole number"),
+]  # fmt: skip
+
+CHOICES = [
+    ("model=mpl", "no such choice; choose one of cnn, mlp"),
+    ("model=", "no such choice; choose one of cnn, mlp"),
+    ("model=null", "no such choice; choose one of cnn, mlp"),
+    ("model=3", "no such choice; choose one of cnn, mlp"),
+    ("model=[mlp]", "no such choice; choose one of cnn, mlp"),
+    ("data=mnits", "no such choice; choose one of auto, digits, mnist, npz"),
+    ("optimizer=adm", "no such choice; choose one of adam, sgd"),
+    ("experiment=x", f"no such choice; choose one of {EXPERIMENTS}"),
+    ("experiment=null", f"no such choice; choose one of {EXPERIMENTS}"),
+    ("strategy=mirorred", "no such choice; choose one of auto, horovod, mirrored, multiworker, single"),
+    ("precision=float61", "no such choice; choose one of auto, float32, mixed_bfloat16, mixed_float16"),
+    ("data.name=mnits", "is set by data=auto|mnist|digits|npz"),
+    ("model.name=cnn", "is set by model=...; leave it alone"),
+    ("batch.scaling=strnog", "must be strong or weak"),
+    ("learning_rate.scaling=x", "must be none, linear or sqrt"),
+]
+
+TYPES = [
+    ("trainer.epochs=abc", "must be a whole number"),
+    ("trainer.epochs=", "must be a whole number"),
+    ("trainer.epochs=null", "must be a whole number"),
+    ("trainer.epochs=1e2", "must be a whole number"),
+    ("trainer.epochs=[3]", "must be a whole number"),
+    ("batch.global_size=1.5", "must be a whole number"),
+    ("batch.global_size=true", "must be a whole number"),
+    ("seed=one", "must be a whole number"),
+    ("optimizer.learning_rate=fast", "must be a number"),
+    ("optimizer.learning_rate=0,001", "give one value; a list needs brackets: 'optimizer.learning_rate=[0,001]', "
+     "and a text with a comma quotes of its own: \"optimizer.learning_rate='0,001'\""),
+    ("model.dropout=null", "must be a number"),
+    ("console.tensorflow_messages=maybe", "must be true or false"),
+    ("strategy.num_replicas=two", "must be a whole number or null"),
+    ("model.hidden_sizes=256", "must be a list in square brackets, each entry a whole number"),
+    ("model.hidden_sizes=null", "must be a list in square brackets, each entry a whole number"),
+    ("model.hidden_sizes=[256,x]", "must be a list in square brackets, each entry a whole number"),
+    ("model.hidden_sizes=[1.5]", "must be a list in square brackets, each entry a whole number"),
+    ("trainer=3", "must be given key by key: trainer.epochs=..."),
+    ("learning_rate=0.1", "must be given key by key: learning_rate.scaling=..., learning_rate.warmup_epochs=..."),
+    ("run_dir=${foo}", "Interpolation key 'foo' not found"),
+]  # fmt: skip
+
+# The value as the line shows it, where it is not as it was given.
+RANGES = [
+    ("trainer.epochs=0", "must be at least 1", None),
+    ("trainer.epochs=-3", "must be at least 1", None),
+    ("batch.global_size=0", "must be at least 1", None),
+    ("batch.global_size=-512", "must be at least 1", None),
+    ("model.dropout=1.0", "must be at least 0 and less than 1", None),
+    ("model.dropout=-0.1", "must be at least 0 and less than 1", None),
+    ("model.dropout=nan", "must be at least 0 and less than 1", None),
+    ("model.hidden_sizes=[256,0]", "must be positive", "[256, 0]"),
+    ("data.val_fraction=0", "must be between 0 and 1", "0.0"),
+    ("data.val_fraction=1", "must be between 0 and 1", "1.0"),
+    ("data.val_fraction=nan", "must be between 0 and 1", None),
+    ("data.split_seed=-1", "must be from 0 to 4294967295", None),
+    ("data.split_seed=4294967296", "must be from 0 to 4294967295", None),
+    ("seed=-1", "must be from 0 to 2147483647", None),
+    ("seed=2147483648", "must be from 0 to 2147483647", None),
+    ("optimizer.learning_rate=0", "must be a positive number", "0.0"),
+    ("optimizer.learning_rate=-1", "must be a positive number", "-1.0"),
+    ("optimizer.learning_rate=nan", "must be a positive number", None),
+    ("optimizer.learning_rate=inf", "must be a positive number", None),
+    ("optimizer.beta_1=1", "must be at least 0 and less than 1", "1.0"),
+    ("optimizer.epsilon=0", "must be positive", "0.0"),
+    ("learning_rate.warmup_epochs=-1", "must be at least 0", "-1.0"),
+    ("strategy.num_replicas=0", "must be at least 1", None),
+]
+
+GRAMMAR = [
+    ("=3", "=3: expected KEY=VALUE (all keys: --help)"),
+    ("trainer", "trainer: expected KEY=VALUE (all keys: --help)"),
+    ("", "'': expected KEY=VALUE (all keys: --help)"),
+    ("optimizer.learning_rate=[1", f"optimizer.learning_rate=[1: {QUOTES}: \"optimizer.learning_rate='[1'\""),
+    ("run_dir=a=b", f"run_dir=a=b: {QUOTES}: \"run_dir='a=b'\""),
+    ("data.path=my (1).npz", f"data.path=my (1).npz: {QUOTES}: \"data.path='my (1).npz'\""),
+    ("--foo", "--foo: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"),
+    ("--epochs=3", "--epochs=3: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"),
+    ("--config-name", "argument --config-name/-cn: expected one argument; --hydra-help lists the options"),
+    ("--config-name=foo", "Cannot find primary config 'foo'. Check that it's in your config search path."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argument", "problem"), [*KEYS, *CHOICES, *TYPES])
+def test_key_or_choice_or_type(argument, problem, refuse):
+    line = refuse(TRAIN, argument, *(() if argument.startswith("data=") else NO_DATA))
+    assert line == f"{argument}: {problem}"
+
+
+@pytest.mark.parametrize(("argument", "problem", "value"), RANGES)
+def test_value_out_of_range(argument, problem, value, refuse):
+    key, _, given = argument.partition("=")
+    assert refuse(TRAIN, argument, *NO_DATA) == f"{key}={value or given}: {problem}"
+
+
+@pytest.mark.parametrize(("argument", "line"), GRAMMAR)
+def test_not_key_and_value(argument, line, refuse):
+    assert refuse(TRAIN, *NO_DATA, argument) == line
+
+
+def test_an_unknown_key_without_one_alike_lists_all(refuse):
+    line = refuse(TRAIN, "foo=1")
+    assert line.startswith("foo=1: no such key; the keys here are run_dir, seed, data, model, optimizer, ")
+    assert line.endswith(" (all keys: --help)")
+
+
+def test_options_and_keys_in_any_order(ask):
+    orders = [("--cfg", "job", "seed=3", "trainer.epochs=4"), ("seed=3", "--cfg", "job", "trainer.epochs=4")]
+    answers = [ask(TRAIN, *order) for order in orders]
+    assert [answer.code for answer in answers] == [0, 0]
+    assert answers[0].stdout == answers[1].stdout
+    assert "\nseed: 3\n" in answers[0].stdout
+
+
+def test_the_last_of_several_values_counts(refuse):
+    assert refuse(TRAIN, "trainer.epochs=3", "trainer.epochs=x") == "trainer.epochs=x: must be a whole number"
+
+
+def test_an_unset_variable_in_a_value(refuse):
+    line = refuse(TRAIN, "run_dir=${oc.env:NO_SUCH_VARIABLE}", *NO_DATA)
+    assert line.startswith("run_dir=${oc.env:NO_SUCH_VARIABLE}: ")
+    assert "Environment variable 'NO_SUCH_VARIABLE' not found" in line
+
+
+def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "wide.yaml").write_text("defaults: [mlp]\nwidth: 3\n")
+    line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", "model=wide", *NO_DATA)
+    assert "model/wide" in line
+    assert "'width' not in 'MLPConfig'" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["data=npz"], "data.path=None: data=npz needs data.path=FILE.npz"),
+        (["data=digits", "data.path=x"], "data.path=x: data=digits reads no file; say data=mnist or data=npz as well"),
+        (["data.path=x"], "data.path=x: data=auto reads no file; say data=mnist or data=npz as well"),
+        (
+            ["optimizer=sgd", "optimizer.nesterov=true"],
+            "optimizer.nesterov=True: needs optimizer.momentum greater than 0",
+        ),
+        (["model=cnn", "model.filters=[0]"], "model.filters=[0]: must be positive"),
+        (["model=cnn", "model.hidden_sizes=[1]"], "model.hidden_sizes=[1]: no such key; "),
+    ],
+)
+def test_keys_that_do_not_go_together(arguments, line, refuse):
+    assert refuse(TRAIN, *arguments).startswith(line)
+
+
+def test_a_bad_value_among_several_is_found_before_any_run(refuse):
+    line = refuse(TRAIN, "--multirun", "trainer.epochs=1,2,x", *NO_DATA)
+    assert line == "trainer.epochs=1,2,x: must be a whole number"
+
+
+def test_of_several_runs_the_worst_exit_code_counts(run_python):
+    code = (
+        "from mnist_dist import cli\n"
+        "cli.run(lambda config, *_: print(config.trainer.epochs) or config.trainer.epochs % 3, config_name='train')"
+    )
+    result = run_python("-c", code, "-m", "trainer.epochs=3,5,4")
+    assert result.stdout.split() == ["3", "5", "4"]
+    assert result.returncode == 2
+
+
+# The data file
+
+
+def to_npz(arrays, save=np.savez):
+    stream = io.BytesIO()
+    save(stream, **arrays)
+    return stream.getvalue()
+
+
+def floats(images, **at_first_pixel):
+    """Images in 0..1 with one pixel replaced."""
+    images = images / 255
+    images[0, 0, 0] = at_first_pixel.get("first", 0)
+    return images
+
+
+# What is done to the small arrays, and how the line goes on after the file's name.
+DATA = {
+    "empty file": (lambda _: b"", "not a usable data file: it is no .npz archive, or its end is missing; write"),
+    "cut short": (lambda a: to_npz(a)[:-100], "not a usable data file: it is no .npz archive, or its end is missing"),
+    "beginning lost": (lambda a: to_npz(a)[100:], "not a usable data file: "),
+    "one byte changed": (lambda a: flip(to_npz(a)), "not a usable data file: Bad CRC-32 for file 'x_train.npy'"),
+    "compressed, changed": (lambda a: flip(to_npz(a, np.savez_compressed)), "not a usable data file: "),
+    "text": (lambda _: b"5,0,0,0\n" * 100, "not a usable data file: it is no .npz archive"),
+    "one .npy array": (lambda a: to_npy(a["x_train"]), "not a usable data file: it is no .npz archive"),
+    "pickle": (lambda a: b"\x80\x04K\x01.", "not a usable data file: it is no .npz archive"),
+    "pickled arrays": (lambda a: to_npz({**a, "y_train": a["y_train"].astype(object)}),
+                       "not a usable data file: it holds pickled objects, which are never loaded; save plain arrays"),
+    "other keys": (lambda a: to_npz({"x_train": a["x_train"], "labels": a["y_train"]}),
+                   "not a usable data file: it has no y_train, x_test, y_test"),
+    "flat images": (lambda a: to_npz({**a, "x_train": a["x_train"].reshape(600, 64)}),
+                    "x_train has shape (600, 64); expected (n, height, width) or (n, height, width, channels)"),
+    "no test images": (lambda a: to_npz({**a, "x_test": a["x_test"][:0]}), "x_test has shape (0, 8, 8); expected"),
+    "other test shape": (lambda a: to_npz({**a, "x_test": a["x_test"][:, :7]}),
+                         "x_train has images of shape (8, 8), x_test of shape (7, 8); they must agree"),
+    "signed pixels": (lambda a: to_npz({**a, "x_train": a["x_train"].astype(int)}),
+                      "x_train is int64; expected uint8 (0..255) or float (0..1)"),
+    "text as pixels": (lambda a: to_npz({**a, "x_train": a["x_train"].astype(str)}),
+                       "x_train is <U3; expected uint8 (0..255) or float (0..1)"),
+    "mixed types": (lambda a: to_npz({**a, "x_train": floats(a["x_train"])}),
+                    "x_train is float64, x_test is uint8; they must agree"),
+    "NaN": (lambda a: to_npz({**a, "x_train": floats(a["x_train"], first=np.nan)}),
+            "x_train has NaN or infinite values; remove them"),
+    "infinity": (lambda a: to_npz({**a, "x_test": floats(a["x_test"], first=np.inf)}),
+                 "x_test has NaN or infinite values; remove them"),
+    "floats to 255": (lambda a: to_npz({**a, "x_train": 255 * floats(a["x_train"], first=1)}),
+                      "x_train is float64 from 0 to 255; floats must be in 0..1 (divide by 255, or store uint8)"),
+    "negative floats": (lambda a: to_npz({**a, "x_train": floats(a["x_train"], first=-1)}),
+                        "x_train is float64 from -1 to "),
+    "too few labels": (lambda a: to_npz({**a, "y_train": a["y_train"][1:]}),
+                       "x_train has 600 images but y_train has 599 labels"),
+    "one-hot labels": (lambda a: to_npz({**a, "y_train": np.eye(4)[a["y_train"]]}),
+                       "y_train has shape (600, 4); expected (n,), one label an image"),
+    "float labels": (lambda a: to_npz({**a, "y_test": a["y_test"] / 1}),
+                     "y_test is float64; expected whole numbers (class 0, 1, 2, ...)"),
+    "negative labels": (lambda a: to_npz({**a, "y_test": a["y_test"].astype(int) - 1}),
+                        "y_test has labels out of range: -1"),
+    "unknown test labels": (lambda a: to_npz({**a, "y_test": a["y_test"] + 3}),
+                            "y_test has labels that y_train has not: 4, 5, 6"),
+    "one class": (lambda a: to_npz({**a, "y_train": a["y_train"] * 0, "y_test": a["y_test"] * 0}),
+                  "y_train has only the label 0; at least two classes are needed"),
+}  # fmt: skip
+
+
+def flip(content):
+    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+
+
+def to_npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_file(name, small_arrays, refuse, work):
+    damage, problem = DATA[name]
+    (work / "mine.npz").write_bytes(damage(small_arrays))
+    assert refuse(TRAIN, "data=npz", "data.path=mine.npz", "run_dir=run").startswith(f"data.path=mine.npz: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("nowhere.npz", "cannot be read: No such file or directory"),
+        (".", "cannot be read: Is a directory"),
+        ("'~nobody-here/a.npz'", "no such user's home folder; write the path out"),
+        ("a" * 300, "cannot be read: File name too long"),
+    ],
+)
+def test_data_file_that_is_not_there(path, problem, refuse):
+    line = refuse(TRAIN, "data=npz", f"data.path={path}")
+    assert line == f"data.path={path.strip(chr(39))}: {problem}"
+
+
+def test_mnist_file_that_is_not_there(refuse):
+    for path in ("nowhere", "a" * 300):
+        assert refuse(TRAIN, "data=mnist", f"data.path={path}").startswith(f"data.path={path}: cannot be read: ")
+
+
+def test_mnist_file_of_something_else(refuse, small_npz):
+    line = refuse(TRAIN, "data=mnist", f"data.path={small_npz}")
+    assert line.startswith(f"data.path={small_npz}: x_train is not MNIST's (SHA-256 ")
+    assert line.endswith("get the original file, or say data=npz for data of your own")
+
+
+def test_mnist_folder_without_the_files(refuse, work):
+    line = refuse(TRAIN, "data=mnist", "data.path=.")
+    assert line == "data.path=.: no file train-images-idx?-ubyte or .gz in this folder"
+
+
+def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
+    answer = ask(TRAIN, "data=mnist")
+    path = tmp_path / "keras" / "datasets" / "mnist.npz"
+    assert answer.code == 2
+    assert answer.stderr.startswith("error: data=mnist: MNIST is not here and cannot be downloaded (")
+    assert answer.stderr.endswith(
+        f"); give data.path=mnist.npz (or a folder with the four IDX files), or put mnist.npz at {path}, "
+        "or say data=digits\n"
+    )
+    assert answer.stdout == f"downloading MNIST to {path}\n"
+    assert not answer.knows_tensorflow
+    assert snapshot(work) == {}
+
+
+@pytest.mark.parametrize("val_fraction", ["0.9999", "0.999"])
+def test_split_without_training_images(val_fraction, refuse, small_npz):
+    line = refuse(TRAIN, "data=npz", f"data.path={small_npz}", f"data.val_fraction={val_fraction}")
+    assert line.startswith(f"data.val_fraction={val_fraction}: 600 training images cannot be split so: ")
+
+
+# The run folder
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "problem"),
+    [
+        ("file", "Not a directory"),
+        ("file/run", "Not a directory"),
+        ("/proc/run", "No such file or directory"),
+        ("a" * 300, "File name too long"),
+    ],
+)
+def test_run_folder_that_cannot_be_written(run_dir, problem, refuse, work, small_npz):
+    (work / "file").write_bytes(b"")
+    line = refuse(TRAIN, f"run_dir={run_dir}", "data=npz", f"data.path={small_npz}")
+    assert line == f"run_dir={run_dir}: cannot be written: {problem}"
+
+
+def test_run_folder_of_somebody_else(refuse, work, small_npz):
+    (work / "thesis").mkdir()
+    (work / "thesis" / "chapter.tex").write_text("A beginning")
+    line = refuse(TRAIN, "run_dir=thesis", "data=npz", f"data.path={small_npz}")
+    assert line == "run_dir=thesis: this folder is not empty and is not a run folder; name another one"
+
+
+@pytest.fixture
+def fake_run(ask, work, small_npz):
+    """A run folder `run` as far as it can be had without training."""
+    config = ask(TRAIN, "--cfg", "job", "--resolve", "data=npz", f"data.path={small_npz}").stdout
+    dataset = load_dataset(
+        DataConfig("npz", str(small_npz), cache_dir="", keras_home="", val_fraction=0.175, split_seed=0)
+    )
+    folder = work / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config)
+    (folder / "model.keras").write_bytes(b"damaged")
+    (folder / "summary.json").write_text(json.dumps({"dataset": {"sha256": dataset.sha256}}))
+    return folder
+
+
+def test_run_folder_of_another_configuration(fake_run, refuse, small_npz):
+    (fake_run / "summary.json").unlink()
+    line = refuse(
+        TRAIN,
+        "run_dir=run",
+        "data=npz",
+        f"data.path={small_npz}",
+        "seed=1",
+        "model.hidden_sizes=[8]",
+        "model.dropout=0",
+    )
+    assert line == (
+        "run_dir=run: holds a run of another configuration (model.dropout was 0.4, is now 0.0; model.hidden_sizes was "
+        "[256, 256], is now [8]; seed was 0, is now 1); name another run_dir, or use its configuration"
+    )
+
+
+def test_finished_run_of_another_configuration(fake_run, refuse, small_npz):
+    line = refuse(TRAIN, "run_dir=run", "data=npz", f"data.path={small_npz}", "optimizer=sgd")
+    assert "optimizer.name was adam, is now sgd" in line
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "- 1", "3", ""])
+def test_run_folder_with_a_damaged_config(content, fake_run, refuse, small_npz):
+    (fake_run / "config.yaml").write_text(content)
+    line = refuse(TRAIN, "run_dir=run", "data=npz", f"data.path={small_npz}")
+    assert line.startswith("run_dir=run: ")
+
+
+def test_reference_that_is_not_there(refuse):
+    line = refuse(TRAIN, "plots.reference=old.csv", *NO_DATA)
+    assert line.startswith("plots.reference=old.csv cannot be read (No such file or directory); check the path")
+
+
+# Evaluation
+
+
+def test_evaluate_without_a_run(refuse):
+    assert refuse(EVALUATE) == "run_dir=None: say which run to evaluate: run_dir=runs/..."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run_dir=nowhere"], "run_dir=nowhere: no model.keras here; name the folder of a finished run"),
+        (["run_dir=run", "split=tset"], "split=tset: must be train, val or test"),
+        (["rundir=run"], "rundir=run: no such key; did you mean run_dir=run? (all keys: --help)"),
+        (["run_dir=run", "data_path=nowhere.npz"], "data.path=nowhere.npz: cannot be read: No such file or directory"),
+        (
+            ["run_dir=run", "trainer.epochs=3"],
+            "trainer.epochs=3: no such key; the keys here are run_dir, split, data_path",
+        ),
+    ],
+)
+def test_evaluate_arguments(arguments, line, fake_run, refuse):
+    assert refuse(EVALUATE, *arguments).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("model.keras", None, "no model.keras here; name the folder of a finished run"),
+        ("summary.json", None, "no finished run here: summary.json"),
+        ("summary.json", '{"dataset": {"sha256": ', "no finished run here: summary.json"),
+        ("summary.json", '{"dataset": {"sha256": "0"}}', "the model was trained on other data (SHA-256 0..., now "),
+        ("config.yaml", None, "config.yaml cannot be read"),
+        ("config.yaml", "[1, 2", "config.yaml cannot be read"),
+        ("config.yaml", "- 1", "config.yaml is not a configuration"),
+    ],
+)
+def test_evaluate_an_incomplete_run(name, content, problem, fake_run, refuse):
+    (fake_run / name).unlink()
+    if content is not None:
+        (fake_run / name).write_text(content)
+    assert refuse(EVALUATE, "run_dir=run").startswith(f"run_dir=run: {problem}")
+
+
+@pytest.mark.parametrize("content", [b"damaged", b"PK\x05\x06" + bytes(18)], ids=["text", "empty zip"])
+def test_evaluate_a_damaged_model(content, fake_run, ask, work):
+    """Only Keras can tell, so here TensorFlow is started."""
+    (fake_run / "model.keras").write_bytes(content)
+    before = snapshot(work)
+    answer = ask(EVALUATE, "run_dir=run")
+    assert answer.code == 2, answer
+    assert answer.stderr.startswith("error: run/model.keras: not a usable Keras model: ")
+    assert len(answer.stderr.splitlines()) == 1
+    assert answer.knows_tensorflow  # so this file's other answers would have shown it, too
+    assert snapshot(work) == before
+
+
+# Help
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_keys_and_choices(flag, ask, work):
+    answer = ask(TRAIN, flag)
+    assert (answer.code, answer.stderr, answer.knows_tensorflow) == (0, "", False)
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
+    assert {"data", "model", "optimizer", "experiment"} <= groups
+    for group in groups:
+        for path in (CONF / group).glob("*.yaml"):
+            assert f"\n  {group}={path.stem}" in answer.stdout
+    for key in ("run_dir: null", "global_size: 512", "epochs: 150", "learning_rate: 0.001"):
+        assert key in answer.stdout
+    assert "schema" not in answer.stdout
+    assert "hydra/" not in answer.stdout
+    assert snapshot(work) == {}
+
+
+def test_help_shows_the_choices_that_were_made(ask):
+    stdout = ask(TRAIN, "--help", "optimizer=sgd", "trainer.epochs=7").stdout
+    assert "momentum: 0.0" in stdout
+    assert "epochs: 7" in stdout
+
+
+def test_help_of_evaluate(ask):
+    answer = ask(EVALUATE, "--help")
+    assert (answer.code, answer.knows_tensorflow) == (0, False)
+    assert "python -m mnist_dist.evaluate run_dir=" in answer.stdout
+    assert "split: test" in answer.stdout
+
+
+def test_help_with_a_misspelt_key(refuse):
+    assert "did you mean trainer.epochs=3?" in refuse(TRAIN, "--help", "trainer.epoch=3")
+
+
+# The same with nothing in between: `python -m`, as users start it
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "code", "beginning"),
+    [
+        (TRAIN, "trainer.epoch=3", 2, "error: trainer.epoch=3: no such key; did you mean trainer.epochs=3?"),
+        (TRAIN, "batch.global_size=0", 2, "error: batch.global_size=0: must be at least 1"),
+        (EVALUATE, "run_dir=nowhere", 2, "error: run_dir=nowhere: no model.keras here"),
+        (TRAIN, "--help", 0, ""),
+    ],
+)
+def test_from_the_shell(module, argument, code, beginning, run_python, work):
+    result = run_python("-X", "importtime", "-m", module, argument, cwd=work, env={"KERAS_HOME": os.fspath(work)})
+    imports = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    printed = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert result.returncode == code
+    assert len(printed) == (1 if beginning else 0)
+    assert "".join(printed).startswith(beginning)
+    assert any("hydra" in line for line in imports)
+    assert not any(line.endswith((" tensorflow", " keras")) for line in imports)
+    assert snapshot(work) == {}

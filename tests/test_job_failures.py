@@ -1,0 +1,74 @@
+"""What goes wrong with jobs of several processes, each tried for real: one clear line, exit code 2."""
+
+import json
+
+import numpy as np
+import pytest
+
+TRAIN = ("-m", "mnist_dist.train")
+
+
+@pytest.fixture
+def args(small_npz, tmp_path):
+    return ["data=npz", f"data.path={small_npz}", "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]
+
+
+def check_line(result, *fragments: str, prefix: str = "") -> None:
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{prefix}error: ")
+    for fragment in fragments:
+        assert fragment in line
+
+
+def test_more_replicas_than_examples_in_a_batch(args, run_python, tmp_path):
+    result = run_python(*TRAIN, *args, "strategy=mirrored", "strategy.num_replicas=4", "batch.global_size=3")
+    check_line(result, "batch.global_size=3", "4 replicas")
+    assert not (tmp_path / "run").exists()
+
+
+def test_replicas_are_for_mirrored(args, run_python):
+    check_line(
+        run_python(*TRAIN, *args, "strategy=single", "strategy.num_replicas=2"), "strategy.num_replicas=2", "mirrored"
+    )
+
+
+def test_variables_of_two_launchers(args, run_python):
+    config = {"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}
+    env = {"HOROVOD_RANK": "0", "TF_CONFIG": json.dumps(config)}
+    check_line(run_python(*TRAIN, *args, env=env), "HOROVOD_RANK=0", "TF_CONFIG", "unset one")
+
+
+def test_ranks_with_different_configurations(args, run_job, tmp_path):
+    results = run_job("multiworker", 2, *args, per_rank={1: ["seed=7", "model.dropout=0.1"]})
+    fragment = "rank 1 has model.dropout=0.1, rank 0 has model.dropout=0.4"
+    check_line(results[0], fragment)
+    check_line(results[1], fragment, prefix="[rank 1/2] ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_data(args, small_arrays, run_job, tmp_path):
+    other = tmp_path / "other.npz"
+    np.savez(other, **{**small_arrays, "y_test": small_arrays["y_test"][::-1]})
+    results = run_job("multiworker", 2, *args, per_rank={1: [f"data.path={other}"]})
+    check_line(results[0], "rank 1 has data=")
+    check_line(results[1], "rank 1 has data=", prefix="[rank 1/2] ")
+
+
+def test_a_process_that_never_comes(args, run_python):
+    cluster = {"worker": ["127.0.0.1:20001", "127.0.0.1:20002"]}
+    for index, missing in ((0, "rank 1 (127.0.0.1:20002)"), (1, "rank 0 (127.0.0.1:20001)")):
+        env = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
+        result = run_python(*TRAIN, *args, "strategy.start_timeout_s=2", env=env)
+        check_line(result, f"{missing} did not come within 2 s", prefix="[rank 1/2] " if index else "")
+
+
+def test_a_strategy_for_one_process_with_two(args, run_job):
+    for result in run_job("multiworker", 2, *args, "strategy=mirrored"):
+        assert result.returncode == 2
+        assert "strategy=mirrored: is for one process, but tf_config started 2" in result.stderr
+
+
+def test_horovod_is_not_installed(args, run_python):
+    code = "import sys; sys.modules['horovod'] = None; from mnist_dist.train import main; main()"
+    check_line(run_python("-c", code, *args, "strategy=horovod"), "strategy=horovod", "not installed", "make horovod")
