@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mnist_dist.config import TrainConfig, training_keys
+from mnist_dist.config import DataConfig, TrainConfig, training_keys
 from mnist_dist.data.preprocess import SplitName
 from mnist_dist.errors import UserError
 from mnist_dist.files import check_writable, write_atomically
@@ -105,7 +105,7 @@ class RunFolder:
         path = self._path("config.yaml")
         try:
             content = OmegaConf.to_container(OmegaConf.load(path))
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
+        except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
             raise UserError(
                 f"run_dir={self.path}: {path.name} cannot be read: {' '.join(str(error).split())}"
             ) from error
@@ -113,13 +113,19 @@ class RunFolder:
             raise UserError(f"run_dir={self.path}: {path.name} is not a configuration")
         return {str(key): value for key, value in content.items() if key != "defaults"}
 
-    def read_summary(self) -> dict[str, Any]:
-        """`summary.json`; raises UserError if there is none or it is damaged."""
+    def read_data_config(self) -> DataConfig:
+        """The data that the run here was trained on; raises UserError if that cannot be told."""
         try:
-            content: dict[str, Any] = json.loads(self._path("summary.json").read_text())
-        except (OSError, ValueError) as error:
+            return DataConfig(**self.read_config()["data"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"run_dir={self.path}: config.yaml does not say what the data was ({error})") from error
+
+    def read_data_sha256(self) -> str:
+        """The digest of that data, from `summary.json`; raises UserError if there is none or it is damaged."""
+        try:
+            return str(json.loads(self._path("summary.json").read_text())["dataset"]["sha256"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"run_dir={self.path}: no finished run here: summary.json: {error}") from error
-        return content
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run when it is passed back."""

@@ -16,6 +16,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mnist_dist.errors import UserError
 
+# Named here and not looked up in Keras, so that a misspelt one is refused before TensorFlow is imported.
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus", "sigmoid", "tanh", "linear")
+INITIALIZERS = tuple(f"{family}_{kind}" for family in ("he", "glorot", "lecun") for kind in ("normal", "uniform"))
+
 
 def _check(condition: bool, key: str, value: object, rule: str) -> None:
     if not condition:
@@ -72,6 +76,13 @@ class ModelConfig:
     """Keras initializer of the softmax layer."""
 
     def __post_init__(self) -> None:
+        for key, known in (
+            ("activation", ACTIVATIONS),
+            ("kernel_initializer", INITIALIZERS),
+            ("output_initializer", INITIALIZERS),
+        ):
+            value = getattr(self, key)
+            _check(value in known, f"model.{key}", value, f"must be one of {', '.join(known)}")
         _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
 
 
@@ -291,6 +302,14 @@ class TrainConfig:
 
 
 @dataclass
+class EvaluateDataConfig:
+    """Where a run's data is now."""
+
+    path: str | None = None
+    """The data file, if it has moved since the training."""
+
+
+@dataclass
 class EvaluateConfig:
     """Everything that `python -m mnist_dist.evaluate` can be told."""
 
@@ -298,8 +317,7 @@ class EvaluateConfig:
     """The run folder to evaluate."""
     split: str = MISSING
     """train | val | test."""
-    data_path: str | None = None
-    """Where the run's data file is now, if it has moved."""
+    data: EvaluateDataConfig = MISSING
     console: ConsoleConfig = MISSING
 
     def __post_init__(self) -> None:

@@ -7,9 +7,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist import cli, plots
+from mnist_dist import cli
 from mnist_dist.artifacts import RunFolder
-from mnist_dist.config import DataConfig, EvaluateConfig
+from mnist_dist.config import EvaluateConfig
 from mnist_dist.console import Console
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
@@ -26,15 +26,16 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     run_folder = RunFolder.from_config(config.run_dir)
     split_name = cast(SplitName, config.split)
     run_folder.check_has_model()
-    data_config = DataConfig(**run_folder.read_config()["data"])
-    if config.data_path is not None:
-        data_config = replace(data_config, path=config.data_path)
+    data_config = run_folder.read_data_config()
+    if config.data.path is not None:
+        data_config = replace(data_config, path=config.data.path)
     dataset = load_dataset(data_config)
     _check_same_data(dataset, run_folder)
     splits = preprocess(dataset, val_fraction=data_config.val_fraction, split_seed=data_config.split_seed)
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start():
+        from mnist_dist import plots
         from mnist_dist.model import Network, load_model
         from mnist_dist.steps import EvaluateProgram
         from mnist_dist.strategy.base import SingleDevice
@@ -79,11 +80,11 @@ def class_report(confusion: npt.NDArray[np.int64], *, class_names: tuple[str, ..
 
 
 def _check_same_data(dataset: ImageDataset, run_folder: RunFolder) -> None:
-    trained_on = run_folder.read_summary()["dataset"]["sha256"]
+    trained_on = run_folder.read_data_sha256()
     if dataset.sha256 != trained_on:
         raise UserError(
             f"run_dir={run_folder.path}: the model was trained on other data (SHA-256 {trained_on[:12]}..., now "
-            f"{dataset.sha256[:12]}...); give the original file as data_path=..."
+            f"{dataset.sha256[:12]}...); give the original file as data.path=..."
         )
 
 

@@ -41,3 +41,10 @@ def check_writable(folder: Path) -> None:
     ancestor = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     with tempfile.TemporaryFile(dir=ancestor):
         pass
+
+
+def describe_os_error(error: OSError) -> str:
+    """The shortest true description of a network or file error."""
+    reason = getattr(error, "reason", error)
+    text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    return " ".join(text.split())

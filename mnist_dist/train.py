@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from mnist_dist import __version__, agreement, cli, plots
+from mnist_dist import __version__, agreement, cli
 from mnist_dist.artifacts import RunFolder, Timing, build_summary, weights_digest
 from mnist_dist.config import TrainConfig, training_keys
 from mnist_dist.console import Console, progress
@@ -14,6 +14,7 @@ from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import SPLIT_NAMES, Splits, preprocess
 from mnist_dist.data.sources import load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
+from mnist_dist.reference import load_reference
 from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run with -m
@@ -26,7 +27,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     # The input, and all that can be wrong with it.
     run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
     run_folder.check_usable()
-    reference = plots.load_reference(config.plots.reference)
+    reference = load_reference(config.plots.reference)
     dataset = load_dataset(config.data)
     config = replace(config, data=replace(config.data, name=dataset.name))  # what `auto` has become
     run_folder.check_same_training(config)
@@ -37,6 +38,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start():
+        from mnist_dist import plots
         from mnist_dist.model import Network, build_model
         from mnist_dist.optimizer import LearningRate, create_optimizer
         from mnist_dist.precision import LossScale, choose_precision

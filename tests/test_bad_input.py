@@ -299,9 +299,10 @@ def test_keys_that_do_not_go_together(arguments, line, refuse):
     assert refuse(TRAIN, *arguments).startswith(line)
 
 
-def test_a_bad_value_among_several_is_found_before_any_run(refuse):
-    line = refuse(TRAIN, "--multirun", "trainer.epochs=1,2,x", *NO_DATA)
-    assert line == "trainer.epochs=1,2,x: must be a whole number"
+def test_a_bad_value_among_several_is_found_before_any_run(ask, work):
+    answer = ask(TRAIN, "--multirun", "trainer.epochs=1,2,x", *NO_DATA)
+    assert answer == Answer(2, "", "error: trainer.epochs=1,2,x: must be a whole number\n", knows_tensorflow=False)
+    assert {path.name for path in snapshot(work)} <= {"runs", "multirun.yaml"}  # Hydra's own, when it is asked to sweep
 
 
 def test_of_several_runs_the_worst_exit_code_counts(run_python):
@@ -532,10 +533,10 @@ def test_evaluate_without_a_run(refuse):
         (["run_dir=nowhere"], "run_dir=nowhere: no model.keras here; name the folder of a finished run"),
         (["run_dir=run", "split=tset"], "split=tset: must be train, val or test"),
         (["rundir=run"], "rundir=run: no such key; did you mean run_dir=run? (all keys: --help)"),
-        (["run_dir=run", "data_path=nowhere.npz"], "data.path=nowhere.npz: cannot be read: No such file or directory"),
+        (["run_dir=run", "data.path=nowhere.npz"], "data.path=nowhere.npz: cannot be read: No such file or directory"),
         (
             ["run_dir=run", "trainer.epochs=3"],
-            "trainer.epochs=3: no such key; the keys here are run_dir, split, data_path",
+            "trainer.epochs=3: no such key; the keys here are run_dir, split, data, console",
         ),
     ],
 )

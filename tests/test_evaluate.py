@@ -34,9 +34,9 @@ def test_numbers_equal_the_summarys(split, run_dir, run_python):
 def test_moved_data_is_found_and_other_data_refused(run_dir, small_npz, small_arrays, run_python, tmp_path):
     moved = tmp_path / "moved.npz"
     moved.write_bytes(small_npz.read_bytes())
-    assert run_python("-m", "mnist_dist.evaluate", f"run_dir={run_dir}", f"data_path={moved}").returncode == 0
+    assert run_python("-m", "mnist_dist.evaluate", f"run_dir={run_dir}", f"data.path={moved}").returncode == 0
     np.savez(moved, **{**small_arrays, "y_test": small_arrays["y_test"][::-1]})
-    result = run_python("-m", "mnist_dist.evaluate", f"run_dir={run_dir}", f"data_path={moved}")
+    result = run_python("-m", "mnist_dist.evaluate", f"run_dir={run_dir}", f"data.path={moved}")
     assert result.returncode == 2
     assert "trained on other data" in result.stderr
 

@@ -10,17 +10,21 @@ PACKAGE = Path(__file__).parent.parent / "mnist_dist"
 
 # Lower layers first; modules of one layer do not import each other unless listed as a pair below.
 LAYERS = [
-    ["__init__"],
-    ["errors", "files", "history", "metrics", "topology"],
+    ["__init__", "errors"],
+    ["files", "history", "metrics", "topology", "rendezvous", "agreement", "reference"],
     ["config", "console"],
+    ["data.formats"],
     ["data.sources", "data.digits"],
     ["data.preprocess", "data.batches"],
-    ["dropout", "optimizer"],
+    ["dropout", "optimizer", "precision"],
     ["model"],
-    ["strategy.base"],
+    ["strategy.gpus", "strategy.base"],
+    ["strategy.mirrored", "strategy.horovod"],
+    ["strategy.multiworker"],
     ["strategy"],
     ["steps"],
     ["trainer", "plots", "artifacts"],
+    ["explain"],
     ["cli"],
     ["train", "evaluate"],
 ]

@@ -15,7 +15,8 @@ from PIL import Image
 from mnist_dist import plots
 from mnist_dist.errors import UserError
 from mnist_dist.history import EpochMetrics, History, to_csv
-from mnist_dist.plots import draw_confusion_matrix, draw_curves, load_reference
+from mnist_dist.plots import draw_confusion_matrix, draw_curves
+from mnist_dist.reference import REFERENCE_COLUMNS, load_reference
 
 HEADER = "epoch,loss,accuracy,val_loss,val_accuracy\n"
 
@@ -34,7 +35,7 @@ def create_seed_history(num_epochs: int) -> History:
     assert seed is not None
     rows = []
     for i in range(num_epochs):
-        values = (seed.columns[name][min(i, 149)] for name in plots.REFERENCE_COLUMNS[1:])
+        values = (seed.columns[name][min(i, 149)] for name in REFERENCE_COLUMNS[1:])
         rows.append(EpochMetrics(i + 1, *values, 1e-3, 1.0, 1.0))
     return History(tuple(rows))
 
@@ -78,7 +79,7 @@ def test_history_of_a_run_is_a_reference(tmp_path: Path) -> None:
     reference = load_reference(str(path))
     assert reference is not None
     assert reference.name == "run_a/history.csv"
-    assert set(reference.columns) == set(plots.REFERENCE_COLUMNS)
+    assert set(reference.columns) == set(REFERENCE_COLUMNS)
     assert reference.columns["val_accuracy"] == (0.5, 0.75)
     assert reference.columns["loss"] == (1.0, 0.5)
 
@@ -219,7 +220,7 @@ def test_reference_has_its_own_curves_and_legend_entries() -> None:
 
 
 def test_short_reference_and_odd_names() -> None:
-    columns = dict.fromkeys(plots.REFERENCE_COLUMNS, (0.5,)) | {"epoch": (2.0,)}
+    columns = dict.fromkeys(REFERENCE_COLUMNS, (0.5,)) | {"epoch": (2.0,)}
     reference = plots.Reference("$^$" + "x" * 100 + "/history.csv", columns)
     figure = draw_curves(create_history([0.5]), metric="accuracy", dataset="a $^$", reference=reference)
     figure.draw_without_rendering()

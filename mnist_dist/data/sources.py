@@ -5,33 +5,27 @@ these errors answer at once.
 """
 
 import contextlib
-import gzip
 import hashlib
 import http.client
 import io
 import logging
-import math
 import threading
 import urllib.request
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mnist_dist.config import DataConfig
 from mnist_dist.console import progress
+from mnist_dist.data.formats import ARRAY_NAMES, Array, expand_path, read_idx_folder, read_npz, readable
 from mnist_dist.errors import UserError
-from mnist_dist.files import file_lock, write_atomically
+from mnist_dist.files import describe_os_error, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
-
-Array = npt.NDArray[Any]
-ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 # SHA-256 of each array's raw uint8 bytes: what makes a file MNIST, however it is packed.
 MNIST_SHA256 = {
@@ -44,13 +38,6 @@ MNIST_SHA256 = {
 MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 MNIST_FILE_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 CONNECT_TIMEOUT_S = 10.0
-
-IDX_FILES = {
-    "x_train": "train-images",
-    "y_train": "train-labels",
-    "x_test": "t10k-images",
-    "y_test": "t10k-labels",
-}
 
 
 @dataclass(frozen=True)
@@ -105,8 +92,8 @@ def array_digests(arrays: Mapping[str, Array]) -> dict[str, str]:
 
 def _load_mnist(config: DataConfig) -> ImageDataset:
     if config.path is not None:
-        return _dataset("mnist", _read_mnist(_path("data.path", config.path)))
-    path = _path("data.keras_home", config.keras_home) / "datasets" / "mnist.npz"
+        return _dataset("mnist", _read_mnist(expand_path("data.path", config.path)))
+    path = expand_path("data.keras_home", config.keras_home) / "datasets" / "mnist.npz"
     if not path.is_file():
         _download_mnist(path)
     try:
@@ -120,9 +107,9 @@ def _load_mnist(config: DataConfig) -> ImageDataset:
 
 def _read_mnist(path: Path) -> dict[str, Array]:
     """Read an .npz file or a folder of IDX files, and make sure that it is MNIST."""
-    with _readable(path):
+    with readable(path):
         is_folder = path.is_dir()
-    arrays = _read_idx_folder(path) if is_folder else _read_npz(path)
+    arrays = read_idx_folder(path) if is_folder else read_npz(path)
     for key, digest in array_digests(arrays).items():
         if digest != MNIST_SHA256[key]:
             raise UserError(
@@ -148,7 +135,7 @@ def _download_mnist(path: Path) -> None:
                 raise UserError("data=mnist: " + way_out.format("the download is not the expected file"))
             write_atomically(path, content)
     except OSError as error:
-        raise UserError("data=mnist: " + way_out.format(_reason(error))) from error
+        raise UserError("data=mnist: " + way_out.format(describe_os_error(error))) from error
 
 
 def _fetch(url: str) -> bytes:
@@ -177,48 +164,13 @@ def _fetch(url: str) -> bytes:
         raise OSError(f"the download broke off: {error}") from error
 
 
-def _reason(error: OSError) -> str:
-    """The shortest true description of a network or file error."""
-    reason = getattr(error, "reason", error)
-    text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    return " ".join(text.split())
-
-
-def _read_idx_folder(folder: Path) -> dict[str, Array]:
-    return {key: _read_idx(_find_idx(folder, stem), ndim=3 if key[0] == "x" else 1) for key, stem in IDX_FILES.items()}
-
-
-def _find_idx(folder: Path, stem: str) -> Path:
-    with _readable(folder):
-        candidates = [p for p in sorted(folder.iterdir()) if p.name.startswith(stem)]
-    if not candidates:
-        raise UserError(f"data.path={folder}: no file {stem}-idx?-ubyte or .gz in this folder")
-    return candidates[0]
-
-
-def _read_idx(path: Path, *, ndim: int) -> Array:
-    """Read one IDX file of uint8 (format: yann.lecun.com/exdb/mnist), gzipped or not."""
-    with _readable(path):
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        # Magic number: two zero bytes, 8 for uint8, the number of dimensions; then big-endian sizes.
-        if content[:4] != bytes([0, 0, 8, ndim]):
-            raise ValueError(f"not an IDX file of {ndim}-dimensional uint8")
-        shape = tuple(np.frombuffer(content, ">u4", count=ndim, offset=4).tolist())
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim)
-        if len(values) != math.prod(shape):
-            raise ValueError(f"it has {len(values)} bytes of data where its head says {math.prod(shape)}")
-        return values.reshape(shape)
-
-
 # The embedded digits
 
 
 def _load_digits(config: DataConfig) -> ImageDataset:
     from mnist_dist.data import digits  # scikit-learn is slow to import
 
-    path = _path("data.cache_dir", config.cache_dir) / f"digits-v{digits.DIGITS_VERSION}.npz"
+    path = expand_path("data.cache_dir", config.cache_dir) / f"digits-v{digits.DIGITS_VERSION}.npz"
     arrays = _read_cached_digits(path, digits.DIGITS_SHA256)
     if arrays is None:
         arrays = _build_digits_once(path, digits)
@@ -230,7 +182,7 @@ def _read_cached_digits(path: Path, sha256: Mapping[str, str]) -> dict[str, Arra
     if not path.is_file():
         return None
     with contextlib.suppress(UserError):
-        arrays = _read_npz(path)
+        arrays = read_npz(path)
         if array_digests(arrays) == sha256:
             return arrays
     return None
@@ -242,17 +194,25 @@ def _build_digits_once(path: Path, digits: ModuleType) -> dict[str, Array]:
         try:
             stack.enter_context(file_lock(path.with_suffix(".lock")))
         except OSError as error:
-            log.warning("cannot keep the built digits at %s (%s): they are built each time", path, _reason(error))
+            log.warning(
+                "cannot keep the built digits at %s (%s): they are built each time", path, describe_os_error(error)
+            )
             return _build_digits(digits)
         arrays = _read_cached_digits(path, digits.DIGITS_SHA256)  # another process may have been faster
         if arrays is None:
             if path.is_file():
                 log.warning("the cached digits at %s are damaged and are built again", path)
             arrays = _build_digits(digits)
+            if array_digests(arrays) != digits.DIGITS_SHA256:
+                log.warning(
+                    "the digits built here differ from the recorded ones (another NumPy?): results are not comparable "
+                    "to the bit with those of other machines, and the digits are built each time"
+                )
+                return arrays
             try:
                 write_atomically(path, _npz_bytes(arrays))
             except OSError as error:
-                log.warning("cannot keep the built digits at %s (%s)", path, _reason(error))
+                log.warning("cannot keep the built digits at %s (%s)", path, describe_os_error(error))
         return arrays
 
 
@@ -260,12 +220,7 @@ def _build_digits(digits: ModuleType) -> dict[str, Array]:
     log.info("building the embedded digits data set (once; it is cached)")
     with progress("building digits") as show:
         arrays: dict[str, Array] = digits.generate_digits(on_progress=show)
-    if array_digests(arrays) != digits.DIGITS_SHA256:
-        log.warning(
-            "the digits built here differ from the recorded ones (another NumPy or SciPy?): results are not "
-            "comparable to the bit with those of other machines"
-        )
-    return arrays
+        return arrays
 
 
 def _npz_bytes(arrays: Mapping[str, Array]) -> bytes:
@@ -278,8 +233,8 @@ def _npz_bytes(arrays: Mapping[str, Array]) -> bytes:
 
 
 def _load_npz(config: DataConfig) -> ImageDataset:
-    path = _path("data.path", str(config.path))
-    arrays = _read_npz(path)
+    path = expand_path("data.path", str(config.path))
+    arrays = read_npz(path)
     for part in ("train", "test"):
         images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
         _check_images(path, f"x_{part}", images)
@@ -339,46 +294,3 @@ def _check_labels(path: Path, name: str, labels: Array) -> None:
 def _some(values: Array, most: int = 5) -> str:
     listed = np.unique(values)
     return ", ".join(map(str, listed[:most])) + (", ..." if len(listed) > most else "")
-
-
-# Files
-
-
-def _path(key: str, value: str) -> Path:
-    try:
-        return Path(value).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{key}={value}: no such user's home folder; write the path out") from error
-
-
-def _read_npz(path: Path) -> dict[str, Array]:
-    """Read the four arrays of a Keras-layout file; never unpickles."""
-    with _readable(path), path.open("rb") as stream:
-        if not zipfile.is_zipfile(stream):
-            # NumPy would take anything that it does not know for a pickle.
-            raise ValueError("it is no .npz archive, or its end is missing; write it with numpy.savez")
-        stream.seek(0)
-        with np.load(stream, allow_pickle=False) as content:
-            missing = [name for name in ARRAY_NAMES if name not in content]
-            if missing:
-                raise ValueError(f"it has no {', '.join(missing)}")
-            arrays = {name: content[name] for name in ARRAY_NAMES}
-        for name, array in arrays.items():
-            if not isinstance(array, np.ndarray):  # NumPy hands over as bytes what it cannot read
-                raise ValueError(f"{name} is not an array; write the file with numpy.savez")
-        return arrays
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever reading `path` can raise into one line that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"data.path={path}: cannot be read: {_reason(error)}") from error
-    except Exception as error:  # NumPy, zipfile and the decompressors each have errors of their own for bad bytes
-        if "allow_pickle" in str(error) or "pickled" in str(error):
-            reason = "it holds pickled objects, which are never loaded; save plain arrays with numpy.savez"
-        else:
-            reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.path={path}: not a usable data file: {reason}") from error

@@ -4,10 +4,9 @@ Every replica owns its copy of the state and updates it alone, from the same red
 synchronised but the gradient.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
-
-import logging
 
 import numpy as np
 import tensorflow as tf

@@ -154,8 +154,9 @@ build() {
     export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
     # For a CMake of 4 or later; an older one does not read it.
     export CMAKE_POLICY_VERSION_MINIMUM=3.5
-    # Never what a make around this script left here, of whose job server nobody knows
-    # in the end; 8 is Horovod's own limit (a job can take more than a gigabyte).
+    # Not the MAKEFLAGS of a make that runs this script: its job server does not
+    # reach through pip, and one job would be left. 8 is Horovod's own choice; a
+    # job can take more than a gigabyte of memory.
     local jobs
     jobs=$(nproc)
     export MAKEFLAGS=-j$((jobs < 8 ? jobs : 8))
@@ -240,7 +241,7 @@ fi
 # Only what the ranks print is shown, unless it fails: what TensorFlow writes when
 # it is imported, by horovodrun as by each rank, takes more than a screen.
 say "all-reduce of 2 ranks:"
-if ! timeout 300 "$scripts/horovodrun" --gloo -np 2 --gloo-timeout-seconds 120 \
+if ! timeout -k 15 300 "$scripts/horovodrun" --gloo -np 2 --gloo-timeout-seconds 120 \
     "$python" "$here/check.py" 2 >"$work/check.log" 2>&1; then
     cat "$work/check.log" >&2
     die "the all-reduce failed; to build anew, remove $cache"

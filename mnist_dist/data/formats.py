@@ -1,0 +1,96 @@
+"""Reading data files. Whatever is wrong with one ends as a UserError of one line that names the file."""
+
+import contextlib
+import gzip
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.errors import UserError
+from mnist_dist.files import describe_os_error
+
+Array = npt.NDArray[Any]
+ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
+"""The arrays of a Keras-layout file."""
+
+IDX_FILES = {
+    "x_train": "train-images",
+    "y_train": "train-labels",
+    "x_test": "t10k-images",
+    "y_test": "t10k-labels",
+}
+
+
+def read_idx_folder(folder: Path) -> dict[str, Array]:
+    """Read MNIST's four IDX files, gzipped or not, under any of their usual names."""
+    return {key: _read_idx(_find_idx(folder, stem), ndim=3 if key[0] == "x" else 1) for key, stem in IDX_FILES.items()}
+
+
+def _find_idx(folder: Path, stem: str) -> Path:
+    with readable(folder):
+        candidates = [p for p in sorted(folder.iterdir()) if p.name.startswith(stem)]
+    if not candidates:
+        raise UserError(f"data.path={folder}: no file {stem}-idx?-ubyte or .gz in this folder")
+    return candidates[0]
+
+
+def _read_idx(path: Path, *, ndim: int) -> Array:
+    """Read one IDX file of uint8 (format: yann.lecun.com/exdb/mnist), gzipped or not."""
+    with readable(path):
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        # Magic number: two zero bytes, 8 for uint8, the number of dimensions; then big-endian sizes.
+        if content[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError(f"not an IDX file of {ndim}-dimensional uint8")
+        shape = tuple(np.frombuffer(content, ">u4", count=ndim, offset=4).tolist())
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim)
+        if len(values) != math.prod(shape):
+            raise ValueError(f"it has {len(values)} bytes of data where its head says {math.prod(shape)}")
+        return values.reshape(shape)
+
+
+def expand_path(key: str, value: str) -> Path:
+    """The path that a key names, `~` expanded; raises UserError where that cannot be done."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={value}: no such user's home folder; write the path out") from error
+
+
+def read_npz(path: Path) -> dict[str, Array]:
+    """Read the four arrays of a Keras-layout file; never unpickles."""
+    with readable(path), path.open("rb") as stream:
+        if not zipfile.is_zipfile(stream):
+            # NumPy would take anything that it does not know for a pickle.
+            raise ValueError("it is no .npz archive, or its end is missing; write it with numpy.savez")
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as content:
+            missing = [name for name in ARRAY_NAMES if name not in content]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            arrays = {name: content[name] for name in ARRAY_NAMES}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # NumPy hands over as bytes what it cannot read
+                raise ValueError(f"{name} is not an array; write the file with numpy.savez")
+        return arrays
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn whatever reading `path` can raise into one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"data.path={path}: cannot be read: {describe_os_error(error)}") from error
+    except Exception as error:  # NumPy, zipfile and the decompressors each have errors of their own for bad bytes
+        if "allow_pickle" in str(error) or "pickled" in str(error):
+            reason = "it holds pickled objects, which are never loaded; save plain arrays with numpy.savez"
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data.path={path}: not a usable data file: {reason}") from error
