@@ -55,20 +55,18 @@ class TrainProgram:
         strategy: Strategy,
         state: TrainState,
         split: Split,
-        num_parts: int = 1,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
         self._loss_scale = loss_scale
         self._strategy = strategy
         self._state = state
-        self._num_parts = num_parts
         self._data = place_split(split, strategy)
         self._compiled = tf.function(self._train_epoch)
 
     def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, shape (steps, global_batch_size), as a `BatchPlan` makes them."""
-        padded = _pad_rows(indices, multiple=self._strategy.num_replicas * self._num_parts)
+        padded = _pad_rows(indices, multiple=self._strategy.num_replicas)
         losses, num_correct = self._compiled(tf.constant(padded), tf.constant(learning_rates, tf.float32))
         return EpochSums(losses.numpy(), num_correct.numpy().astype(np.int64))
 
@@ -92,13 +90,10 @@ class TrainProgram:
         num_examples = tf.math.count_nonzero(indices != PADDING, dtype=tf.float32)
         loss_factor = state.loss_scale.read_value() / num_examples
         global_step = state.global_step.read_value()
-        parts = [
-            self._part(weights, data, rows, loss_factor, BatchPosition(global_step, first_row))
-            for rows, first_row in self._own_rows(indices)
-        ]
-        totals = [tf.add_n(list(tensors)) for tensors in zip(*parts, strict=True)]
+        rows, first_row = own_rows(indices, self._strategy)
+        sums = self._sums(weights, data, rows, loss_factor, BatchPosition(global_step, first_row))
         # Gradients and metric sums travel together: one message a step.
-        bucket = self._strategy.all_reduce_sum(tf.concat([tf.reshape(t, [-1]) for t in totals], axis=0))
+        bucket = self._strategy.all_reduce_sum(tf.concat([tf.reshape(t, [-1]) for t in sums], axis=0))
         gradient, loss, correct = tf.split(bucket, [self._network.num_parameters, 1, 1])
         self._update(gradient, learning_rate)
         state.global_step.assign_add(1)
@@ -124,14 +119,7 @@ class TrainProgram:
         )
         state.num_updates.assign_add(1)
 
-    def _own_rows(self, indices: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """This replica's rows of the global batch in `num_parts` equal parts, each with the position of its first."""
-        size = indices.shape[0] // (self._strategy.num_replicas * self._num_parts)
-        first = self._strategy.replica_index() * self._num_parts * size
-        starts = [first + part * size for part in range(self._num_parts)]
-        return [(tf.slice(indices, start[tf.newaxis], [size]), start) for start in starts]
-
-    def _part(
+    def _sums(
         self,
         weights: list[tf.Tensor],
         data: DeviceSplit,
@@ -178,12 +166,10 @@ class EvaluateProgram:
     def _evaluate_replica(self, weights: tf.Variable, data: DeviceSplit, indices: tf.Tensor) -> tf.Tensor:
         """One replica's rows of every batch, then one reduction."""
         layers = self._network.split(weights.read_value())
-        num_rows = indices.shape[1] // self._strategy.num_replicas
-        first_row = self._strategy.replica_index() * num_rows
         # float64: exact for counts up to 2**53.
         sums = tf.zeros([1 + self._num_classes**2], tf.float64)
         for batch in tf.range(indices.shape[0]):
-            rows = tf.slice(indices[batch], first_row[tf.newaxis], [num_rows])
+            rows, _ = own_rows(indices[batch], self._strategy)
             images, labels, example_weights = gather_rows(data, rows)
             logits = self._network.logits(layers, images)
             losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
@@ -196,6 +182,13 @@ class EvaluateProgram:
 def place_split(split: Split, strategy: Strategy) -> DeviceSplit:
     """Put a split into every replica's memory: all data sets of this package fit there."""
     return DeviceSplit(strategy.replicate(split.images), strategy.replicate(split.labels))
+
+
+def own_rows(indices: tf.Tensor, strategy: Strategy) -> tuple[tf.Tensor, tf.Tensor]:
+    """Inside `run`: this replica's equal share of a global batch's rows, and the position of its first one."""
+    num_rows = indices.shape[0] // strategy.num_replicas
+    first_row = strategy.replica_index() * num_rows
+    return tf.slice(indices, first_row[tf.newaxis], [num_rows]), first_row
 
 
 def gather_rows(data: DeviceSplit, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

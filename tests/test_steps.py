@@ -24,7 +24,7 @@ def make_split(num_examples: int, seed: int = 0) -> Split:
     return Split(rng.random((num_examples, NUM_PIXELS), np.float32), labels)
 
 
-def make_program(split: Split, *overrides: str, num_parts: int = 1, strategy: Strategy | None = None):
+def make_program(split: Split, *overrides: str, strategy: Strategy | None = None):
     strategy = strategy or SingleDevice()
     config = compose_config("model.hidden_sizes=[16]", *overrides)
     policy = choose_precision(config.precision.name, None)
@@ -41,7 +41,7 @@ def make_program(split: Split, *overrides: str, num_parts: int = 1, strategy: St
         loss_scale=parts["loss_scale"],
         strategy=strategy,
     )
-    program = TrainProgram(**parts, state=state, split=split, num_parts=num_parts)
+    program = TrainProgram(**parts, state=state, split=split)
     return program, state, parts["network"], model
 
 
@@ -49,13 +49,12 @@ def rates(indices: np.ndarray, rate: float) -> np.ndarray:
     return np.full(len(indices), rate)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2, 3])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_an_epoch_equals_plain_keras_steps(optimizer, num_parts):
-    """70 examples in batches of 16: the last batch has 6, and 16 does not divide by 3 parts."""
+def test_an_epoch_equals_plain_keras_steps(optimizer):
+    """70 examples in batches of 16: the last batch has 6."""
     split = make_split(70)
     program, state, _, model = make_program(
-        split, f"optimizer={optimizer}", "optimizer.learning_rate=0.01", "model.dropout=0", num_parts=num_parts
+        split, f"optimizer={optimizer}", "optimizer.learning_rate=0.01", "model.dropout=0"
     )
     plan = BatchPlan(70, 16)
     indices = plan.shuffled(seed=3, epoch=1)
@@ -75,19 +74,6 @@ def test_an_epoch_equals_plain_keras_steps(optimizer, num_parts):
     expected = np.concatenate([variable.numpy().ravel() for variable in model.trainable_variables])
     np.testing.assert_allclose(state.weights.numpy(), expected, rtol=1e-5, atol=1e-6)
     assert state.global_step.numpy() == plan.steps_per_epoch
-
-
-def test_parts_draw_the_same_dropout():
-    """How a batch is cut must not change which units are dropped."""
-    split = make_split(64)
-    results = []
-    for num_parts in (1, 2, 4):
-        program, state, *_ = make_program(split, "optimizer=sgd", "optimizer.learning_rate=1.0", num_parts=num_parts)
-        indices = BatchPlan(64, 32).shuffled(seed=0, epoch=1)
-        program.run_epoch(indices, learning_rates=rates(indices, 1.0))
-        results.append(state.weights.numpy())
-    np.testing.assert_allclose(results[1], results[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(results[2], results[0], rtol=1e-5, atol=1e-6)
 
 
 def test_same_seed_same_bits():
