@@ -1,9 +1,13 @@
 """What goes wrong with jobs of several processes, each tried for real: one clear line, exit code 2."""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CHECKOUT, horovodrun
 
 TRAIN = ("-m", "mnist_dist.train")
 
@@ -72,3 +76,16 @@ def test_a_strategy_for_one_process_with_two(args, run_job):
 def test_horovod_is_not_installed(args, run_python):
     code = "import sys; sys.modules['horovod'] = None; from mnist_dist.train import main; main()"
     check_line(run_python("-c", code, *args, "strategy=horovod"), "strategy=horovod", "not installed", "make horovod")
+
+
+def test_horovod_was_built_for_another_tensorflow(args, run_python, tmp_path):
+    """Its library asks for a symbol that the installed TensorFlow has not."""
+    installed = Path(horovodrun()).parent.parent / "lib"
+    (package,) = installed.glob("python*/site-packages/horovod")
+    shutil.copytree(package, tmp_path / "horovod")
+    (library,) = (tmp_path / "horovod" / "tensorflow").glob("mpi_lib*.so")
+    source = tmp_path / "other.c"
+    source.write_text("int of_another_tensorflow(void); int call(void) { return of_another_tensorflow(); }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    result = run_python(*TRAIN, *args, "strategy=horovod", env={"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"})
+    check_line(result, "not built for the installed TensorFlow", "of_another_tensorflow", "make horovod")
