@@ -37,13 +37,13 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     with console.tensorflow_start():
         from mnist_dist import plots
         from mnist_dist.model import Network, load_model
-        from mnist_dist.steps import EvaluateProgram
+        from mnist_dist.steps import EvaluateProgram, place_split
         from mnist_dist.strategy.base import SingleDevice
 
         strategy = SingleDevice()
 
     network = Network(load_model(run_folder.model_path))
-    program = EvaluateProgram(network=network, strategy=strategy, split=splits[split_name])
+    program = EvaluateProgram(network=network, strategy=strategy, split=place_split(splits[split_name], strategy))
     sums = program.run(strategy.create_variable(network.get_weights()))
 
     report = {
@@ -54,8 +54,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         "confusion_matrix": sums.confusion.tolist(),
     }
     run_folder.write_json(f"evaluation_{split_name}.json", report)
-    title = f"{dataset.name}, {split_name} set: {report['accuracy']:.2%} correct"
-    picture = plots.plot_confusion_matrix(sums.confusion, class_names=splits.class_names, title=title)
+    picture = plots.plot_split(sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names)
     run_folder.write_plot(f"confusion_matrix_{split_name}.png", picture)
     _log_report(report, run_folder)
     return EXIT_OK

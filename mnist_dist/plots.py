@@ -6,9 +6,9 @@ used), and the same input gives the same bytes. This module knows numbers and na
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib import colormaps, style
@@ -44,6 +44,26 @@ class _Curve:
     epochs: tuple[float, ...]
     values: tuple[float, ...]
     line: Mapping[str, Any]
+
+
+def plot_run(
+    history: History,
+    confusion: np.ndarray,
+    *,
+    dataset: str,
+    class_names: Sequence[str],
+    reference: Reference | None,
+) -> Iterator[tuple[str, bytes]]:
+    """The pictures of a run, each with its file's name; `confusion` is that of the test set."""
+    for metric in get_args(Metric):
+        yield f"{metric}.png", plot_curves(history, metric=metric, dataset=dataset, reference=reference)
+    yield "confusion_matrix.png", plot_split(confusion, dataset=dataset, split="test", class_names=class_names)
+
+
+def plot_split(confusion: np.ndarray, *, dataset: str, split: str, class_names: Sequence[str]) -> bytes:
+    """The confusion matrix of a split, with its accuracy in the title."""
+    title = f"{dataset}, {split} set: {np.trace(confusion) / confusion.sum():.2%} correct"
+    return plot_confusion_matrix(confusion, class_names=class_names, title=title)
 
 
 def plot_curves(history: History, *, metric: Metric, dataset: str, reference: Reference | None) -> bytes:

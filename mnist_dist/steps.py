@@ -23,11 +23,25 @@ EVALUATION_ROWS = 1024
 """Rows that a replica evaluates at once, at most: enough to keep any device busy."""
 
 
-class DeviceSplit(NamedTuple):
-    """A split on every replica's device."""
+class DeviceArrays(NamedTuple):
+    """Images and labels of a split in a replica's memory."""
 
     images: tf.Tensor
     labels: tf.Tensor
+
+
+class PlacedSplit(NamedTuple):
+    """A split in every replica's memory: all data sets of this package fit there."""
+
+    arrays: DeviceArrays
+    num_examples: int
+    num_classes: int
+
+
+def place_split(split: Split, strategy: Strategy) -> PlacedSplit:
+    """Copy a split to every replica."""
+    arrays = DeviceArrays(strategy.replicate(split.images), strategy.replicate(split.labels))
+    return PlacedSplit(arrays, num_examples=len(split), num_classes=split.labels.shape[1])
 
 
 class TrainState:
@@ -54,14 +68,14 @@ class TrainProgram:
         loss_scale: LossScale,
         strategy: Strategy,
         state: TrainState,
-        split: Split,
+        split: PlacedSplit,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
         self._loss_scale = loss_scale
         self._strategy = strategy
         self._state = state
-        self._data = place_split(split, strategy)
+        self._arrays = split.arrays
         self._compiled = tf.function(self._train_epoch)
 
     def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
@@ -75,13 +89,13 @@ class TrainProgram:
         losses = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
         num_correct = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
         for step in tf.range(num_steps):
-            loss, correct = self._strategy.run(self._train_step, self._data, indices[step], learning_rates[step])
+            loss, correct = self._strategy.run(self._train_step, self._arrays, indices[step], learning_rates[step])
             losses = losses.write(step, loss)
             num_correct = num_correct.write(step, correct)
         return losses.stack(), num_correct.stack()
 
     def _train_step(
-        self, data: DeviceSplit, indices: tf.Tensor, learning_rate: tf.Tensor
+        self, data: DeviceArrays, indices: tf.Tensor, learning_rate: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """One replica's share of a step; `indices` are those of the whole global batch."""
         state = self._state
@@ -122,7 +136,7 @@ class TrainProgram:
     def _sums(
         self,
         weights: list[tf.Tensor],
-        data: DeviceSplit,
+        data: DeviceArrays,
         rows: tf.Tensor,
         loss_factor: tf.Tensor,
         position: BatchPosition,
@@ -142,15 +156,15 @@ class TrainProgram:
 class EvaluateProgram:
     """Loss and confusion matrix of one split as one call."""
 
-    def __init__(self, *, network: Network, strategy: Strategy, split: Split) -> None:
+    def __init__(self, *, network: Network, strategy: Strategy, split: PlacedSplit) -> None:
         self._network = network
         self._strategy = strategy
-        self._num_classes = split.labels.shape[1]
-        self._data = place_split(split, strategy)
+        self._num_classes = split.num_classes
+        self._arrays = split.arrays
         num_replicas = strategy.num_replicas
         # The fewest passes, then the smallest batch that does with them, so that little is padding.
-        num_batches = -(-len(split) // (EVALUATION_ROWS * num_replicas))
-        plan = BatchPlan(len(split), global_batch_size=-(-len(split) // num_batches))
+        num_batches = -(-split.num_examples // (EVALUATION_ROWS * num_replicas))
+        plan = BatchPlan(split.num_examples, global_batch_size=-(-split.num_examples // num_batches))
         self._indices = _pad_rows(plan.in_order(), multiple=num_replicas)
         self._compiled = tf.function(self._evaluate)
 
@@ -161,9 +175,9 @@ class EvaluateProgram:
         return EvaluationSums(float(sums[0]), confusion)
 
     def _evaluate(self, weights: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
-        return self._strategy.run(self._evaluate_replica, weights, self._data, indices)
+        return self._strategy.run(self._evaluate_replica, weights, self._arrays, indices)
 
-    def _evaluate_replica(self, weights: tf.Variable, data: DeviceSplit, indices: tf.Tensor) -> tf.Tensor:
+    def _evaluate_replica(self, weights: tf.Variable, data: DeviceArrays, indices: tf.Tensor) -> tf.Tensor:
         """One replica's rows of every batch, then one reduction."""
         layers = self._network.split(weights.read_value())
         # float64: exact for counts up to 2**53.
@@ -179,11 +193,6 @@ class EvaluateProgram:
         return self._strategy.all_reduce_sum(sums)
 
 
-def place_split(split: Split, strategy: Strategy) -> DeviceSplit:
-    """Put a split into every replica's memory: all data sets of this package fit there."""
-    return DeviceSplit(strategy.replicate(split.images), strategy.replicate(split.labels))
-
-
 def own_rows(indices: tf.Tensor, strategy: Strategy) -> tuple[tf.Tensor, tf.Tensor]:
     """Inside `run`: this replica's equal share of a global batch's rows, and the position of its first one."""
     num_rows = indices.shape[0] // strategy.num_replicas
@@ -191,7 +200,7 @@ def own_rows(indices: tf.Tensor, strategy: Strategy) -> tuple[tf.Tensor, tf.Tens
     return tf.slice(indices, first_row[tf.newaxis], [num_rows]), first_row
 
 
-def gather_rows(data: DeviceSplit, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def gather_rows(data: DeviceArrays, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Images, labels and weights (1 for an example, 0 for padding) of the rows with these example indices."""
     valid = tf.maximum(indices, 0)  # padding reads example 0 and then weighs nothing
     example_weights = tf.cast(indices != PADDING, tf.float32)

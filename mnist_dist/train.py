@@ -42,7 +42,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         from mnist_dist.model import Network, build_model
         from mnist_dist.optimizer import LearningRate, create_optimizer
         from mnist_dist.precision import LossScale, choose_precision
-        from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState
+        from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
         from mnist_dist.strategy import create_strategy
         from mnist_dist.trainer import LogEpoch, Trainer
 
@@ -69,15 +69,16 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     optimizer = create_optimizer(config.optimizer)
     loss_scale = LossScale(policy, config.precision)
     state = TrainState(network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy)
+    placed = {name: place_split(splits[name], strategy) for name in SPLIT_NAMES}
     train_program = TrainProgram(
         network=network,
         optimizer=optimizer,
         loss_scale=loss_scale,
         strategy=strategy,
         state=state,
-        split=splits.train,
+        split=placed["train"],
     )
-    validation = EvaluateProgram(network=network, strategy=strategy, split=splits.val)
+    validation = EvaluateProgram(network=network, strategy=strategy, split=placed["val"])
     learning_rate = LearningRate(
         config.learning_rate,
         base=config.optimizer.learning_rate,
@@ -119,19 +120,14 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     weights = strategy.read(state.weights)
     saved_network = Network(network.export(weights))
     results = {
-        name: EvaluateProgram(network=saved_network, strategy=strategy, split=splits[name]).run(state.weights)
+        name: EvaluateProgram(network=saved_network, strategy=strategy, split=placed[name]).run(state.weights)
         for name in SPLIT_NAMES
     }
     run_folder.save_model(model)
-    for metric in ("loss", "accuracy"):
-        picture = plots.plot_curves(history, metric=metric, dataset=dataset.name, reference=reference)
-        run_folder.write_plot(f"{metric}.png", picture)
-    picture = plots.plot_confusion_matrix(
-        results["test"].confusion,
-        class_names=splits.class_names,
-        title=f"{dataset.name}, test set: {results['test'].to_dict()['accuracy']:.2%} correct",
-    )
-    run_folder.write_plot("confusion_matrix.png", picture)
+    for name, picture in plots.plot_run(
+        history, results["test"].confusion, dataset=dataset.name, class_names=splits.class_names, reference=reference
+    ):
+        run_folder.write_plot(name, picture)
     summary = build_summary(
         config=config,
         dataset_sha256=dataset.sha256,

@@ -11,7 +11,7 @@ from mnist_dist.data.preprocess import Split
 from mnist_dist.model import Network, build_model
 from mnist_dist.optimizer import create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
-from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState
+from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
 from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.strategy.mirrored import Mirrored
 
@@ -41,7 +41,7 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
         loss_scale=parts["loss_scale"],
         strategy=strategy,
     )
-    program = TrainProgram(**parts, state=state, split=split)
+    program = TrainProgram(**parts, state=state, split=place_split(split, strategy))
     return program, state, parts["network"], model
 
 
@@ -100,7 +100,7 @@ def test_evaluation_counts_every_example_once(num_examples):
     split = make_split(num_examples)
     _, _, network, model = make_program(split)
     strategy = SingleDevice()
-    program = EvaluateProgram(network=network, strategy=strategy, split=split)
+    program = EvaluateProgram(network=network, strategy=strategy, split=place_split(split, strategy))
     sums = program.run(strategy.create_variable(network.get_weights()))
 
     probabilities = model.predict(split.images, verbose=0)
@@ -182,7 +182,7 @@ def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_exampl
     split = make_split(num_examples)
     _, _, network, _ = make_program(split)
     sums = [
-        EvaluateProgram(network=network, strategy=strategy, split=split).run(
+        EvaluateProgram(network=network, strategy=strategy, split=place_split(split, strategy)).run(
             strategy.create_variable(network.get_weights())
         )
         for strategy in (SingleDevice(), mirrored)

@@ -63,7 +63,9 @@ class Horovod(SingleDevice):
 
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """Horovod's all-reduce: NCCL where it is built in, otherwise Gloo."""
-        return self._hvd.allreduce(bucket, op=self._hvd.Sum, name="all_reduce_sum")
+        # A name for each shape: Horovod remembers what it has agreed on under a name, and starts afresh if it changes.
+        name = f"sum.{bucket.dtype.name}.{bucket.shape[0]}"
+        return self._hvd.allreduce(bucket, op=self._hvd.Sum, name=name)
 
     def gather_text(self, text: str) -> list[str]:
         """The texts of all processes, by rank."""
