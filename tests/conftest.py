@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -110,28 +111,33 @@ def run_job(tmp_path_factory, python_environment):
     """Train with several processes, as a user launches them; returns what each (horovodrun: what it) printed.
 
     `run_job("horovod", 2, *args)` and `run_job("multiworker", 2, *args)`; `script` replaces `-m mnist_dist.train`, and
-    `per_rank` gives arguments to single ranks of multiworker.
+    `per_rank` gives arguments to single ranks of multiworker, `delays_s` lets them start later.
     """
 
-    def run(strategy, size, *args, script=("-m", "mnist_dist.train"), env=None, per_rank=None, timeout=300):
+    def run(strategy, size, *args, script=("-m", "mnist_dist.train"), env=None, per_rank=None, delays_s=None, cwd=None):
         command = [sys.executable, *script, f"strategy={strategy}", *map(str, args)]
         environment = {**python_environment, **(env or {})}
         if strategy == "horovod":
-            commands = [[horovodrun(), "--gloo", "-np", str(size), *command]]
+            commands = [[horovodrun(), "-np", str(size), *command]]
             environments = [environment]
         else:
             addresses = [f"127.0.0.1:{port}" for port in free_ports(size)]
             commands = [[*command, *(per_rank or {}).get(rank, [])] for rank in range(size)]
             tasks = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": n}} for n in range(size)]
             environments = [{**environment, "TF_CONFIG": json.dumps(task)} for task in tasks]
-        folder = tmp_path_factory.mktemp("job")
+        folder = cwd or tmp_path_factory.mktemp("job")
         outputs = [(folder / f"out{n}", folder / f"err{n}") for n in range(len(commands))]
-        processes = [
-            subprocess.Popen(command, env=environment, cwd=folder, stdout=out.open("w"), stderr=err.open("w"))
-            for command, environment, (out, err) in zip(commands, environments, outputs, strict=True)
-        ]
+        processes = []
         try:
-            codes = [process.wait(timeout) for process in processes]
+            for rank, (command, environment, (out, err)) in enumerate(
+                zip(commands, environments, outputs, strict=True)
+            ):
+                time.sleep((delays_s or {}).get(rank, 0))
+                process = subprocess.Popen(
+                    command, env=environment, cwd=folder, stdout=out.open("w"), stderr=err.open("w")
+                )
+                processes.append(process)
+            codes = [process.wait(timeout=300) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pytest
+from conftest import horovodrun
 
 from mnist_dist.config import compose_config
 from mnist_dist.data.preprocess import preprocess
@@ -128,6 +129,43 @@ def test_the_summary_says_where_it_ran(job, train_with, one_epoch_of_mnist):
     assert summary["world_size"] == (1 if strategy == "mirrored" else size)
     assert summary["global_batch_size"] == 512
     assert summary["per_replica_batch_size"] == -(-512 // size)
+
+
+@pytest.mark.parametrize("job", [("multiworker", 2), ("horovod", 3)], ids=name)
+def test_variables_start_with_rank_0s_value(job, run_job, tmp_path):
+    script = tmp_path / "broadcast.py"
+    script.write_text(
+        "import sys, numpy as np\n"
+        "from mnist_dist.config import compose_config\n"
+        "from mnist_dist.strategy import create_strategy\n"
+        "from mnist_dist.topology import read_topology\n"
+        "topology = read_topology()\n"
+        "strategy = create_strategy(compose_config(*sys.argv[1:]).strategy, topology)\n"
+        "variable = strategy.create_variable(np.full(3, 5.0 + topology.rank, np.float32))\n"
+        f"np.save({str(tmp_path)!r} + f'/{{topology.rank}}.npy', strategy.read(variable))\n"
+        "assert strategy.gather_text(f'rank {topology.rank} ä') == [f'rank {n} ä' for n in range(topology.world_size)]"
+    )
+    for result in run_job(*job, script=[str(script)]):
+        assert result.returncode == 0, result.stderr + result.stdout
+    values = [np.load(tmp_path / f"{rank}.npy").tolist() for rank in range(job[1])]
+    assert values == [[5.0, 5.0, 5.0]] * job[1]
+
+
+def test_one_run_folder_even_when_started_seconds_apart(run_job, small_npz, tmp_path):
+    args = ["data=npz", f"data.path={small_npz}", "trainer.epochs=1"]
+    results = run_job("multiworker", 2, *args, delays_s={1: 2.5}, cwd=tmp_path)
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    (folder,) = (tmp_path / "runs").iterdir()  # both named it by the time, seconds apart
+    assert (folder / "summary.json").is_file()
+
+
+def test_horovod_without_a_launcher_is_one_rank(run_python, small_npz, tmp_path):
+    horovodrun()
+    args = ["data=npz", f"data.path={small_npz}", "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]
+    result = run_python("-m", "mnist_dist.train", "strategy=horovod", *args)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["strategy"], summary["world_size"], summary["num_replicas"]) == ("horovod", 1, 1)
 
 
 def test_only_rank_0_speaks(train_with, one_epoch_of_mnist):

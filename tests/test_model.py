@@ -77,6 +77,21 @@ def test_dropout_acts_in_training_only_and_by_position():
     assert not np.allclose(at(1, 0, images), whole)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize(
+    ("policy", "dtype"), [("float32", "float32"), ("mixed_float16", "float16"), ("mixed_bfloat16", "bfloat16")]
+)
+def test_the_precision_policy_reaches_the_layers_that_compute(policy, dtype, name):
+    model = build(f"model={name}")
+    network = Network(model, policy=policy)
+    layers = network._twin.layers
+    assert {layer.compute_dtype for layer in layers} == {dtype}
+    assert {layer.variable_dtype for layer in layers} == {"float32"}
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}  # what is saved stays plain
+    weights = network.split(tf.constant(network.get_weights()))
+    assert network.logits(weights, tf.zeros([2, 784])).dtype == tf.float32
+
+
 def test_models_with_other_state_are_refused():
     layers = [keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(2, activation="softmax")]
     with pytest.raises(ValueError, match="not trained"):

@@ -114,6 +114,32 @@ def test_evaluation_counts_every_example_once(num_examples):
     assert sums.loss == pytest.approx(expected, rel=1e-5)
 
 
+class CountingDevice(SingleDevice):
+    """Counts the reductions that a compiled program holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduced = []
+
+    def all_reduce_sum(self, bucket):
+        self.reduced.append(bucket)
+        return super().all_reduce_sum(bucket)
+
+
+def test_one_reduction_a_step_with_gradients_and_metrics_in_it():
+    strategy = CountingDevice()
+    split = make_split(70)
+    program, state, network, _ = make_program(split, strategy=strategy)
+    indices = BatchPlan(70, 16).in_order()
+    program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+    (bucket,) = strategy.reduced
+    assert bucket.shape == [network.num_parameters + 2]
+    assert bucket.dtype == tf.float32
+    evaluation = EvaluateProgram(network=network, strategy=strategy, split=place_split(split, strategy))
+    evaluation.run(state.weights)
+    assert len(strategy.reduced) == 2  # one more, for the whole split
+
+
 def test_one_epoch_is_one_call_of_one_program():
     program, *_ = make_program(make_split(70))
     plan = BatchPlan(70, 16)

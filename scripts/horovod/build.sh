@@ -198,7 +198,7 @@ else
     set -e
     if ((status)); then
         # The end of the log is mostly what pip makes of it; the cause comes first.
-        grep -m 5 -A 2 -E ' error: |CMake Error|ERROR: ' "$log" >&2 || true
+        grep -m 5 -A 4 -E ': (fatal )?error: |CMake Error|^ERROR: ' "$log" >&2 || true
         echo ... >&2
         tail -n 30 "$log" >&2
         [[ $flavour == cpu ]] || say "without NCCL: HOROVOD_GPU_OPERATIONS= $0" >&2
