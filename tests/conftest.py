@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -55,6 +56,21 @@ def small_npz(small_arrays, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, **small_arrays)
     return path
+
+
+@pytest.fixture
+def logged():
+    """The messages that the package has logged so far, of a level and above."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("mnist_dist")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lambda level=logging.INFO: [record.getMessage() for record in records if record.levelno >= level]
+    logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

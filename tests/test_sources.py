@@ -46,21 +46,6 @@ def create_config(tmp_path):
 
 
 @pytest.fixture
-def logged():
-    """The messages that the package has logged so far, of a level and above."""
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("mnist_dist")
-    before = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield lambda level=logging.INFO: [record.getMessage() for record in records if record.levelno >= level]
-    logger.removeHandler(handler)
-    logger.setLevel(before)
-
-
-@pytest.fixture
 def fake_mnist(small_arrays, monkeypatch):
     """Takes the small arrays for MNIST; returns them as the bytes of an .npz file."""
     monkeypatch.setattr(sources, "MNIST_SHA256", array_digests(small_arrays))

@@ -32,13 +32,13 @@ def installed(tmp_path_factory):
 
 def test_the_wheel_composes_its_configuration(installed, tmp_path):
     code = "import mnist_dist; from mnist_dist.config import compose_config; print(mnist_dist.__file__)\n"
-    code += "print(compose_config('experiment=seed', 'model=cnn').trainer.epochs)"
+    code += "print(compose_config('experiment=debug', 'model=cnn').trainer.epochs)"
     result = subprocess.run(
         [installed / "python", "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=100, check=True
     )
     location, epochs = result.stdout.split()
     assert Path(location).is_relative_to(installed.parent)
-    assert epochs == "150"
+    assert epochs == "3"
 
 
 def test_the_console_scripts_train_and_evaluate(installed, small_npz, tmp_path):
