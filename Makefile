@@ -7,12 +7,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup horovod train evaluate test check format clean
+.PHONY: help setup cuda horovod train evaluate test check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: $(VENV)/.installed ## Create .venv and install the package with the pinned versions
+
+cuda: setup ## Install CUDA's libraries into .venv, for machines that have a driver only
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint pins.txt --editable '.[cuda]'
 
 horovod: setup ## Build Horovod for the installed TensorFlow, install and try it (minutes the first time)
 	scripts/horovod/build.sh $(BIN)/python

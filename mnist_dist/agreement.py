@@ -1,9 +1,44 @@
-"""Whether all processes of a job mean the same thing: compared once, before anything is trained."""
+"""Whether all processes of a job mean the same thing: settled once, before anything is started or written."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from mnist_dist.errors import UserError
+from mnist_dist.rendezvous import exchange
+from mnist_dist.topology import Topology
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a process tells the others."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    """What must be the same on all ranks: configuration, data, versions."""
+    gpus: list[str] = field(default_factory=list)
+    """UUIDs of the GPUs that it will use; no other rank may use them."""
+    is_finished: bool = False
+    """Whether the run folder holds this run, finished; what the chief says counts."""
+    error: str | None = None
+    """Why it cannot take part."""
+
+
+def agree(report: Report, *, topology: Topology, timeout_s: float) -> Report:
+    """Compare the reports of all ranks and return the chief's; every process calls this.
+
+    Raises:
+        UserError: somebody did not come, cannot take part, or means something else; the message names rank and key.
+    """
+    texts = exchange(json.dumps(asdict(report)), topology=topology, timeout_s=timeout_s)
+    reports = [Report(**json.loads(text)) for text in texts]
+    for rank, other in enumerate(reports):
+        if other.error is not None and rank != topology.rank:
+            raise UserError(f"rank {rank} cannot take part: {other.error}")
+    problem = find_disagreement([report.facts for report in reports])
+    if problem is not None:
+        raise UserError(f"the processes of this job do not agree: {problem}; start all of them alike")
+    check_not_shared([report.gpus for report in reports])
+    return reports[0]
 
 
 def find_disagreement(facts: Sequence[Mapping[str, str]]) -> str | None:
@@ -16,17 +51,13 @@ def find_disagreement(facts: Sequence[Mapping[str, str]]) -> str | None:
     return None
 
 
-def check_agreement(gathered: Sequence[str]) -> None:
-    """Check the facts of all ranks, each a JSON object as `to_text` makes it.
-
-    Raises:
-        UserError: they differ; the message names the rank and the key.
-    """
-    difference = find_disagreement([json.loads(text) for text in gathered])
-    if difference is not None:
-        raise UserError(f"the processes of this job do not agree: {difference}; start all of them alike")
-
-
-def to_text(facts: Mapping[str, object]) -> str:
-    """Facts as text that can be sent to the other ranks."""
-    return json.dumps({key: str(value) for key, value in facts.items()})
+def check_not_shared(gpus: Sequence[Sequence[str]]) -> None:
+    """Raise UserError if two ranks use one GPU, naming both."""
+    owners: dict[str, int] = {}
+    for rank, uuids in enumerate(gpus):
+        for uuid in uuids:
+            if owners.setdefault(uuid, rank) != rank:
+                raise UserError(
+                    f"ranks {owners[uuid]} and {rank} both use the GPU {uuid}; give each process a GPU of its own "
+                    "(CUDA_VISIBLE_DEVICES, or Slurm's --gpus-per-task)"
+                )

@@ -1,11 +1,13 @@
 """The run folder: what is in it, and when a folder may be used. Only the chief is handed one to write."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import platform
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,22 +36,17 @@ class RunFolder:
     Only the chief's object writes: on the others all writing methods do nothing, so that no caller has to ask.
     """
 
-    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
+    def __init__(self, path: Path, *, is_writer: bool = True, is_new: bool = False) -> None:
         self.path = path
         self._is_writer = is_writer
+        self._is_new = is_new
 
     @classmethod
     def from_config(cls, run_dir: str | None, *, is_writer: bool = True) -> "RunFolder":
         """The configured folder, or a new one below `runs/`, named by the time."""
         if run_dir is not None:
             return cls(Path(run_dir).expanduser(), is_writer=is_writer)
-        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"_{n}" for n in range(2, 1000))))
-        return cls(next(path for path in candidates if not path.exists()), is_writer=is_writer)
-
-    def moved_to(self, path: str) -> "RunFolder":
-        """The same role in another folder: the one that the chief has chosen."""
-        return RunFolder(Path(path), is_writer=self._is_writer)
+        return cls(Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), is_writer=is_writer, is_new=True)
 
     @property
     def log_path(self) -> Path:
@@ -64,23 +61,24 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Whether a run came to its end here; its results are never overwritten."""
-        return self._path("summary.json").is_file()
+        return self._is_writer and self._path("summary.json").is_file()
 
     def check_usable(self) -> None:
         """Raise UserError unless this is (or can become) a run folder that can be written; leaves nothing behind."""
+        if not self._is_writer:
+            return
         try:
             if self.path.is_dir() and any(self.path.iterdir()) and not self._path("config.yaml").is_file():
                 raise UserError(
                     f"run_dir={self.path}: this folder is not empty and is not a run folder; name another one"
                 )
-            if self._is_writer:
-                check_writable(self.path)
+            check_writable(self.path)
         except OSError as error:
             raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror or error}") from error
 
-    def check_same_training(self, config: TrainConfig) -> None:
+    def check_same_training(self, config: TrainConfig, *, dataset_sha256: str) -> None:
         """Raise UserError if the folder holds a run of another training, naming the keys that differ."""
-        if not self._path("config.yaml").is_file():
+        if not self._is_writer or not self._path("config.yaml").is_file():
             return
         theirs, ours = training_keys(self.read_config()), training_keys(asdict(config))
         different = [
@@ -89,6 +87,8 @@ class RunFolder:
             # Where the training runs is free, and what is still `auto` is not known yet.
             if theirs.get(key) != ours.get(key) and not key.startswith("strategy.") and ours.get(key) != "auto"
         ]
+        if self.is_finished and (theirs_sha256 := self.read_data_sha256()) != dataset_sha256:
+            different.append(f"the data was {theirs_sha256[:12]}..., is now {dataset_sha256[:12]}...")
         if different:
             raise UserError(
                 f"run_dir={self.path}: holds a run of another configuration ({'; '.join(different)}); "
@@ -129,6 +129,10 @@ class RunFolder:
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run when it is passed back."""
+        if not self._is_writer:
+            return
+        if self._is_new:
+            self._reserve()
         # The choices first, so that Hydra finds their schemas; then every value.
         defaults = [
             "schema/train@_global_",
@@ -140,12 +144,23 @@ class RunFolder:
             "_self_",
             {"hydra": "quiet"},
         ]
-        text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **asdict(config)}))
+        values = {**asdict(config), "run_dir": str(self.path)}
+        text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **values}))
         header = (
             "# To train this again, into another folder:\n"
             "#   python -m mnist_dist.train --config-dir THIS_FOLDER --config-name config run_dir=ANOTHER_FOLDER\n"
         )
         self._write("config.yaml", (header + text).encode())
+
+    def _reserve(self) -> None:
+        """Make the new folder; of several jobs that were started in the same second each gets its own."""
+        named = self.path
+        named.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir()
+                return
+            self.path = named.with_name(f"{named.name}_{number}")
 
     def write_history(self, history: History) -> None:
         """Write `history.csv`."""
@@ -155,9 +170,11 @@ class RunFolder:
         """Write a JSON file; raises ValueError for NaN and infinity, which JSON has not."""
         self._write(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
-    def write_plot(self, name: str, png: bytes) -> None:
-        """Write a picture below `plots/`."""
-        self._write(f"plots/{name}", png)
+    def write_plots(self, pictures: Iterable[tuple[str, bytes]]) -> None:
+        """Write pictures below `plots/`, each with its name; those drawn lazily are drawn on the chief only."""
+        if self._is_writer:
+            for name, png in pictures:
+                self._write(f"plots/{name}", png)
 
     def save_model(self, model: "keras.Model") -> None:
         """Write `model.keras`."""

@@ -29,16 +29,22 @@ Entry = Callable[[Any, Topology, Console], int]
 
 def run(entry: Entry, *, config_name: str) -> NoReturn:
     """Compose the configuration `config_name` of conf/ with the command line, call `entry` with it, and exit."""
-    exit_codes: list[int] = []
+    sys.exit(_guarded(lambda: _run_in_console(entry, config_name=config_name)))
+
+
+def _run_in_console(entry: Entry, *, config_name: str) -> int:
+    topology = read_topology()
+    with Console(rank=topology.rank, world_size=topology.world_size) as console:
+        # Here, where the log is open: errors belong into it, with the rank's number.
+        return _guarded(lambda: _compose_and_call(entry, topology, console, config_name=config_name))
+
+
+def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, config_name: str) -> int:
+    exit_codes = [EXIT_OK]
 
     def task(composed: DictConfig) -> None:
         # Errors end here, before Hydra can add its own words to them.
-        exit_codes.append(_guarded(lambda: _call(entry, composed)))
-
-    def compose_and_run() -> int:
-        check_command_line()
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
-        return EXIT_OK
+        exit_codes.append(_guarded(lambda: entry(to_config(composed), topology, console)))
 
     register_schemas()
     OmegaConf.register_new_resolver(
@@ -47,16 +53,9 @@ def run(entry: Entry, *, config_name: str) -> NoReturn:
     OmegaConf.register_new_resolver("help_choices", lambda: describe_choices(config_name), replace=True)
     # Hydra would print its own errors, over several lines and with exit code 1; ask it to raise them instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    exit_codes.append(_guarded(compose_and_run))
-    sys.exit(max(exit_codes))
-
-
-def _call(entry: Entry, composed: DictConfig) -> int:
-    config, topology = to_config(composed), read_topology()
-    messages = config.console.tensorflow_messages
-    with Console(tensorflow_messages=messages, rank=topology.rank, world_size=topology.world_size) as console:
-        # Here, where the log is open: the run's own errors belong into it.
-        return _guarded(lambda: entry(config, topology, console))
+    check_command_line()
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    return exit_codes[-1]
 
 
 def _guarded(action: Callable[[], int]) -> int:

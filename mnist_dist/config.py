@@ -187,7 +187,12 @@ class LearningRateConfig:
     def __post_init__(self) -> None:
         choices = ("none", "linear", "sqrt")
         _check(self.scaling in choices, "learning_rate.scaling", self.scaling, "must be none, linear or sqrt")
-        _check(self.warmup_epochs >= 0, "learning_rate.warmup_epochs", self.warmup_epochs, "must be at least 0")
+        _check(
+            0 <= self.warmup_epochs < float("inf"),
+            "learning_rate.warmup_epochs",
+            self.warmup_epochs,
+            "must be at least 0",
+        )
 
 
 @dataclass
@@ -213,7 +218,7 @@ class StrategyConfig:
     num_replicas: int | None = None
     """mirrored: how many GPUs to use, or without GPUs how many logical CPUs."""
     start_timeout_s: float = MISSING
-    """multiworker: how long to wait for the other processes to start, seconds."""
+    """Several processes: how long they wait for each other at the start, seconds."""
 
     def __post_init__(self) -> None:
         choices = ("auto", "single", "mirrored", "multiworker", "horovod")
@@ -224,7 +229,12 @@ class StrategyConfig:
             self.num_replicas,
             "must be at least 1",
         )
-        _check(self.start_timeout_s > 0, "strategy.start_timeout_s", self.start_timeout_s, "must be positive")
+        _check(
+            0 < self.start_timeout_s <= 86400,
+            "strategy.start_timeout_s",
+            self.start_timeout_s,
+            "must be more than 0 and at most 86400",
+        )
 
 
 @dataclass
@@ -242,7 +252,10 @@ class PrecisionConfig:
         choices = ("auto", "float32", "mixed_float16", "mixed_bfloat16")
         _check(self.name in choices, "precision.name", self.name, "is set by precision=" + "|".join(choices))
         _check(
-            self.initial_loss_scale >= 1, "precision.initial_loss_scale", self.initial_loss_scale, "must be at least 1"
+            1 <= self.initial_loss_scale < 2**127,
+            "precision.initial_loss_scale",
+            self.initial_loss_scale,
+            "must be at least 1",
         )
         _check(
             self.loss_scale_growth_steps > 0,

@@ -15,8 +15,6 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
-from mnist_dist.errors import UserError
-
 _terminal = rich.console.Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 _logger = logging.getLogger("mnist_dist")
 
@@ -35,11 +33,10 @@ class _TerminalHandler(logging.Handler):
 class Console:
     """The log of one run: the terminal from the start, and a file once there is a run folder."""
 
-    def __init__(self, *, tensorflow_messages: bool = False, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
         """Open the log of one process; those of rank 1 and up show warnings only, with their number."""
         self._is_chief = rank == 0
         self._prefix = "" if self._is_chief else f"[rank {rank}/{world_size}] "
-        self._tensorflow_messages = tensorflow_messages
         self._early = logging.handlers.MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = [_TerminalHandler(), self._early]
         for handler in self._handlers:
@@ -58,9 +55,9 @@ class Console:
             handler.close()
 
     @contextlib.contextmanager
-    def tensorflow_start(self) -> Iterator[None]:
-        """Keep TensorFlow's start-up messages off the terminal, unless they were asked for or the start fails."""
-        if self._tensorflow_messages:
+    def tensorflow_start(self, *, messages: bool = False) -> Iterator[None]:
+        """While TensorFlow is imported: keep its messages off the terminal, unless asked for or the import fails."""
+        if messages:
             yield
             return
         # Read by TensorFlow's C++ side when it is first imported: 2 leaves errors only.
@@ -71,10 +68,9 @@ class Console:
             os.dup2(kept.fileno(), 2)
             try:
                 yield
-            except Exception as error:
-                if not isinstance(error, UserError):  # whose message says it all
-                    kept.seek(0)
-                    os.write(stderr, kept.read())
+            except BaseException:
+                kept.seek(0)
+                os.write(stderr, kept.read())
                 raise
             finally:
                 os.dup2(stderr, 2)
@@ -93,7 +89,7 @@ class Console:
 
 
 @contextlib.contextmanager
-def progress(description: str, *, show: bool = True) -> Iterator[Callable[[int, int], None]]:
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
     """A live bar with the time left, while the block runs and where a terminal shows it; call it with (done, total)."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -103,8 +99,7 @@ def progress(description: str, *, show: bool = True) -> Iterator[Callable[[int, 
         rich.progress.TextColumn("left"),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(
-        *columns, console=_terminal, transient=True, disable=not (show and _terminal.is_terminal)
-    ) as bar:
+    shown = _terminal.is_terminal and _logger.isEnabledFor(logging.INFO)  # not on the other ranks
+    with rich.progress.Progress(*columns, console=_terminal, transient=True, disable=not shown) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -27,6 +27,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     split_name = cast(SplitName, config.split)
     run_folder.check_has_model()
     data_config = run_folder.read_data_config()
+    run_folder.check_usable()
     if config.data.path is not None:
         data_config = replace(data_config, path=config.data.path)
     dataset = load_dataset(data_config)
@@ -34,12 +35,14 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     splits = preprocess(dataset, val_fraction=data_config.val_fraction, split_seed=data_config.split_seed)
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
-    with console.tensorflow_start():
+    with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
         from mnist_dist.model import Network, load_model
+        from mnist_dist.precision import forbid_tensor_float_32
         from mnist_dist.steps import EvaluateProgram, place_split
         from mnist_dist.strategy.base import SingleDevice
 
+        forbid_tensor_float_32()
         strategy = SingleDevice()
 
     network = Network(load_model(run_folder.model_path))
@@ -55,7 +58,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     }
     run_folder.write_json(f"evaluation_{split_name}.json", report)
     picture = plots.plot_split(sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names)
-    run_folder.write_plot(f"confusion_matrix_{split_name}.png", picture)
+    run_folder.write_plots([(f"confusion_matrix_{split_name}.png", picture)])
     _log_report(report, run_folder)
     return EXIT_OK
 

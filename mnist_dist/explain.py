@@ -37,13 +37,16 @@ def check_command_line() -> None:
     for text in rest:
         if text.startswith("-"):
             raise UserError(f"{text}: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)")
+    if arguments.multirun:
+        # TensorFlow's devices and Horovod can be set up once in a process.
+        raise UserError("--multirun: each run needs a process of its own; give the command once for each value")
     for text in arguments.overrides:
-        _check_override(text, sweep=arguments.multirun)
+        _check_override(text)
     # Hydra takes KEY=VALUE on one side of the --options only; people write them in any order.
     sys.argv[1:] = [*arguments.overrides, *(text for text in sys.argv[1:] if text not in arguments.overrides)]
 
 
-def _check_override(text: str, *, sweep: bool) -> None:
+def _check_override(text: str) -> None:
     override = _parse_override(text)
     key, _, value = text.partition("=")
     plain = text.lstrip("+")
@@ -52,12 +55,11 @@ def _check_override(text: str, *, sweep: bool) -> None:
     if override.is_delete():
         raise UserError(f"{text}: no key can be left out; to change one write KEY=VALUE")
     if override.is_sweep_override():
-        if not sweep:
-            raise UserError(
-                f"{text}: give one value; a list needs brackets: '{key}=[{value}]', "
-                f"and a text with a comma quotes of its own: \"{key}='{value}'\""
-            )
-    elif (conf_dir() / key).is_dir() and not isinstance(override.value(), str):
+        raise UserError(
+            f"{text}: give one value; a list needs brackets: '{key}=[{value}]', "
+            f"and a text with a comma quotes of its own: \"{key}='{value}'\""
+        )
+    if (conf_dir() / key).is_dir() and not isinstance(override.value(), str):
         raise UserError(f"{text}: no such choice; choose one of {', '.join(p.stem for p in _choices(key))}")
 
 

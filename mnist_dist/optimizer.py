@@ -111,6 +111,12 @@ class LearningRate:
         self._start = base if self._target > base else 0.0
         self._warmup_steps = round(config.warmup_epochs * steps_per_epoch)
 
+    def describe(self) -> str:
+        """The rate in words, for the log."""
+        if self._warmup_steps:
+            return f"{self._start:g} to {self._target:g} over {self._warmup_steps} steps"
+        return f"{self._target:g}"
+
     def at(self, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The rates of these steps, counted from 0 over the whole training."""
         progress = np.minimum((steps + 1) / self._warmup_steps, 1) if self._warmup_steps else np.ones(len(steps))

@@ -7,6 +7,11 @@ from mnist_dist.config import PrecisionConfig
 COMPUTE_DTYPES = {"float32": tf.float32, "mixed_float16": tf.float16, "mixed_bfloat16": tf.bfloat16}
 
 
+def forbid_tensor_float_32() -> None:
+    """Let float32 mean float32: by default TensorFlow multiplies it with 10-bit mantissas on newer GPUs (TF32)."""
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
 def choose_precision(name: str, compute_capability: tuple[int, int] | None) -> str:
     """The Keras dtype policy for a configured precision.
 

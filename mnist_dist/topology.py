@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mnist_dist.errors import UserError
 
@@ -30,6 +30,8 @@ class Topology:
     local_size: int = 1
     addresses: tuple[str, ...] = ()
     """`host:port` of every rank, where the launcher told them."""
+    store: str | None = None
+    """`host:port` of the key-value store that horovodrun serves to its processes."""
     visible_gpus: str | None = None
     """CUDA_VISIBLE_DEVICES."""
 
@@ -51,6 +53,11 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         raise UserError(
             f"HOROVOD_RANK={environ['HOROVOD_RANK']} and TF_CONFIG={environ['TF_CONFIG']} are both set: two launchers "
             "at once; unset one of them (horovodrun sets the first, multiworker needs the second)"
+        )
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 and not {"HOROVOD_RANK", "TF_CONFIG"} & set(environ):
+        raise UserError(
+            f"OMPI_COMM_WORLD_SIZE={environ['OMPI_COMM_WORLD_SIZE']}: mpirun is not supported, each of its processes "
+            "would train alone; start the job with horovodrun, srun or TF_CONFIG"
         )
     if "HOROVOD_RANK" in environ:
         topology = _from_horovod(environ)
@@ -74,7 +81,11 @@ def _from_horovod(environ: Mapping[str, str]) -> Topology:
     except ValueError as error:
         values = ", ".join(f"{name}={environ[name]}" for name in names)
         raise UserError(f"{values}: must be whole numbers; start the job with horovodrun") from error
-    return _checked(Topology("horovod", rank, size, local_rank, local_size))
+    host, port = (environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{name}") for name in ("ADDR", "PORT"))
+    if size > 1 and not (host and port):
+        raise UserError("HOROVOD_RANK is set but HOROVOD_GLOO_RENDEZVOUS_ADDR is not; start the job with horovodrun")
+    store = f"{host}:{port}" if host and port else None
+    return _checked(Topology("horovod", rank, size, local_rank, local_size, store=store))
 
 
 def _from_tf_config(text: str) -> Topology:
@@ -82,31 +93,52 @@ def _from_tf_config(text: str) -> Topology:
     try:
         content = json.loads(text)
         cluster, task = content["cluster"], content["task"]
-        addresses = tuple(address for job in ("chief", "worker") for address in cluster.get(job, ()))
-        rank = int(task["index"]) + (len(cluster.get("chief", ())) if task["type"] == "worker" else 0)
-        if not addresses or task["type"] not in ("chief", "worker"):
-            raise ValueError("it names no chief or worker")
+        kind, index = task["type"], int(task["index"])
+        if kind not in ("chief", "worker") or not set(cluster) <= {"chief", "worker"}:
+            raise ValueError("only chief and worker tasks train here, no parameter servers and no evaluators")
+        jobs = {name: _addresses(cluster.get(name, [])) for name in ("chief", "worker")}
+        if not 0 <= index < len(jobs[kind]):
+            raise ValueError(f"there is no {kind} {index}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"TF_CONFIG={text}: not usable ({type(error).__name__}: {error}); expected "
             '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
         ) from error
+    rank = index + (len(jobs["chief"]) if kind == "worker" else 0)
+    addresses = (*jobs["chief"], *jobs["worker"])
     return _checked(_with_local_ranks("tf_config", rank, addresses))
+
+
+def _addresses(entries: Any) -> list[str]:
+    """The `host:port` entries of one job of a cluster; raises ValueError for anything else."""
+    addresses = list(entries.values() if isinstance(entries, dict) else entries)
+    for address in addresses:
+        if not (isinstance(address, str) and re.fullmatch(r".+:\d+", address)) or addresses.count(address) > 1:
+            raise ValueError(f"{address} is no host:port of its own")
+    return addresses
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Topology:
     """What srun tells the tasks of a job step: tasks are numbered node by node (its default distribution)."""
-    hosts = expand_node_list(environ["SLURM_STEP_NODELIST"])
-    counts = expand_task_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
+    try:
+        hosts = expand_node_list(environ["SLURM_STEP_NODELIST"])
+        counts = expand_task_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
+        rank, local_rank = int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"])
+        job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"Slurm's variables are not complete ({error}); start the tasks with srun") from error
     # Steps of one node must not meet: their ports follow from the job's and the step's number.
-    step = int(environ["SLURM_JOB_ID"]) * 31 + int(environ["SLURM_STEP_ID"])
-    first_port = _FIRST_PORT + step * 16 % _NUM_PORTS
+    first_port = _FIRST_PORT + (job * 31 + step) * 16 % _NUM_PORTS
     addresses = tuple(
-        f"{host}:{first_port + local_rank}"
-        for host, count in zip(hosts, counts, strict=True)
-        for local_rank in range(count)
+        f"{host}:{first_port + index}" for host, count in zip(hosts, counts, strict=True) for index in range(count)
     )
-    return _checked(_with_local_ranks("slurm", int(environ["SLURM_PROCID"]), addresses))
+    topology = _with_local_ranks("slurm", rank, addresses)
+    if topology.local_rank != local_rank:
+        raise UserError(
+            f"SLURM_LOCALID={local_rank} where {topology.local_rank} was expected: the tasks are not numbered node by "
+            "node; give srun --distribution=block"
+        )
+    return topology
 
 
 def _with_local_ranks(launcher: Launcher, rank: int, addresses: tuple[str, ...]) -> Topology:

@@ -1,20 +1,24 @@
 """Train: `python -m mnist_dist.train KEY=VALUE ...`. A run, from top to bottom."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from mnist_dist import __version__, agreement, cli
+from mnist_dist import __version__, cli
+from mnist_dist.agreement import Report, agree
 from mnist_dist.artifacts import RunFolder, Timing, build_summary, weights_digest
 from mnist_dist.config import TrainConfig, training_keys
 from mnist_dist.console import Console, progress
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.data.preprocess import SPLIT_NAMES, Splits, preprocess
-from mnist_dist.data.sources import load_dataset
+from mnist_dist.data.preprocess import SPLIT_NAMES, preprocess
+from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
-from mnist_dist.reference import load_reference
+from mnist_dist.gpus import own_uuids
+from mnist_dist.reference import Reference, load_reference
+from mnist_dist.rendezvous import check_own_port
 from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run with -m
@@ -24,41 +28,46 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     """Train, evaluate, save and plot one run; returns the exit code."""
     started = time.perf_counter()
 
-    # The input, and all that can be wrong with it.
+    # The input, and whether all processes of the job have the same.
     run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
-    run_folder.check_usable()
-    reference = load_reference(config.plots.reference)
-    dataset = load_dataset(config.data)
-    config = replace(config, data=replace(config.data, name=dataset.name))  # what `auto` has become
-    run_folder.check_same_training(config)
-    if run_folder.is_finished:
+    try:
+        dataset, reference = load_input(config, topology, run_folder)
+        config = replace(config, data=replace(config.data, name=dataset.name))  # what `auto` has become
+        run_folder.check_same_training(config, dataset_sha256=dataset.sha256)
+        report = Report(
+            facts=describe_training(config, dataset), gpus=own_uuids(topology), is_finished=run_folder.is_finished
+        )
+    except UserError as error:
+        with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
+            agree(Report(error=str(error)), topology=topology, timeout_s=config.strategy.start_timeout_s)
+        raise
+    if agree(report, topology=topology, timeout_s=config.strategy.start_timeout_s).is_finished:
         log.info("%s holds this run, finished: nothing to do", run_folder.path)
         return EXIT_OK
     splits = preprocess(dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed)
+    log.info("Data: %s, %s", dataset.name, splits.describe())
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
-    with console.tensorflow_start():
+    with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
         from mnist_dist.model import Network, build_model
         from mnist_dist.optimizer import LearningRate, create_optimizer
-        from mnist_dist.precision import LossScale, choose_precision
+        from mnist_dist.precision import LossScale, choose_precision, forbid_tensor_float_32
         from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
-        from mnist_dist.strategy import create_strategy
+        from mnist_dist.strategy import create_strategy, list_gpus
         from mnist_dist.trainer import LogEpoch, Trainer
 
-        # From here on all processes of the job go together.
-        strategy = create_strategy(config.strategy, topology)
-        policy = choose_precision(config.precision.name, strategy.compute_capability())
-        config = replace(config, precision=replace(config.precision, name=policy))
-        facts = {**training_keys(asdict(config)), "data": dataset.sha256, "mnist_dist": __version__}
-        agreement.check_agreement(strategy.gather_text(agreement.to_text(facts)))
-        run_folder = run_folder.moved_to(strategy.gather_text(str(run_folder.path))[0])
-        config = replace(config, run_dir=str(run_folder.path))
-        run_folder.check_same_training(config)
+        num_gpus = len(list_gpus())
+
+    # The devices.
+    forbid_tensor_float_32()
+    strategy = create_strategy(config.strategy, topology, num_gpus=num_gpus)
+    policy = choose_precision(config.precision.name, strategy.compute_capability())
+    config = replace(config, precision=replace(config.precision, name=policy))
 
     # The parts of the training.
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
-    plan = BatchPlan(len(splits.train), config.batch.global_size * batch_factor)
+    plan = BatchPlan(len(splits.train), min(config.batch.global_size * batch_factor, len(splits.train)))
     if strategy.num_replicas > plan.global_batch_size:
         raise UserError(
             f"batch.global_size={config.batch.global_size}: fewer examples than the {strategy.num_replicas} replicas; "
@@ -96,11 +105,14 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         "per_replica_batch_size": -(-plan.global_batch_size // strategy.num_replicas),
         "precision": policy,
     }
-    _log_start(config, splits, placement, devices=strategy.devices(), num_parameters=network.num_parameters, plan=plan)
+    log.info("Run folder: %s", run_folder.path)
+    log.info("Model: %s, %s parameters", config.model.name, f"{network.num_parameters:,}")
+    log.info("Devices: %s; precision %s", ", ".join(strategy.devices()), policy)
+    log_batches(placement, plan, learning_rate.describe())
 
     # The training.
     num_epochs = config.trainer.epochs
-    with progress("training", show=topology.is_chief) as show:
+    with progress("training") as show:
         trainer = Trainer(
             train_epoch=train_program.run_epoch,
             validate=lambda: validation.run(state.weights),
@@ -124,10 +136,10 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         for name in SPLIT_NAMES
     }
     run_folder.save_model(model)
-    for name, picture in plots.plot_run(
+    pictures = plots.plot_run(
         history, results["test"].confusion, dataset=dataset.name, class_names=splits.class_names, reference=reference
-    ):
-        run_folder.write_plot(name, picture)
+    )
+    run_folder.write_plots(pictures)
     summary = build_summary(
         config=config,
         dataset_sha256=dataset.sha256,
@@ -138,45 +150,40 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         timing=Timing(startup_s=startup_s, total_s=time.perf_counter() - started),
     )
     run_folder.write_json("summary.json", summary)
-    _log_results(summary, run_folder)
+    log_results(summary, run_folder)
+    strategy.barrier()
     return EXIT_OK
 
 
-def _log_start(
-    config: TrainConfig,
-    splits: Splits,
-    placement: Mapping[str, Any],
-    *,
-    devices: list[str],
-    num_parameters: int,
-    plan: BatchPlan,
-) -> None:
+def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> tuple[ImageDataset, Reference | None]:
+    """The data and the reference curves; raises UserError for whatever of the input can be seen to be wrong here."""
+    check_own_port(topology)
+    run_folder.check_usable()
+    reference = load_reference(config.plots.reference)
+    return load_dataset(config.data), reference
+
+
+def describe_training(config: TrainConfig, dataset: ImageDataset) -> dict[str, str]:
+    """What all processes of a job must have in common."""
+    keys = {key: str(value) for key, value in training_keys(asdict(config)).items()}
+    return {**keys, "data.sha256": dataset.sha256, "mnist_dist": __version__}
+
+
+def log_batches(placement: Mapping[str, Any], plan: BatchPlan, learning_rate: str) -> None:
+    """Log how the examples are divided; nothing is scaled without a word."""
     log.info(
-        "Data: %s, %d training / %d validation / %d test images of %s, %d classes",
-        config.data.name,
-        *(len(splits[name]) for name in SPLIT_NAMES),
-        "x".join(map(str, splits.image_shape)),
-        splits.num_classes,
-    )
-    log.info("Run folder: %s", config.run_dir)
-    log.info("Model: %s, %s parameters", config.model.name, f"{num_parameters:,}")
-    log.info(
-        "Devices: %s; %d process(es), %d replica(s), precision %s",
-        ", ".join(devices),
-        placement["world_size"],
-        placement["num_replicas"],
-        placement["precision"],
-    )
-    log.info(
-        "Batch: %d over all replicas, %d per replica; %d steps an epoch, %d epochs",
+        "Batch: %d over %d replica(s) in %d process(es), %d each; %d steps an epoch; learning rate %s",
         placement["global_batch_size"],
+        placement["num_replicas"],
+        placement["world_size"],
         placement["per_replica_batch_size"],
         plan.steps_per_epoch,
-        config.trainer.epochs,
+        learning_rate,
     )
 
 
-def _log_results(summary: Mapping[str, Any], run_folder: RunFolder) -> None:
+def log_results(summary: Mapping[str, Any], run_folder: RunFolder) -> None:
+    """Log the evaluation of the saved model, and where everything is."""
     for name in SPLIT_NAMES:
         log.info(
             "%-5s - loss: %.4f - accuracy: %.4f (%d of %d)",

@@ -1,6 +1,7 @@
 """The outer loop: epochs, and the actions between them."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -64,6 +65,11 @@ class Trainer:
         train_s = time.perf_counter() - start
         _check_finite(sums.losses, epoch=epoch)
         validation = self._validate()
+        if not math.isfinite(validation.loss):
+            raise TrainingFailed(
+                f"the validation loss became {validation.loss} after epoch {epoch}; the results of earlier epochs are "
+                "kept. A smaller optimizer.learning_rate usually helps"
+            )
         return EpochMetrics(
             epoch=epoch,
             loss=sums.losses.sum(dtype=np.float64).item() / self._plan.num_examples,

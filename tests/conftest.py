@@ -127,17 +127,28 @@ def run_job(tmp_path_factory, python_environment):
     """Train with several processes, as a user launches them; returns what each (horovodrun: what it) printed.
 
     `run_job("horovod", 2, *args)` and `run_job("multiworker", 2, *args)`; `script` replaces `-m mnist_dist.train`, and
-    `per_rank` gives arguments to single ranks of multiworker, `delays_s` lets them start later.
+    of single ranks of multiworker `per_rank` gives arguments, `delays_s` lets them start later, `ports` sets ports.
     """
 
-    def run(strategy, size, *args, script=("-m", "mnist_dist.train"), env=None, per_rank=None, delays_s=None, cwd=None):
+    def run(
+        strategy,
+        size,
+        *args,
+        script=("-m", "mnist_dist.train"),
+        env=None,
+        per_rank=None,
+        delays_s=None,
+        cwd=None,
+        ports=None,
+    ):
         command = [sys.executable, *script, f"strategy={strategy}", *map(str, args)]
         environment = {**python_environment, **(env or {})}
         if strategy == "horovod":
             commands = [[horovodrun(), "-np", str(size), *command]]
             environments = [environment]
         else:
-            addresses = [f"127.0.0.1:{port}" for port in free_ports(size)]
+            free = free_ports(size)
+            addresses = [f"127.0.0.1:{(ports or {}).get(rank, free[rank])}" for rank in range(size)]
             commands = [[*command, *(per_rank or {}).get(rank, [])] for rank in range(size)]
             tasks = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": n}} for n in range(size)]
             environments = [{**environment, "TF_CONFIG": json.dumps(task)} for task in tasks]

@@ -299,20 +299,9 @@ def test_keys_that_do_not_go_together(arguments, line, refuse):
     assert refuse(TRAIN, *arguments).startswith(line)
 
 
-def test_a_bad_value_among_several_is_found_before_any_run(ask, work):
-    answer = ask(TRAIN, "--multirun", "trainer.epochs=1,2,x", *NO_DATA)
-    assert answer == Answer(2, "", "error: trainer.epochs=1,2,x: must be a whole number\n", knows_tensorflow=False)
-    assert {path.name for path in snapshot(work)} <= {"runs", "multirun.yaml"}  # Hydra's own, when it is asked to sweep
-
-
-def test_of_several_runs_the_worst_exit_code_counts(run_python):
-    code = (
-        "from mnist_dist import cli\n"
-        "cli.run(lambda config, *_: print(config.trainer.epochs) or config.trainer.epochs % 3, config_name='train')"
-    )
-    result = run_python("-c", code, "-m", "trainer.epochs=3,5,4")
-    assert result.stdout.split() == ["3", "5", "4"]
-    assert result.returncode == 2
+def test_sweeps_are_refused(refuse):
+    line = refuse(TRAIN, "--multirun", "trainer.epochs=1,2", *NO_DATA)
+    assert line.startswith("--multirun: each run needs a process of its own")
 
 
 # The data file

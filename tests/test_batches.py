@@ -16,7 +16,7 @@ SIZES = [(1, 1), (12, 4), (13, 4), (3, 8), (1000, 7), (49_500, 512)]
 def test_each_example_exactly_once_then_padding(num_examples, batch_size, epoch):
     plan = BatchPlan(num_examples, batch_size)
     for rows in (plan.shuffled(seed=3, epoch=epoch), plan.in_order()):
-        assert rows.shape == (plan.steps_per_epoch, min(batch_size, num_examples))
+        assert rows.shape == (plan.steps_per_epoch, batch_size)
         assert rows.dtype == np.int32
         flat = rows.reshape(-1)
         assert sorted(flat[:num_examples].tolist()) == list(range(num_examples))

@@ -42,7 +42,7 @@ def test_start_up_chatter_is_kept_back_unless_it_fails(capfd):
         os.write(2, b"chatter\n")
         raise RuntimeError
     assert capfd.readouterr().err == "chatter\n"
-    with Console(tensorflow_messages=True).tensorflow_start():
+    with Console().tensorflow_start(messages=True):
         os.write(2, b"chatter\n")
     assert capfd.readouterr().err == "chatter\n"
 
@@ -55,8 +55,8 @@ def test_no_bar_without_a_terminal(capsys):
 
 def test_a_bar_with_time_left_in_a_terminal(tmp_path):
     code = (
-        "import time; from mnist_dist.console import progress\n"
-        "with progress('working') as show:\n"
+        "import time; from mnist_dist.console import Console, progress\n"
+        "with Console(), progress('working') as show:\n"
         "    for n in range(4): show(n, 4); time.sleep(0.3)\n"
     )
     shown = bytearray()

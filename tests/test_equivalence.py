@@ -140,10 +140,10 @@ def test_variables_start_with_rank_0s_value(job, run_job, tmp_path):
         "from mnist_dist.strategy import create_strategy\n"
         "from mnist_dist.topology import read_topology\n"
         "topology = read_topology()\n"
-        "strategy = create_strategy(compose_config(*sys.argv[1:]).strategy, topology)\n"
+        "strategy = create_strategy(compose_config(*sys.argv[1:]).strategy, topology, num_gpus=0)\n"
         "variable = strategy.create_variable(np.full(3, 5.0 + topology.rank, np.float32))\n"
         f"np.save({str(tmp_path)!r} + f'/{{topology.rank}}.npy', strategy.read(variable))\n"
-        "assert strategy.gather_text(f'rank {topology.rank} ä') == [f'rank {n} ä' for n in range(topology.world_size)]"
+        "strategy.barrier()\n"
     )
     for result in run_job(*job, script=[str(script)]):
         assert result.returncode == 0, result.stderr + result.stdout

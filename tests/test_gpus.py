@@ -2,41 +2,58 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.errors import UserError
-from mnist_dist.strategy.gpus import check_not_shared, list_uuids, used_uuids
-from mnist_dist.strategy.horovod import choose_own_gpu
+from mnist_dist.gpus import list_uuids, own_share, own_uuids, visible_uuids
 from mnist_dist.strategy.mirrored import Mirrored
+from mnist_dist.strategy.multiworker import create_resolver
+from mnist_dist.topology import Topology
 
 UUIDS = ["GPU-aa", "GPU-bb", "GPU-cc"]
 
 
 @pytest.mark.parametrize(
-    ("indices", "visible", "expected"),
+    ("visible", "expected"),
     [
-        ([0, 2], None, ["GPU-aa", "GPU-cc"]),
-        ([0], "1", ["GPU-bb"]),
-        ([0, 1], "2, 0", ["GPU-cc", "GPU-aa"]),
-        ([0], "GPU-cc", ["GPU-cc"]),
-        ([0], "7", []),  # unknown: nothing is claimed
+        (None, UUIDS),
+        ("1", ["GPU-bb"]),
+        ("2, 0", ["GPU-cc", "GPU-aa"]),
+        ("GPU-cc", ["GPU-cc"]),
+        ("7", []),  # unknown: nothing is claimed
+        ("", []),
     ],
 )
-def test_used_uuids(indices, visible, expected):
-    assert used_uuids(indices, visible=visible, uuids=UUIDS) == expected
+def test_visible_uuids(visible, expected):
+    assert visible_uuids(UUIDS, visible=visible) == expected
 
 
-def test_two_ranks_on_one_gpu_are_named():
-    check_not_shared({0: ["GPU-aa"], 1: ["GPU-bb"], 2: []})
-    with pytest.raises(UserError, match="ranks 0 and 2 both use the GPU GPU-aa"):
-        check_not_shared({0: ["GPU-aa"], 1: ["GPU-bb"], 2: ["GPU-aa"]})
-
-
-def test_uuids_come_from_nvidia_smi(tmp_path, monkeypatch):
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A program of that name that prints two GPUs."""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nprintf 'GPU-aa\\nGPU-bb\\n'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return program
+
+
+def test_uuids_come_from_nvidia_smi(nvidia_smi):
     assert list_uuids() == ["GPU-aa", "GPU-bb"]
-    program.write_text("#!/bin/sh\necho no driver; exit 9\n")
+    assert own_uuids(Topology("horovod", 1, 2, local_rank=1, local_size=2)) == ["GPU-bb"]
+    nvidia_smi.write_text("#!/bin/sh\necho no driver; exit 9\n")
     assert list_uuids() == []
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "local_rank", "local_size", "expected"),
+    [(0, 0, 1, []), (4, 0, 1, [0, 1, 2, 3]), (4, 1, 2, [2, 3]), (2, 1, 2, [1]), (1, 1, 2, [0]), (5, 1, 2, [2, 3])],
+)
+def test_each_process_of_a_machine_has_its_share(num_gpus, local_rank, local_size, expected):
+    topology = Topology("horovod", local_rank, local_size, local_rank, local_size)
+    assert list(own_share(num_gpus, topology)) == expected
+
+
+def test_fewer_gpus_than_processes():
+    with pytest.raises(UserError, match="4 processes on this machine but 2 GPUs"):
+        own_share(2, Topology("horovod", 2, 4, 2, 4))
 
 
 def test_fewer_gpus_than_asked_for(monkeypatch):
@@ -46,8 +63,9 @@ def test_fewer_gpus_than_asked_for(monkeypatch):
         Mirrored(num_replicas=3)
 
 
-def test_each_local_rank_has_its_own_gpu():
-    assert [choose_own_gpu(local_rank, local_size=2, num_gpus=2) for local_rank in (0, 1)] == [0, 1]
-    assert choose_own_gpu(1, local_size=2, num_gpus=1) == 0  # its launcher shows each process one GPU
-    with pytest.raises(UserError, match="4 processes on this machine but 2 GPUs"):
-        choose_own_gpu(2, local_size=4, num_gpus=2)
+def test_multiworker_tells_tensorflow_of_its_gpus():
+    """Without the number TensorFlow takes the CPU."""
+    topology = Topology("tf_config", rank=1, world_size=2, addresses=("a:1", "b:1"))
+    assert create_resolver(topology, num_gpus=2).num_accelerators() == {"GPU": 2}
+    assert create_resolver(topology, num_gpus=0).num_accelerators() == {}
+    assert create_resolver(topology, num_gpus=0).task_id == 1

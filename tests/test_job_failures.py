@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, horovodrun
+from conftest import CHECKOUT, free_ports, horovodrun
 
 TRAIN = ("-m", "mnist_dist.train")
 
@@ -55,13 +56,42 @@ def test_ranks_with_different_data(args, small_arrays, run_job, tmp_path):
     other = tmp_path / "other.npz"
     np.savez(other, **{**small_arrays, "y_test": small_arrays["y_test"][::-1]})
     results = run_job("multiworker", 2, *args, per_rank={1: [f"data.path={other}"]})
-    check_line(results[0], "rank 1 has data=")
-    check_line(results[1], "rank 1 has data=", prefix="[rank 1/2] ")
+    check_line(results[0], "rank 1 has data.sha256=")
+    check_line(results[1], "rank 1 has data.sha256=", prefix="[rank 1/2] ")
+
+
+def test_a_rank_that_cannot_take_part_is_named_to_all(args, run_job, tmp_path):
+    results = run_job("multiworker", 2, *args, per_rank={1: ["data.path=nowhere.npz"]})
+    reason = "data.path=nowhere.npz: cannot be read: No such file or directory"
+    check_line(results[0], f"rank 1 cannot take part: {reason}")
+    check_line(results[1], reason, prefix="[rank 1/2] ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use_stops_all(args, run_job):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        results = run_job("multiworker", 2, *args, ports={1: port})
+    check_line(results[0], f"rank 1 cannot take part: 127.0.0.1:{port}: cannot listen there")
+    check_line(results[1], f"127.0.0.1:{port}: cannot listen there", prefix="[rank 1/2] ")
+
+
+def test_horovod_ranks_hear_why(args, run_job, tmp_path):
+    """The chief refuses the folder; the other rank says so and does not go on alone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "somebody's file").touch()
+    (result,) = run_job("horovod", 2, *args)
+    assert result.returncode == 1  # horovodrun's own, whatever its processes end with
+    output = result.stdout + result.stderr
+    assert "error: run_dir=" in output
+    assert "this folder is not empty" in output
+    assert "Traceback" not in output.partition("horovodrun")[0] or "Exit code: 2" in output
 
 
 def test_a_process_that_never_comes(args, run_python):
-    cluster = {"worker": ["127.0.0.1:20001", "127.0.0.1:20002"]}
-    for index, missing in ((0, "rank 1 (127.0.0.1:20002)"), (1, "rank 0 (127.0.0.1:20001)")):
+    ports = free_ports(2)
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    for index, missing in ((0, f"rank 1 (127.0.0.1:{ports[1]})"), (1, f"rank 0 (127.0.0.1:{ports[0]})")):
         env = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
         result = run_python(*TRAIN, *args, "strategy.start_timeout_s=2", env=env)
         check_line(result, f"{missing} did not come within 2 s", prefix="[rank 1/2] " if index else "")
@@ -71,6 +101,10 @@ def test_a_strategy_for_one_process_with_two(args, run_job):
     for result in run_job("multiworker", 2, *args, "strategy=mirrored"):
         assert result.returncode == 2
         assert "strategy=mirrored: is for one process, but tf_config started 2" in result.stderr
+
+
+def test_mpirun_would_train_n_times(args, run_python):
+    check_line(run_python(*TRAIN, *args, env={"OMPI_COMM_WORLD_SIZE": "2"}), "OMPI_COMM_WORLD_SIZE=2", "horovodrun")
 
 
 def test_horovod_is_not_installed(args, run_python):

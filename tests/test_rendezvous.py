@@ -4,8 +4,10 @@ import time
 
 import pytest
 
+from mnist_dist import rendezvous
 from mnist_dist.errors import UserError
-from mnist_dist.rendezvous import wait_for_all
+from mnist_dist.rendezvous import check_own_port, exchange
+from mnist_dist.topology import Topology
 
 
 @pytest.fixture
@@ -16,14 +18,14 @@ def addresses() -> list[str]:
 
 
 def start(ranks, addresses, timeout_s, delays=None):
-    """Let these ranks wait for all; the outcome of each is None or its error."""
+    """Let these ranks exchange their names; the outcome of each is what it got, or its error."""
     outcomes = {}
 
     def one(rank):
         time.sleep((delays or {}).get(rank, 0))
+        topology = Topology("tf_config", rank=rank, world_size=len(addresses), addresses=tuple(addresses))
         try:
-            wait_for_all(rank=rank, addresses=addresses, timeout_s=timeout_s)
-            outcomes[rank] = None
+            outcomes[rank] = exchange(f"I am {rank}", topology=topology, timeout_s=timeout_s)
         except UserError as error:
             outcomes[rank] = str(error)
 
@@ -36,9 +38,16 @@ def start(ranks, addresses, timeout_s, delays=None):
     return outcomes
 
 
+ALL = {rank: ["I am 0", "I am 1", "I am 2"] for rank in range(3)}
+
+
+def test_one_process_talks_to_itself():
+    assert exchange("alone", topology=Topology(), timeout_s=1) == ["alone"]
+
+
 @pytest.mark.parametrize("late", [0, 1, 2])
 def test_all_come_even_if_seconds_apart(late, addresses):
-    assert start([0, 1, 2], addresses, 20, {late: 1.5}) == {0: None, 1: None, 2: None}
+    assert start([0, 1, 2], addresses, 20, {late: 1.5}) == ALL
 
 
 def test_the_missing_one_is_named_to_all(addresses):
@@ -51,18 +60,60 @@ def test_a_missing_chief_is_named(addresses):
     assert start([1], addresses, 1.0)[1].startswith(f"rank 0 ({addresses[0]}) did not come within 1 s")
 
 
-def test_strangers_do_not_count(addresses):
+@pytest.mark.parametrize(
+    "words",
+    [b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"rank": 1}\n', b'{"job": "x", "rank": 1, "text": ""}\n', b""],
+)
+def test_strangers_do_not_count(words, addresses, monkeypatch):
+    """Not even one that says nothing at all and stays."""
+    monkeypatch.setattr(rendezvous, "_READ_TIMEOUT_S", 1.0)
+    silent = []
+
     def knock():
         time.sleep(0.3)
-        with socket.create_connection(("127.0.0.1", int(addresses[0].split(":")[1]))) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        stranger = socket.create_connection(("127.0.0.1", int(addresses[0].split(":")[1])))
+        stranger.sendall(words)
+        silent.append(stranger)
 
     threading.Thread(target=knock).start()
-    assert start([0, 1, 2], addresses, 20, {1: 1.0, 2: 1.0}) == {0: None, 1: None, 2: None}
+    assert start([0, 1, 2], addresses, 20, {1: 1.0, 2: 1.0}) == ALL
+    silent[0].close()
 
 
 def test_a_port_in_use_is_an_answer(addresses):
-    port = int(addresses[0].split(":")[1])
-    with socket.create_server(("", port)):
-        outcome = start([0], addresses, 1.0)[0]
-    assert f"cannot listen at 127.0.0.1:{port}" in outcome
+    topology = Topology("tf_config", rank=0, world_size=3, addresses=tuple(addresses))
+    check_own_port(topology)
+    with socket.create_server(("", int(addresses[0].split(":")[1]))), pytest.raises(UserError) as error:
+        check_own_port(topology)
+    assert f"{addresses[0]}: cannot listen there" in str(error.value)
+
+
+def test_over_horovodruns_store():
+    """The real store, as horovodrun serves it."""
+    http_server = pytest.importorskip("horovod.runner.http.http_server", exc_type=ImportError)
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+
+    server = http_server.RendezvousServer()
+    port = server.start()
+    server.init(get_host_assignments(parse_hosts("localhost:3"), 3))
+    try:
+        outcomes = {}
+
+        def one(rank, delay_s, timeout_s=20.0, world_size=3):
+            time.sleep(delay_s)
+            topology = Topology("horovod", rank=rank, world_size=world_size, store=f"127.0.0.1:{port}")
+            try:
+                outcomes[rank] = exchange(f"I am {rank}", topology=topology, timeout_s=timeout_s)
+            except UserError as error:
+                outcomes[rank] = str(error)
+
+        threads = [threading.Thread(target=one, args=[rank, rank * 0.5]) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert outcomes == ALL
+        one(1, 0, timeout_s=0.5, world_size=5)
+        assert outcomes[1].startswith("rank 3, rank 4 did not come within 0 s")
+    finally:
+        server.stop()

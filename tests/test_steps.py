@@ -194,6 +194,11 @@ def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
     np.testing.assert_array_equal(results[1][1].num_correct, results[0][1].num_correct)
 
 
+def test_each_replica_has_its_own_copy_of_the_data(mirrored):
+    copies = mirrored._strategy.experimental_local_results(mirrored.replicate(np.zeros(3, np.float32)))
+    assert [copy.device[-5:] for copy in copies] == [device[-5:] for device in mirrored.devices()]
+
+
 def test_replicas_hold_the_same_bits(mirrored):
     program, state, *_ = make_program(make_split(70), strategy=mirrored)
     indices = BatchPlan(70, 16).shuffled(seed=0, epoch=1)
@@ -219,23 +224,25 @@ def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_exampl
 
 
 def test_an_overflow_on_one_replica_skips_the_step_on_all():
-    """Example 0 has pixels that float16 cannot hold; one replica of two sees it."""
+    """Example 0, which one replica of two sees, has large pixels and a wrong label: its gradient leaves float16."""
     strategy = Mirrored(num_replicas=2)
     split = make_split(16)
-    split.images[0] = 3e38
-    program, state, network, _ = make_program(
-        split, "precision=mixed_float16", "precision.initial_loss_scale=1024", strategy=strategy
-    )
+    split.images[0] = 500
+    overrides = ["precision=mixed_float16", "precision.initial_loss_scale=16384", "model.dropout=0"]
+    program, state, network, model = make_program(split, *overrides, strategy=strategy)
+    split.labels[0] = np.eye(NUM_CLASSES)[model.predict(split.images[:1], verbose=0).argmin()]
+    program, state, network, _ = make_program(split, *overrides, strategy=strategy)
     indices = BatchPlan(16, 8).in_order()
-    program.run_epoch(indices[:1], learning_rates=rates(indices[:1], 0.01))
+    sums = program.run_epoch(indices[:1], learning_rates=rates(indices[:1], 0.01))
+    assert np.isfinite(sums.losses).all()  # the loss itself is fine, so training goes on
     for copy in strategy._strategy.experimental_local_results(state.weights):
         np.testing.assert_array_equal(copy.numpy(), network.get_weights())
-    assert strategy.read(state.loss_scale) == 512
+    assert strategy.read(state.loss_scale) == 8192
     assert (strategy.read(state.global_step), strategy.read(state.num_updates)) == (1, 0)
     program.run_epoch(indices[1:], learning_rates=rates(indices[1:], 0.01))
     assert np.abs(strategy.read(state.weights) - network.get_weights()).max() > 1e-3
     assert (strategy.read(state.global_step), strategy.read(state.num_updates)) == (2, 1)
-    assert strategy.read(state.loss_scale) == 512
+    assert strategy.read(state.loss_scale) == 8192
 
 
 def test_the_loss_scale_grows_after_many_good_steps():

@@ -11,11 +11,19 @@ def tf_config(*addresses: str, index: int = 0) -> dict[str, str]:
     return {"TF_CONFIG": json.dumps(content)}
 
 
-HOROVOD = {"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
+HOROVOD = {
+    "HOROVOD_RANK": "3",
+    "HOROVOD_SIZE": "4",
+    "HOROVOD_LOCAL_RANK": "1",
+    "HOROVOD_LOCAL_SIZE": "2",
+    "HOROVOD_GLOO_RENDEZVOUS_ADDR": "h",
+    "HOROVOD_GLOO_RENDEZVOUS_PORT": "5",
+}
 SLURM = {
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
     "SLURM_STEP_NUM_TASKS": "5",
     "SLURM_STEP_NODELIST": "n[1-2],login",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
@@ -28,7 +36,7 @@ def test_one_process():
 
 
 def test_horovod():
-    assert read_topology(HOROVOD) == Topology("horovod", rank=3, world_size=4, local_rank=1, local_size=2)
+    assert read_topology(HOROVOD) == Topology("horovod", rank=3, world_size=4, local_rank=1, local_size=2, store="h:5")
 
 
 def test_horovod_inside_a_slurm_allocation():
@@ -71,8 +79,22 @@ def test_one_slurm_task_is_one_process():
         ({**HOROVOD, "HOROVOD_RANK": "4"}, ["do not fit together"]),
         ({"TF_CONFIG": "{oops"}, ["TF_CONFIG={oops", "expected"]),
         ({"TF_CONFIG": "{}"}, ["TF_CONFIG={}", "expected"]),
-        (tf_config(), ["names no chief or worker"]),
-        (tf_config("a:1", "b:1", index=2), ["number 2", "a:1, b:1"]),
+        (tf_config(), ["there is no worker 0"]),
+        (tf_config("a:1", "b:1", index=2), ["there is no worker 2"]),
+        (tf_config("a:1", "b:1", index=-1), ["there is no worker -1"]),
+        (tf_config("a:1", "a:1"), ["a:1 is no host:port of its own"]),
+        (tf_config("a:1", "b"), ["b is no host:port"]),
+        (tf_config("a:1", "b:x"), ["b:x is no host:port"]),
+        (tf_config("a:1", 7), ["7 is no host:port"]),
+        ({"TF_CONFIG": '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}'}, ["no host:port"]),
+        (
+            {"TF_CONFIG": '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}'},
+            ["no parameter servers"],
+        ),
+        ({key: value for key, value in HOROVOD.items() if "ADDR" not in key}, ["HOROVOD_GLOO_RENDEZVOUS_ADDR"]),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, ["mpirun is not supported"]),
+        ({**SLURM, "SLURM_LOCALID": "1"}, ["SLURM_LOCALID=1", "--distribution=block"]),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, ["Slurm's variables are not complete"]),
     ],
 )
 def test_what_does_not_fit_is_refused(environ, fragments):

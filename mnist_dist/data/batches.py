@@ -29,8 +29,7 @@ class BatchPlan:
         """Example indices of one epoch's steps.
 
         Returns:
-            Shape (steps_per_epoch, global_batch_size), or (1, num_examples) where one batch holds all: each of
-            0..num_examples-1 exactly once, then `PADDING`.
+            Shape (steps_per_epoch, global_batch_size): each of 0..num_examples-1 exactly once, then `PADDING`.
         """
         # Philox is a counter-based generator: (seed, epoch) is its whole state.
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
@@ -41,7 +40,6 @@ class BatchPlan:
         return self._cut(np.arange(self.num_examples))
 
     def _cut(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        width = min(self.global_batch_size, self.num_examples)
-        rows = np.full((self.steps_per_epoch, width), PADDING, np.int32)
+        rows = np.full((self.steps_per_epoch, self.global_batch_size), PADDING, np.int32)
         rows.reshape(-1)[: self.num_examples] = order
         return rows

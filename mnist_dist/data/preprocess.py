@@ -42,6 +42,13 @@ class Splits:
         """Number of classes, which is the width of the labels."""
         return len(self.class_names)
 
+    def describe(self) -> str:
+        """Sizes in words, for the log."""
+        return (
+            f"{len(self.train)} training / {len(self.val)} validation / {len(self.test)} test images of "
+            f"{'x'.join(map(str, self.image_shape))}, {self.num_classes} classes"
+        )
+
     def __getitem__(self, name: SplitName) -> Split:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 

@@ -10,6 +10,7 @@ import http.client
 import io
 import logging
 import threading
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,12 +126,20 @@ def _download_mnist(path: Path) -> None:
         "MNIST is not here and cannot be downloaded ({}); give data.path=mnist.npz (or a folder with the four IDX "
         f"files), or put mnist.npz at {path}, or say data=digits"
     )
+    failure = path.with_suffix(".failed")
+    started = time.time()
     try:
         with file_lock(path.with_suffix(".lock")):
             if path.is_file():  # another process was faster
                 return
+            if failure.is_file() and failure.stat().st_mtime > started:  # another process has tried meanwhile
+                raise OSError(failure.read_text())
             log.info("downloading MNIST to %s", path)
-            content = _fetch(MNIST_URL)
+            try:
+                content = _fetch(MNIST_URL)
+            except OSError as error:
+                failure.write_text(describe_os_error(error))
+                raise
             if hashlib.sha256(content).hexdigest() != MNIST_FILE_SHA256:
                 raise UserError("data=mnist: " + way_out.format("the download is not the expected file"))
             write_atomically(path, content)

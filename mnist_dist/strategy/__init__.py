@@ -2,26 +2,29 @@
 
 import logging
 
+import tensorflow as tf
+
 from mnist_dist.config import StrategyConfig
 from mnist_dist.errors import UserError
-from mnist_dist.strategy import gpus
-from mnist_dist.strategy.base import Strategy
+from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.topology import Topology
 
-__all__ = ["Strategy", "choose_strategy", "create_strategy"]
+__all__ = ["Strategy", "choose_strategy", "create_strategy", "list_gpus"]
 
 log = logging.getLogger(__name__)
 
 
-def create_strategy(config: StrategyConfig, topology: Topology) -> Strategy:
-    """The configured strategy, ready for use; for several processes that means all of them have come.
+def list_gpus() -> list[tf.config.PhysicalDevice]:
+    """The GPUs that TensorFlow can use."""
+    return list(tf.config.list_physical_devices("GPU"))
+
+
+def create_strategy(config: StrategyConfig, topology: Topology, *, num_gpus: int) -> Strategy:
+    """The configured strategy, ready for use.
 
     Raises:
         UserError: it does not fit the launched processes or the devices, or something it needs is missing.
     """
-    import tensorflow as tf
-
-    num_gpus = len(tf.config.list_physical_devices("GPU"))
     name, reason = choose_strategy(config.name, topology, num_gpus=num_gpus)
     if config.num_replicas is not None and name != "mirrored":
         raise UserError(
@@ -29,21 +32,6 @@ def create_strategy(config: StrategyConfig, topology: Topology) -> Strategy:
             "of replicas follows from the processes and devices"
         )
     log.info("Strategy: %s (%s)", name, reason)
-    strategy = _create(name, config, topology)
-    if topology.world_size > 1:
-        _check_gpus(strategy, topology)
-    return strategy
-
-
-def _check_gpus(strategy: Strategy, topology: Topology) -> None:
-    """Raise UserError if two processes use one GPU; every process calls this."""
-    indices = strategy.gpu_indices()
-    own = gpus.used_uuids(indices, visible=topology.visible_gpus, uuids=gpus.list_uuids()) if indices else []
-    everyone = strategy.gather_text(",".join(own))
-    gpus.check_not_shared({rank: list(filter(None, text.split(","))) for rank, text in enumerate(everyone)})
-
-
-def _create(name: str, config: StrategyConfig, topology: Topology) -> Strategy:
     # Each backend is imported only when it is chosen.
     if name == "mirrored":
         from mnist_dist.strategy.mirrored import Mirrored
@@ -52,13 +40,11 @@ def _create(name: str, config: StrategyConfig, topology: Topology) -> Strategy:
     if name == "multiworker":
         from mnist_dist.strategy.multiworker import MultiWorker
 
-        return MultiWorker(topology=topology, start_timeout_s=config.start_timeout_s)
+        return MultiWorker(topology=topology)
     if name == "horovod":
         from mnist_dist.strategy.horovod import Horovod
 
         return Horovod(topology=topology)
-    from mnist_dist.strategy.base import SingleDevice
-
     return SingleDevice()
 
 

@@ -27,11 +27,6 @@ class Strategy(ABC):
     def devices(self) -> list[str]:
         """Names of this process's devices, one for each of its replicas."""
 
-    def gpu_indices(self) -> list[int]:
-        """TensorFlow's numbers, among all GPUs that this process sees, of those that it uses."""
-        every = tf.config.list_physical_devices("GPU")
-        return [every.index(gpu) for gpu in tf.config.get_visible_devices("GPU")]
-
     def compute_capability(self) -> tuple[int, int] | None:
         """The GPUs' generation, as NVIDIA counts; None on a CPU."""
         gpus = tf.config.get_visible_devices("GPU")
@@ -64,9 +59,10 @@ class Strategy(ABC):
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """Inside `run`, outside of loops: the sum of the replicas' tensors, on each of them."""
 
-    @abstractmethod
-    def gather_text(self, text: str) -> list[str]:
-        """The texts of all processes, by rank; every process must call it."""
+    def barrier(self) -> None:
+        """Wait until every process has come here, so that none leaves while others still need it."""
+        one = np.ones(1, np.float32)
+        tf.function(self.run)(self.all_reduce_sum, self.replicate(one))
 
 
 class SingleDevice(Strategy):
@@ -109,7 +105,3 @@ class SingleDevice(Strategy):
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """The tensor itself."""
         return bucket
-
-    def gather_text(self, text: str) -> list[str]:
-        """The one text."""
-        return [text]

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from mnist_dist.errors import UserError
+from mnist_dist.gpus import own_share
 from mnist_dist.strategy.base import Array, SingleDevice
 from mnist_dist.topology import Topology
 
@@ -29,15 +30,6 @@ def load_horovod() -> Any:
     return hvd
 
 
-def choose_own_gpu(local_rank: int, *, local_size: int, num_gpus: int) -> int:
-    """The number of this process's GPU; raises UserError if there are fewer than processes."""
-    if num_gpus == 1:
-        return 0  # a launcher may show each process its own GPU only; whether they share it is checked later
-    if local_rank >= num_gpus:
-        raise UserError(f"{local_size} processes on this machine but {num_gpus} GPUs; start one process per GPU")
-    return local_rank
-
-
 class Horovod(SingleDevice):
     """This process's one device, together with those of the other processes."""
 
@@ -47,8 +39,7 @@ class Horovod(SingleDevice):
         self._hvd = load_horovod()
         gpus = tf.config.list_physical_devices("GPU")
         if gpus:
-            own = choose_own_gpu(topology.local_rank, local_size=topology.local_size, num_gpus=len(gpus))
-            tf.config.set_visible_devices(gpus[own], "GPU")
+            tf.config.set_visible_devices(gpus[own_share(len(gpus), topology)[0]], "GPU")
         self._hvd.init()
         super().__init__()
         self.num_replicas = self._hvd.size()
@@ -66,7 +57,3 @@ class Horovod(SingleDevice):
         # A name for each shape: Horovod remembers what it has agreed on under a name, and starts afresh if it changes.
         name = f"sum.{bucket.dtype.name}.{bucket.shape[0]}"
         return self._hvd.allreduce(bucket, op=self._hvd.Sum, name=name)
-
-    def gather_text(self, text: str) -> list[str]:
-        """The texts of all processes, by rank."""
-        return list(self._hvd.allgather_object(text))

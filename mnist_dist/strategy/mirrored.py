@@ -45,7 +45,14 @@ class DistributeStrategy(Strategy):
 
     def replicate(self, array: Array) -> Any:
         """A copy in each local device's memory."""
-        return self._strategy.experimental_distribute_values_from_function(lambda _: tf.convert_to_tensor(array))
+        devices = self.devices()
+
+        def copy_to(context: tf.distribute.ReplicaContext) -> tf.Tensor:
+            # TensorFlow would put all copies on the first device.
+            with tf.device(devices[context.replica_id_in_sync_group % len(devices)]):
+                return tf.identity(array)
+
+        return self._strategy.experimental_distribute_values_from_function(copy_to)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function` on every replica of the job."""
@@ -55,10 +62,6 @@ class DistributeStrategy(Strategy):
     def replica_index(self) -> tf.Tensor:
         """This replica's number in the job."""
         return tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
-
-    def gather_text(self, text: str) -> list[str]:
-        """The one text: there is one process."""
-        return [text]
 
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """TensorFlow's all-reduce: NCCL between GPUs."""

@@ -2,37 +2,33 @@
 
 import tensorflow as tf
 
-from mnist_dist.rendezvous import wait_for_all
+from mnist_dist.gpus import own_share
 from mnist_dist.strategy.mirrored import DistributeStrategy
 from mnist_dist.topology import Topology
 
-_MAX_TEXT_BYTES = 2**16
-
 
 class MultiWorker(DistributeStrategy):
-    """All GPUs of this process (or its CPU) together with those of the other processes."""
+    """This process's share of the machine's GPUs (or its CPU), together with those of the other processes."""
 
     name = "multiworker"
 
-    def __init__(self, *, topology: Topology, start_timeout_s: float) -> None:
-        if topology.world_size > 1:
-            wait_for_all(rank=topology.rank, addresses=topology.addresses, timeout_s=start_timeout_s)
-        cluster = tf.train.ClusterSpec({"worker": list(topology.addresses)} if topology.world_size > 1 else {})
+    def __init__(self, *, topology: Topology) -> None:
+        gpus = tf.config.list_physical_devices("GPU")
+        own = [gpus[index] for index in own_share(len(gpus), topology)]
+        if gpus:
+            tf.config.set_visible_devices(own, "GPU")
         super().__init__(
-            tf.distribute.MultiWorkerMirroredStrategy(
-                cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
-                    cluster, task_type="worker", task_id=topology.rank, rpc_layer="grpc"
-                )
-            )
+            tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=create_resolver(topology, num_gpus=len(own)))
         )
 
-    def gather_text(self, text: str) -> list[str]:
-        """The texts of all processes, by rank, over TensorFlow's own collective."""
-        content = text.encode()
-        assert len(content) < _MAX_TEXT_BYTES, len(content)
-        # Fixed length, and int32: what the gathering collective takes on every device.
-        codes = tf.constant([[*content.ljust(_MAX_TEXT_BYTES, b"\0")]], tf.int32)
 
-        gather = tf.function(lambda: self.run(lambda: tf.distribute.get_replica_context().all_gather(codes, axis=0)))
-        rows = gather().numpy()[:: len(self.devices())]  # every local replica has sent the same
-        return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
+def create_resolver(topology: Topology, *, num_gpus: int) -> tf.distribute.cluster_resolver.ClusterResolver:
+    """What TensorFlow is told of the job; without the number of GPUs it would train on the CPU."""
+    workers = {"worker": list(topology.addresses)} if topology.world_size > 1 else {}
+    return tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec(workers),
+        task_type="worker",
+        task_id=topology.rank,
+        num_accelerators={"GPU": num_gpus} if num_gpus else None,
+        rpc_layer="grpc",
+    )

@@ -1,0 +1,54 @@
+"""The GPUs of this process, as far as they can be told without starting one."""
+
+import subprocess
+from collections.abc import Sequence
+
+from mnist_dist.errors import UserError
+from mnist_dist.topology import Topology
+
+
+def own_share(num_gpus: int, topology: Topology) -> range:
+    """Which of the GPUs that a process sees are its own: an equal share for each process of the machine.
+
+    A launcher may also show each process its own GPUs only; then the process sees one, and it is its own.
+
+    Raises:
+        UserError: fewer GPUs than processes.
+    """
+    if topology.local_size == 1 or num_gpus <= 1:
+        return range(num_gpus)
+    size = num_gpus // topology.local_size
+    if size == 0:
+        raise UserError(
+            f"{topology.local_size} processes on this machine but {num_gpus} GPUs; start one process per GPU at most"
+        )
+    return range(topology.local_rank * size, (topology.local_rank + 1) * size)
+
+
+def own_uuids(topology: Topology) -> list[str]:
+    """UUIDs of this process's GPUs; empty where nvidia-smi cannot tell."""
+    visible = visible_uuids(list_uuids(), visible=topology.visible_gpus)
+    return [visible[index] for index in own_share(len(visible), topology)]
+
+
+def list_uuids() -> list[str]:
+    """UUIDs of the GPUs that nvidia-smi shows to this process, by their number; empty without it."""
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return output.split()
+
+
+def visible_uuids(uuids: Sequence[str], *, visible: str | None) -> list[str]:
+    """Those that CUDA_VISIBLE_DEVICES (numbers or UUIDs with commas; None if not set) leaves, in its order."""
+    if visible is None:
+        return list(uuids)
+    chosen: list[str] = []
+    for name in (name.strip() for name in visible.split(",")):
+        if name.isdigit():
+            chosen += uuids[int(name) : int(name) + 1]
+        elif name in uuids:
+            chosen.append(name)
+    return chosen
