@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib import metadata
 from typing import Any
 
 from mnist_dist import __version__, cli
@@ -34,9 +35,9 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         dataset, reference = load_input(config, topology, run_folder)
         config = replace(config, data=replace(config.data, name=dataset.name))  # what `auto` has become
         run_folder.check_same_training(config, dataset_sha256=dataset.sha256)
-        report = Report(
-            facts=describe_training(config, dataset), gpus=own_uuids(topology), is_finished=run_folder.is_finished
-        )
+        gpus = own_uuids(topology)
+        facts = describe_training(config, dataset, num_gpus=len(gpus))
+        report = Report(facts=facts, gpus=gpus, is_finished=run_folder.is_finished)
     except UserError as error:
         with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
             agree(Report(error=str(error)), topology=topology, timeout_s=config.strategy.start_timeout_s)
@@ -163,10 +164,16 @@ def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -
     return load_dataset(config.data), reference
 
 
-def describe_training(config: TrainConfig, dataset: ImageDataset) -> dict[str, str]:
+def describe_training(config: TrainConfig, dataset: ImageDataset, *, num_gpus: int) -> dict[str, str]:
     """What all processes of a job must have in common."""
     keys = {key: str(value) for key, value in training_keys(asdict(config)).items()}
-    return {**keys, "data.sha256": dataset.sha256, "mnist_dist": __version__}
+    return {
+        **keys,
+        "data.sha256": dataset.sha256,
+        "version of mnist_dist": __version__,
+        "version of tensorflow": metadata.version("tensorflow"),
+        "number of GPUs": str(num_gpus),
+    }
 
 
 def log_batches(placement: Mapping[str, Any], plan: BatchPlan, learning_rate: str) -> None:

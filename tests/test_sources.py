@@ -541,3 +541,34 @@ def test_a_zip_of_something_else(member, create_config, tmp_path):
         for name in ARRAY_NAMES:
             archive.writestr(f"{name}.npy", member)
     assert error_of(create_config("npz", path)).startswith(f"data.path={path}: not a usable data file: ")
+
+
+def test_processes_that_wait_for_a_download_do_not_try_it_again(monkeypatch, tmp_path):
+    """Or each of many ranks on a machine without a network would cost the time-out once more."""
+    tries = []
+
+    def fetch(url):
+        tries.append(url)
+        time.sleep(0.5)
+        raise OSError("nobody answers")
+
+    monkeypatch.setattr(sources, "_fetch", fetch)
+    errors = []
+
+    def ask():
+        try:
+            sources._download_mnist(tmp_path / "mnist.npz")
+        except UserError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(tries) == 1
+    assert len(errors) == 3
+    assert all("cannot be downloaded (nobody answers)" in error for error in errors)
+    with pytest.raises(UserError):  # a later process does try
+        sources._download_mnist(tmp_path / "mnist.npz")
+    assert len(tries) == 2
