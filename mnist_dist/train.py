@@ -126,6 +126,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
                 lambda history: show(len(history.epochs), num_epochs),
             ],
         )
+        show(0, num_epochs)
         startup_s = time.perf_counter() - started
         history = trainer.fit(num_epochs=num_epochs)
 
