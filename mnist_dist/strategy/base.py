@@ -61,8 +61,11 @@ class Strategy(ABC):
 
     def barrier(self) -> None:
         """Wait until every process has come here, so that none leaves while others still need it."""
-        one = np.ones(1, np.float32)
-        tf.function(self.run)(self.all_reduce_sum, self.replicate(one))
+
+        def meet() -> tf.Tensor:
+            return self.all_reduce_sum(tf.zeros([1]))
+
+        tf.function(self.run)(meet)
 
 
 class SingleDevice(Strategy):
