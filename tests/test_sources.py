@@ -286,7 +286,8 @@ def test_failed_download_names_the_ways_out(handle, reason, fake_mnist, create_c
     assert message.startswith(f"data=mnist: MNIST is not here and cannot be downloaded ({reason}")
     for way_out in ("give data.path=mnist.npz", f"put mnist.npz at {path}", "say data=digits"):
         assert way_out in message
-    assert {p.name for p in path.parent.iterdir()} <= {"mnist.lock"}  # nothing half-written
+    # Nothing half-written: the lock, and the note for those that wait for it.
+    assert {p.name for p in path.parent.iterdir()} <= {"mnist.lock", "mnist.failed"}
 
 
 @pytest.mark.parametrize("stage", ["before the answer", "within the answer"])
