@@ -1,7 +1,6 @@
 """The run folder: what is in it, and when a folder may be used. Only the chief is handed one to write."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import platform
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -239,11 +237,6 @@ def build_summary(
         "resumed_from_epochs": [],
         "versions": installed_versions(),
     }
-
-
-def weights_digest(weights: npt.NDArray[np.float32]) -> str:
-    """SHA-256 over the float32 little-endian bytes of the trainable weights, in model order."""
-    return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
 
 
 def installed_versions() -> dict[str, str]:

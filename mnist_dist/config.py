@@ -203,9 +203,12 @@ class BatchConfig:
     """Examples per optimizer step: over all replicas together (strong scaling), or of each replica (weak)."""
     scaling: str = MISSING
     """strong | weak."""
+    num_shards: int = MISSING
+    """reproducibility=exact: pieces that a global batch is cut into; the largest number of replicas."""
 
     def __post_init__(self) -> None:
         _check(self.global_size > 0, "batch.global_size", self.global_size, "must be at least 1")
+        _check(self.num_shards > 0, "batch.num_shards", self.num_shards, "must be at least 1")
         _check(self.scaling in ("strong", "weak"), "batch.scaling", self.scaling, "must be strong or weak")
 
 
@@ -266,6 +269,21 @@ class PrecisionConfig:
 
 
 @dataclass
+class ThreadsConfig:
+    """TensorFlow's threads; they change the speed only."""
+
+    intra_op: str = MISSING
+    """Threads inside one operation: auto | a number."""
+    inter_op: str = MISSING
+    """Operations side by side: auto | a number."""
+
+    def __post_init__(self) -> None:
+        for key, value in (("intra_op", self.intra_op), ("inter_op", self.inter_op)):
+            valid = value == "auto" or (value.isdecimal() and int(value) > 0)
+            _check(valid, f"threads.{key}", value, "must be auto or a number, at least 1")
+
+
+@dataclass
 class TrainerConfig:
     """The outer loop."""
 
@@ -306,12 +324,19 @@ class TrainConfig:
     batch: BatchConfig = MISSING
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING
+    reproducibility: str = MISSING
+    """auto | exact | fast; auto is exact on CPUs and fast on GPUs."""
+    threads: ThreadsConfig = MISSING
     trainer: TrainerConfig = MISSING
     plots: PlotsConfig = MISSING
     console: ConsoleConfig = MISSING
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**31, "seed", self.seed, "must be from 0 to 2147483647")
+        choices = ("auto", "exact", "fast")
+        _check(
+            self.reproducibility in choices, "reproducibility", self.reproducibility, f"must be {', '.join(choices)}"
+        )
 
 
 @dataclass
@@ -349,7 +374,7 @@ _SCHEMAS: dict[tuple[str, str], type] = {
 
 
 # Keys that may differ between two commands that train the same thing, and between the processes of one job.
-_FREE_KEYS = ("run_dir", "plots.", "console.", "data.path", "data.cache_dir", "data.keras_home")
+_FREE_KEYS = ("run_dir", "plots.", "console.", "threads.", "data.path", "data.cache_dir", "data.keras_home")
 
 
 def training_keys(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mnist_dist import cli
 from mnist_dist.artifacts import RunFolder
-from mnist_dist.config import EvaluateConfig
+from mnist_dist.config import EvaluateConfig, ThreadsConfig
 from mnist_dist.console import Console
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
@@ -38,11 +38,11 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
         from mnist_dist.model import Network, load_model
-        from mnist_dist.precision import forbid_tensor_float_32
+        from mnist_dist.runtime import configure_tensorflow
         from mnist_dist.steps import EvaluateProgram, place_split
         from mnist_dist.strategy.base import SingleDevice
 
-        forbid_tensor_float_32()
+        configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, deterministic=False)
         strategy = SingleDevice()
 
     network = Network(load_model(run_folder.model_path))

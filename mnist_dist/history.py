@@ -19,6 +19,8 @@ class EpochMetrics:
     """Seconds of training and validation."""
     images_per_s: float
     """Training images per second of the epoch's training part."""
+    weights_sha256: str | None = None
+    """Digest of the weights after the epoch (`metrics.weights_digest`); a column with reproducibility=exact only."""
 
 
 COLUMNS = tuple(field.name for field in fields(EpochMetrics))
@@ -51,20 +53,28 @@ class History:
 
 def to_csv(history: History) -> str:
     """The history as CSV text with a header; floats are written so that they read back to the same bits."""
-    lines = [",".join(COLUMNS)]
-    lines += [",".join(repr(getattr(row, name)) for name in COLUMNS) for row in history.epochs]
+    columns = COLUMNS if any(row.weights_sha256 for row in history.epochs) else COLUMNS[:-1]
+    lines = [",".join(columns)]
+    lines += [",".join(_to_text(getattr(row, name)) for name in columns) for row in history.epochs]
     return "\n".join(lines) + "\n"
 
 
 def from_csv(text: str) -> History:
     """Read what `to_csv` wrote; raises ValueError where the text is not such a table."""
     header, *lines = text.splitlines() or [""]
-    if tuple(header.split(",")) != COLUMNS:
-        raise ValueError(f"expected the columns {','.join(COLUMNS)}; got {header}")
-    return History(tuple(_parse_row(line.split(",")) for line in lines))
+    columns = tuple(header.split(","))
+    if columns not in (COLUMNS, COLUMNS[:-1]):
+        raise ValueError(f"expected the columns {','.join(COLUMNS)}, the last one at will; got {header}")
+    return History(tuple(_parse_row(line.split(","), columns) for line in lines))
 
 
-def _parse_row(values: Sequence[str]) -> EpochMetrics:
-    if len(values) != len(COLUMNS):
-        raise ValueError(f"expected {len(COLUMNS)} values; got {','.join(values)}")
-    return EpochMetrics(int(values[0]), *(float(value) for value in values[1:]))
+def _to_text(value: float | str) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _parse_row(values: Sequence[str], columns: Sequence[str]) -> EpochMetrics:
+    if len(values) != len(columns):
+        raise ValueError(f"expected {len(columns)} values; got {','.join(values)}")
+    named = dict(zip(columns, values, strict=True))
+    epoch, digest = int(named.pop("epoch")), named.pop("weights_sha256", None)
+    return EpochMetrics(epoch, weights_sha256=digest, **{name: float(value) for name, value in named.items()})

@@ -1,5 +1,6 @@
 """What the compiled programs find: sums over examples, to be divided by the number of examples once, at the end."""
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -40,3 +41,8 @@ class EvaluationSums(NamedTuple):
             "num_correct": self.num_correct,
             "num_examples": self.num_examples,
         }
+
+
+def weights_digest(weights: npt.NDArray[np.float32]) -> str:
+    """SHA-256 over the float32 little-endian bytes of the trainable weights, in model order."""
+    return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()

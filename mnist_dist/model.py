@@ -109,6 +109,7 @@ class Network:
         self._twin = _twin(model, seed=seed, policy=policy)
         if state := [variable.path for variable in self._twin.non_trainable_variables]:
             raise ValueError(f"model {model.name} has weights that are not trained: {', '.join(state)}")
+        self.compute_dtype = tf.as_dtype(keras.DTypePolicy(policy).compute_dtype)
         self._shapes = [tuple(variable.shape) for variable in model.trainable_variables]
         self._sizes = [int(np.prod(shape)) for shape in self._shapes]
 
@@ -129,9 +130,14 @@ class Network:
         return self._model
 
     def split(self, weights: tf.Tensor) -> list[tf.Tensor]:
-        """The vector as the tensors of the layers."""
-        pieces = tf.split(weights, self._sizes)
-        return [tf.reshape(piece, shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        """The vector as the tensors of the layers, in the type that they compute in."""
+        starts = np.cumsum([0, *self._sizes])
+        # Slices, because unlike the pieces of `tf.split` they share the vector's memory.
+        pieces = [tf.slice(weights, [start], [size]) for start, size in zip(starts[:-1], self._sizes, strict=True)]
+        return [
+            tf.cast(tf.reshape(piece, shape), self.compute_dtype)
+            for piece, shape in zip(pieces, self._shapes, strict=True)
+        ]
 
     def logits(self, weights: list[tf.Tensor], images: tf.Tensor) -> tf.Tensor:
         """Inference: (rows, pixels) -> (rows, num_classes) float32."""

@@ -4,13 +4,6 @@ import tensorflow as tf
 
 from mnist_dist.config import PrecisionConfig
 
-COMPUTE_DTYPES = {"float32": tf.float32, "mixed_float16": tf.float16, "mixed_bfloat16": tf.bfloat16}
-
-
-def forbid_tensor_float_32() -> None:
-    """Let float32 mean float32: by default TensorFlow multiplies it with 10-bit mantissas on newer GPUs (TF32)."""
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-
 
 def choose_precision(name: str, compute_capability: tuple[int, int] | None) -> str:
     """The Keras dtype policy for a configured precision.
@@ -38,8 +31,9 @@ class LossScale:
     itself rounds nothing.
     """
 
-    def __init__(self, policy: str, config: PrecisionConfig) -> None:
-        self.is_dynamic = policy == "mixed_float16"
+    def __init__(self, config: PrecisionConfig) -> None:
+        """Build it for a precision that is settled, not `auto`."""
+        self.is_dynamic = config.name == "mixed_float16"
         self.initial = config.initial_loss_scale if self.is_dynamic else 1.0
         self._growth_steps = config.loss_scale_growth_steps
 

@@ -1,9 +1,12 @@
 """The compiled programs: one training epoch, one evaluation pass. Python does nothing per step.
 
-Every replica computes its rows of each global batch; sums over examples are what is reduced, and they are divided by
-the number of real examples of the global batch. A row without an example (index `PADDING`) has weight 0.
+A global batch is computed shard by shard (`data.shards`): the shards of a replica do not depend on each other, so they
+keep the cores of a CPU busy side by side. What is reduced are sums over examples, and they are divided by the number of
+real examples of the global batch. A row without an example (index `PADDING`) has weight 0.
 """
 
+import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +15,18 @@ import tensorflow as tf
 
 from mnist_dist.data.batches import PADDING, BatchPlan
 from mnist_dist.data.preprocess import Split
+from mnist_dist.data.shards import ShardPlan
 from mnist_dist.dropout import BatchPosition
+from mnist_dist.errors import TrainingFailed
 from mnist_dist.metrics import EpochSums, EvaluationSums
 from mnist_dist.model import FloatArray, Network
 from mnist_dist.optimizer import Optimizer
 from mnist_dist.precision import LossScale
+from mnist_dist.reduction import Reduction
 from mnist_dist.strategy.base import Strategy
 
 EVALUATION_ROWS = 1024
-"""Rows that a replica evaluates at once, at most: enough to keep any device busy."""
+"""Rows that are evaluated at once, at most: enough to keep any device busy, few enough for two cores' caches."""
 
 
 class DeviceArrays(NamedTuple):
@@ -38,9 +44,10 @@ class PlacedSplit(NamedTuple):
     num_classes: int
 
 
-def place_split(split: Split, strategy: Strategy) -> PlacedSplit:
-    """Copy a split to every replica."""
-    arrays = DeviceArrays(strategy.replicate(split.images), strategy.replicate(split.labels))
+def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
+    """Copy a split to every replica; the images in the type that the network computes in."""
+    images = split.images.astype(dtype.as_numpy_dtype, copy=False)
+    arrays = DeviceArrays(strategy.replicate(images), strategy.replicate(split.labels))
     return PlacedSplit(arrays, num_examples=len(split), num_classes=split.labels.shape[1])
 
 
@@ -69,6 +76,8 @@ class TrainProgram:
         strategy: Strategy,
         state: TrainState,
         split: PlacedSplit,
+        shards: ShardPlan,
+        reduction: Reduction,
     ) -> None:
         self._network = network
         self._optimizer = optimizer
@@ -76,11 +85,15 @@ class TrainProgram:
         self._strategy = strategy
         self._state = state
         self._arrays = split.arrays
+        self._shards = shards
+        self._reduction = reduction
+        # Traced once for all shards.
+        self._shard_sums = tf.function(self._trace_shard_sums)
         self._compiled = tf.function(self._train_epoch)
 
     def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, shape (steps, global_batch_size), as a `BatchPlan` makes them."""
-        padded = _pad_rows(indices, multiple=self._strategy.num_replicas)
+        padded = _pad(indices, width=self._shards.num_rows)
         losses, num_correct = self._compiled(tf.constant(padded), tf.constant(learning_rates, tf.float32))
         return EpochSums(losses.numpy(), num_correct.numpy().astype(np.int64))
 
@@ -104,14 +117,39 @@ class TrainProgram:
         num_examples = tf.math.count_nonzero(indices != PADDING, dtype=tf.float32)
         loss_factor = state.loss_scale.read_value() / num_examples
         global_step = state.global_step.read_value()
-        rows, first_row = own_rows(indices, self._strategy)
-        sums = self._sums(weights, data, rows, loss_factor, BatchPosition(global_step, first_row))
+        num_rows = self._shards.rows_per_shard
+        sums = []
+        for shard in self._shards.shards_of(self._strategy.replica_index()):
+            rows = tf.slice(indices, [shard * num_rows], [num_rows])
+            first_row = tf.constant(shard * num_rows, tf.int64)
+            sums.append(self._shard_sums(weights, data, rows, loss_factor, global_step, first_row))
         # Gradients and metric sums travel together: one message a step.
-        bucket = self._strategy.all_reduce_sum(tf.concat([tf.reshape(t, [-1]) for t in sums], axis=0))
+        bucket = self._reduction(sums)
         gradient, loss, correct = tf.split(bucket, [self._network.num_parameters, 1, 1])
         self._update(gradient, learning_rate)
         state.global_step.assign_add(1)
         return loss[0], correct[0]
+
+    def _trace_shard_sums(
+        self,
+        weights: list[tf.Tensor],
+        data: DeviceArrays,
+        rows: tf.Tensor,
+        loss_factor: tf.Tensor,
+        global_step: tf.Tensor,
+        first_row: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """What one shard adds to the gradient of the global batch, to the sum of losses, to the correct ones."""
+        images, labels, example_weights = gather_rows(data, rows)
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            logits = self._network.training_logits(weights, images, BatchPosition(global_step, first_row))
+            losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
+            share_of_mean = tf.reduce_sum(losses) * loss_factor
+        # Products may be computed in 16 bits; what is added up has 32.
+        gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(share_of_mean, weights)]
+        correct = tf.cast(tf.argmax(logits, axis=1) == tf.argmax(labels, axis=1), tf.float32)
+        return [*gradients, tf.reduce_sum(losses), tf.reduce_sum(correct * example_weights)]
 
     def _update(self, scaled_gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
         """Apply the reduced gradient, unless it overflowed."""
@@ -133,71 +171,101 @@ class TrainProgram:
         )
         state.num_updates.assign_add(1)
 
-    def _sums(
-        self,
-        weights: list[tf.Tensor],
-        data: DeviceArrays,
-        rows: tf.Tensor,
-        loss_factor: tf.Tensor,
-        position: BatchPosition,
-    ) -> list[tf.Tensor]:
-        """What these rows add to the gradient of the global batch, to the sum of losses, to the correct ones."""
-        images, labels, example_weights = gather_rows(data, rows)
-        with tf.GradientTape() as tape:
-            tape.watch(weights)
-            logits = self._network.training_logits(weights, images, position)
-            losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
-            share_of_mean = tf.reduce_sum(losses) * loss_factor
-        gradients = tape.gradient(share_of_mean, weights)
-        correct = tf.cast(tf.argmax(logits, axis=1) == tf.argmax(labels, axis=1), tf.float32)
-        return [*gradients, tf.reduce_sum(losses), tf.reduce_sum(correct * example_weights)]
-
 
 class EvaluateProgram:
-    """Loss and confusion matrix of one split as one call."""
+    """Loss and confusion matrix of one split as one call; the same bits on any number of replicas.
+
+    The split is cut into chunks of one shape, and each replica evaluates whole chunks. Counts are whole numbers, whose
+    sum has no order; the losses of the chunks are added by `math.fsum`, which rounds once, so has none either.
+    """
 
     def __init__(self, *, network: Network, strategy: Strategy, split: PlacedSplit) -> None:
         self._network = network
         self._strategy = strategy
         self._num_classes = split.num_classes
         self._arrays = split.arrays
-        num_replicas = strategy.num_replicas
-        # The fewest passes, then the smallest batch that does with them, so that little is padding.
-        num_batches = -(-split.num_examples // (EVALUATION_ROWS * num_replicas))
-        plan = BatchPlan(split.num_examples, global_batch_size=-(-split.num_examples // num_batches))
-        self._indices = _pad_rows(plan.in_order(), multiple=num_replicas)
+        # The fewest chunks, then the smallest ones that do with them, so that little is padding.
+        num_chunks = -(-split.num_examples // EVALUATION_ROWS)
+        plan = BatchPlan(split.num_examples, global_batch_size=-(-split.num_examples // num_chunks))
+        # Every replica runs through the same number of chunks; some may be padding from end to end.
+        chunks_each = -(-plan.steps_per_epoch // strategy.num_replicas)
+        missing = chunks_each * strategy.num_replicas - plan.steps_per_epoch
+        self._indices = np.pad(plan.in_order(), [(0, missing), (0, 0)], constant_values=PADDING)
         self._compiled = tf.function(self._evaluate)
 
     def run(self, weights: tf.Variable) -> EvaluationSums:
         """Evaluate the weights on every example once; no dropout."""
-        sums = self._compiled(weights, tf.constant(self._indices)).numpy()
-        confusion = np.rint(sums[1:]).astype(np.int64).reshape(self._num_classes, self._num_classes)
-        return EvaluationSums(float(sums[0]), confusion)
+        losses, counts = self._compiled(weights, tf.constant(self._indices))
+        confusion = np.rint(counts.numpy()).astype(np.int64).reshape(self._num_classes, self._num_classes)
+        return EvaluationSums(math.fsum(losses.numpy().tolist()), confusion)
 
-    def _evaluate(self, weights: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
-        return self._strategy.run(self._evaluate_replica, weights, self._arrays, indices)
+    def _evaluate(self, weights: tf.Variable, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        losses, counts = self._strategy.run(self._evaluate_replica, weights, self._arrays, indices)
+        return losses, counts
 
-    def _evaluate_replica(self, weights: tf.Variable, data: DeviceArrays, indices: tf.Tensor) -> tf.Tensor:
-        """One replica's rows of every batch, then one reduction."""
+    def _evaluate_replica(
+        self, weights: tf.Variable, data: DeviceArrays, indices: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One replica's chunks, then one reduction."""
         layers = self._network.split(weights.read_value())
-        # float64: exact for counts up to 2**53.
-        sums = tf.zeros([1 + self._num_classes**2], tf.float64)
-        for batch in tf.range(indices.shape[0]):
-            rows, _ = own_rows(indices[batch], self._strategy)
-            images, labels, example_weights = gather_rows(data, rows)
-            logits = self._network.logits(layers, images)
-            losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
-            taken_for = tf.one_hot(tf.argmax(logits, axis=1), self._num_classes)
-            confusion = tf.matmul(labels * example_weights[:, tf.newaxis], taken_for, transpose_a=True)
-            sums += tf.cast(tf.concat([[tf.reduce_sum(losses)], tf.reshape(confusion, [-1])], axis=0), tf.float64)
-        return self._strategy.all_reduce_sum(sums)
+        num_chunks = indices.shape[0] // self._strategy.num_replicas
+        first = self._strategy.replica_index() * num_chunks
+        # The passes of this loop do not depend on each other, so TensorFlow runs several side by side.
+        sums = tf.TensorArray(tf.float32, size=num_chunks, element_shape=[1 + self._num_classes**2])
+        for number in tf.range(num_chunks):
+            sums = sums.write(number, self._chunk_sums(layers, data, indices[first + number]))
+        own = tf.cast(sums.stack(), tf.float64)  # exact for counts up to 2**53
+        losses = tf.pad(own[:, 0], [[first, indices.shape[0] - first - num_chunks]])
+        bucket = self._strategy.all_reduce_sum(tf.concat([losses, tf.reduce_sum(own[:, 1:], axis=0)], axis=0))
+        return bucket[: indices.shape[0]], bucket[indices.shape[0] :]
+
+    def _chunk_sums(self, layers: list[tf.Tensor], data: DeviceArrays, rows: tf.Tensor) -> tf.Tensor:
+        """The sum of losses and the confusion matrix of some rows, flat."""
+        images, labels, example_weights = gather_rows(data, rows)
+        logits = self._network.logits(layers, images)
+        losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
+        taken_for = tf.one_hot(tf.argmax(logits, axis=1), self._num_classes)
+        confusion = tf.matmul(labels * example_weights[:, tf.newaxis], taken_for, transpose_a=True)
+        return tf.concat([[tf.reduce_sum(losses)], tf.reshape(confusion, [-1])], axis=0)
 
 
-def own_rows(indices: tf.Tensor, strategy: Strategy) -> tuple[tf.Tensor, tf.Tensor]:
-    """Inside `run`: this replica's equal share of a global batch's rows, and the position of its first one."""
-    num_rows = indices.shape[0] // strategy.num_replicas
-    first_row = strategy.replica_index() * num_rows
-    return tf.slice(indices, first_row[tf.newaxis], [num_rows]), first_row
+class ReplicaCheck:
+    """Compares the training state of all replicas: they must not differ in a single bit."""
+
+    def __init__(self, *, strategy: Strategy, state: TrainState) -> None:
+        self._strategy = strategy
+        self._vectors = [state.weights, *state.slots]
+        # Odd, so that multiplication loses nothing: any one changed bit changes the digest.
+        size = int(state.weights.shape[0]) * len(self._vectors)
+        generator = np.random.Generator(np.random.Philox(key=0))
+        self._factors = strategy.replicate(generator.integers(0, 2**31, size, np.int64) * 2 + 1)
+        self._compiled = tf.function(self._digests)
+
+    def run(self, epoch: int) -> None:
+        """Raise TrainingFailed, naming the replicas, if not all are the same; a collective."""
+        digests = self._compiled(self._factors).numpy().tolist()
+        common, votes = Counter(digests).most_common(1)[0]
+        if votes == len(digests):
+            return
+        if votes == 1:
+            which = "no two replicas have"
+        else:
+            others = [str(index) for index, digest in enumerate(digests) if digest != common]
+            which = f"replica{'s' if len(others) > 1 else ''} {', '.join(others)} of {len(digests)} did not have"
+        raise TrainingFailed(
+            f"after epoch {epoch} {which} the same weights as the others: a device computes or transmits wrongly, or "
+            "the processes run different software; the results of earlier epochs are kept"
+        )
+
+    def _digests(self, factors: tf.Tensor) -> tf.Tensor:
+        return self._strategy.run(self._digest_replica, factors)
+
+    def _digest_replica(self, factors: tf.Tensor) -> tf.Tensor:
+        """All replicas' digests, shape (num_replicas,): sums of the words times the factors, modulo 2**64."""
+        bits = tf.bitcast(tf.concat([vector.read_value() for vector in self._vectors], axis=0), tf.int32)
+        digest = tf.reduce_sum(tf.cast(bits, tf.int64) * factors)
+        index, num_replicas = self._strategy.replica_index(), self._strategy.num_replicas
+        return self._strategy.all_reduce_sum(tf.one_hot(index, num_replicas, digest, tf.constant(0, tf.int64)))
 
 
 def gather_rows(data: DeviceArrays, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -207,7 +275,6 @@ def gather_rows(data: DeviceArrays, indices: tf.Tensor) -> tuple[tf.Tensor, tf.T
     return tf.gather(data.images, valid), tf.gather(data.labels, valid), example_weights
 
 
-def _pad_rows(indices: npt.NDArray[np.int32], *, multiple: int) -> npt.NDArray[np.int32]:
-    """Widen the global batches by padding rows, so that they can be cut into `multiple` equal parts."""
-    missing = -indices.shape[1] % multiple
-    return np.pad(indices, [(0, 0), (0, missing)], constant_values=PADDING)
+def _pad(indices: npt.NDArray[np.int32], *, width: int) -> npt.NDArray[np.int32]:
+    """Widen the global batches by padding rows."""
+    return np.pad(indices, [(0, 0), (0, width - indices.shape[1])], constant_values=PADDING)

@@ -34,6 +34,8 @@ class Topology:
     """`host:port` of the key-value store that horovodrun serves to its processes."""
     visible_gpus: str | None = None
     """CUDA_VISIBLE_DEVICES."""
+    cpus_per_task: int | None = None
+    """Cores that Slurm gave to each task, where `--cpus-per-task` said so."""
 
     @property
     def is_chief(self) -> bool:
@@ -67,7 +69,12 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         topology = _from_slurm(environ)
     else:
         topology = Topology()
-    return replace(topology, visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"))
+    cpus = environ.get("SLURM_CPUS_PER_TASK", "")
+    return replace(
+        topology,
+        visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),
+        cpus_per_task=int(cpus) if topology.launcher != "none" and cpus.isdigit() else None,
+    )
 
 
 def _from_horovod(environ: Mapping[str, str]) -> Topology:

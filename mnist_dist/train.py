@@ -6,21 +6,24 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist import __version__, cli
 from mnist_dist.agreement import Report, agree
-from mnist_dist.artifacts import RunFolder, Timing, build_summary, weights_digest
+from mnist_dist.artifacts import RunFolder, Timing, build_summary
 from mnist_dist.config import TrainConfig, training_keys
 from mnist_dist.console import Console, progress
-from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import SPLIT_NAMES, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
 from mnist_dist.gpus import own_uuids
+from mnist_dist.metrics import weights_digest
 from mnist_dist.reference import Reference, load_reference
 from mnist_dist.rendezvous import check_own_port
 from mnist_dist.topology import Topology
+
+if TYPE_CHECKING:
+    from mnist_dist.training import Training
 
 log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run with -m
 
@@ -28,98 +31,38 @@ log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run wit
 def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     """Train, evaluate, save and plot one run; returns the exit code."""
     started = time.perf_counter()
-
-    # The input, and whether all processes of the job have the same.
     run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
-    try:
-        dataset, reference = load_input(config, topology, run_folder)
-        config = replace(config, data=replace(config.data, name=dataset.name))  # what `auto` has become
-        run_folder.check_same_training(config, dataset_sha256=dataset.sha256)
-        gpus = own_uuids(topology)
-        facts = describe_training(config, dataset, num_gpus=len(gpus))
-        report = Report(facts=facts, gpus=gpus, is_finished=run_folder.is_finished)
-    except UserError as error:
-        with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
-            agree(Report(error=str(error)), topology=topology, timeout_s=config.strategy.start_timeout_s)
-        raise
-    if agree(report, topology=topology, timeout_s=config.strategy.start_timeout_s).is_finished:
+    run_input = agree_on_input(config, topology, run_folder)
+    if run_input is None:
         log.info("%s holds this run, finished: nothing to do", run_folder.path)
         return EXIT_OK
+    config, dataset, reference = run_input
     splits = preprocess(dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed)
     log.info("Data: %s, %s", dataset.name, splits.describe())
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
-        from mnist_dist.model import Network, build_model
-        from mnist_dist.optimizer import LearningRate, create_optimizer
-        from mnist_dist.precision import LossScale, choose_precision, forbid_tensor_float_32
-        from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
-        from mnist_dist.strategy import create_strategy, list_gpus
-        from mnist_dist.trainer import LogEpoch, Trainer
+        from mnist_dist.strategy import list_gpus
+        from mnist_dist.trainer import LogEpoch
+        from mnist_dist.training import build_training
 
         num_gpus = len(list_gpus())
-
-    # The devices.
-    forbid_tensor_float_32()
-    strategy = create_strategy(config.strategy, topology, num_gpus=num_gpus)
-    policy = choose_precision(config.precision.name, strategy.compute_capability())
-    config = replace(config, precision=replace(config.precision, name=policy))
-
-    # The parts of the training.
-    batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
-    plan = BatchPlan(len(splits.train), min(config.batch.global_size * batch_factor, len(splits.train)))
-    if strategy.num_replicas > plan.global_batch_size:
-        raise UserError(
-            f"batch.global_size={config.batch.global_size}: fewer examples than the {strategy.num_replicas} replicas; "
-            "ask for a larger batch or fewer replicas"
-        )
-    model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
-    network = Network(model, seed=config.seed, policy=policy)
-    optimizer = create_optimizer(config.optimizer)
-    loss_scale = LossScale(policy, config.precision)
-    state = TrainState(network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy)
-    placed = {name: place_split(splits[name], strategy) for name in SPLIT_NAMES}
-    train_program = TrainProgram(
-        network=network,
-        optimizer=optimizer,
-        loss_scale=loss_scale,
-        strategy=strategy,
-        state=state,
-        split=placed["train"],
-    )
-    validation = EvaluateProgram(network=network, strategy=strategy, split=placed["val"])
-    learning_rate = LearningRate(
-        config.learning_rate,
-        base=config.optimizer.learning_rate,
-        batch_factor=batch_factor,
-        steps_per_epoch=plan.steps_per_epoch,
-    )
+    training = build_training(config, topology, splits, num_gpus=num_gpus)
+    config, strategy = training.config, training.strategy
 
     run_folder.create(config)
     console.log_to(run_folder.log_path)
-    placement = {
-        "strategy": strategy.name,
-        "world_size": topology.world_size,
-        "num_replicas": strategy.num_replicas,
-        "global_batch_size": plan.global_batch_size,
-        "per_replica_batch_size": -(-plan.global_batch_size // strategy.num_replicas),
-        "precision": policy,
-    }
+    placement = describe_placement(training, topology)
     log.info("Run folder: %s", run_folder.path)
-    log.info("Model: %s, %s parameters", config.model.name, f"{network.num_parameters:,}")
-    log.info("Devices: %s; precision %s", ", ".join(strategy.devices()), policy)
-    log_batches(placement, plan, learning_rate.describe())
+    log.info("Model: %s, %s parameters", config.model.name, f"{training.network.num_parameters:,}")
+    log.info("Devices: %s; precision %s", ", ".join(strategy.devices()), config.precision.name)
+    log_batches(placement, training)
 
     # The training.
     num_epochs = config.trainer.epochs
     with progress("training") as show:
-        trainer = Trainer(
-            train_epoch=train_program.run_epoch,
-            validate=lambda: validation.run(state.weights),
-            plan=plan,
-            seed=config.seed,
-            learning_rate_at=learning_rate.at,
+        trainer = training.create_trainer(
             actions=[
                 LogEpoch(num_epochs=num_epochs),
                 run_folder.write_history,
@@ -130,14 +73,9 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         startup_s = time.perf_counter() - started
         history = trainer.fit(num_epochs=num_epochs)
 
-    # The results: of the saved model, which is float32, on every example of every split.
-    weights = strategy.read(state.weights)
-    saved_network = Network(network.export(weights))
-    results = {
-        name: EvaluateProgram(network=saved_network, strategy=strategy, split=placed[name]).run(state.weights)
-        for name in SPLIT_NAMES
-    }
-    run_folder.save_model(model)
+    # The results.
+    results = training.evaluate()
+    run_folder.save_model(training.model)
     pictures = plots.plot_run(
         history, results["test"].confusion, dataset=dataset.name, class_names=splits.class_names, reference=reference
     )
@@ -148,13 +86,45 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         placement=placement,
         history=history,
         results=results,
-        weights_sha256=weights_digest(weights),
+        weights_sha256=weights_digest(training.weights()),
         timing=Timing(startup_s=startup_s, total_s=time.perf_counter() - started),
     )
     run_folder.write_json("summary.json", summary)
     log_results(summary, run_folder)
     strategy.barrier()
     return EXIT_OK
+
+
+class RunInput(NamedTuple):
+    """What a run reads, the same on all processes."""
+
+    config: TrainConfig
+    """With the name of the data in place of `auto`."""
+    dataset: ImageDataset
+    reference: Reference | None
+
+
+def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> RunInput | None:
+    """The input, once all processes of the job have it and have the same; None if the run is finished already.
+
+    Raises:
+        UserError: something is wrong with it here or in another process.
+    """
+    timeout_s = config.strategy.start_timeout_s
+    try:
+        dataset, reference = load_input(config, topology, run_folder)
+        config = replace(config, data=replace(config.data, name=dataset.name))
+        run_folder.check_same_training(config, dataset_sha256=dataset.sha256)
+        gpus = own_uuids(topology)
+        facts = describe_training(config, dataset, num_gpus=len(gpus))
+        report = Report(facts=facts, gpus=gpus, is_finished=run_folder.is_finished)
+    except UserError as error:
+        with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
+            agree(Report(error=str(error)), topology=topology, timeout_s=timeout_s)
+        raise
+    if agree(report, topology=topology, timeout_s=timeout_s).is_finished:
+        return None
+    return RunInput(config, dataset, reference)
 
 
 def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> tuple[ImageDataset, Reference | None]:
@@ -177,7 +147,22 @@ def describe_training(config: TrainConfig, dataset: ImageDataset, *, num_gpus: i
     }
 
 
-def log_batches(placement: Mapping[str, Any], plan: BatchPlan, learning_rate: str) -> None:
+def describe_placement(training: "Training", topology: Topology) -> dict[str, Any]:
+    """Where and how the training runs, for the summary."""
+    strategy, plan, config = training.strategy, training.plan, training.config
+    return {
+        "strategy": strategy.name,
+        "world_size": topology.world_size,
+        "num_replicas": strategy.num_replicas,
+        "global_batch_size": plan.global_batch_size,
+        "per_replica_batch_size": -(-plan.global_batch_size // strategy.num_replicas),
+        "precision": config.precision.name,
+        "reproducibility": config.reproducibility,
+        "num_shards": training.shards.num_shards,
+    }
+
+
+def log_batches(placement: Mapping[str, Any], training: "Training") -> None:
     """Log how the examples are divided; nothing is scaled without a word."""
     log.info(
         "Batch: %d over %d replica(s) in %d process(es), %d each; %d steps an epoch; learning rate %s",
@@ -185,8 +170,14 @@ def log_batches(placement: Mapping[str, Any], plan: BatchPlan, learning_rate: st
         placement["num_replicas"],
         placement["world_size"],
         placement["per_replica_batch_size"],
-        plan.steps_per_epoch,
-        learning_rate,
+        training.plan.steps_per_epoch,
+        training.learning_rate.describe(),
+    )
+    log.info(
+        "Reproducibility: %s",
+        f"exact, {placement['num_shards']} shards: the same bits on up to so many replicas"
+        if placement["reproducibility"] == "exact"
+        else "fast: the number of replicas may change the last bits",
     )
 
 

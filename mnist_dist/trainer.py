@@ -39,6 +39,8 @@ class Trainer:
         plan: BatchPlan,
         seed: int,
         learning_rate_at: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
+        check_replicas: Callable[[int], None] = lambda epoch: None,
+        digest_weights: Callable[[], str | None] = lambda: None,
         actions: Sequence[EpochAction] = (),
     ) -> None:
         self._train_epoch = train_epoch
@@ -46,18 +48,21 @@ class Trainer:
         self._plan = plan
         self._seed = seed
         self._learning_rate_at = learning_rate_at
+        self._check_replicas = check_replicas
+        self._digest_weights = digest_weights
         self._actions = actions
 
     def fit(self, *, num_epochs: int) -> History:
         """Train for `num_epochs`; raises TrainingFailed when the loss stops being a number."""
         history = History()
         for epoch in range(1, num_epochs + 1):
-            history = history.append(self._run_epoch(epoch))
+            history = history.append(self.run_epoch(epoch))
             for action in self._actions:
                 action(history)
         return history
 
-    def _run_epoch(self, epoch: int) -> EpochMetrics:
+    def run_epoch(self, epoch: int) -> EpochMetrics:
+        """Train on one epoch, counted from 1, and validate; raises TrainingFailed."""
         start = time.perf_counter()
         indices = self._plan.shuffled(seed=self._seed, epoch=epoch)
         learning_rates = self._learning_rate_at(np.arange(len(indices)) + (epoch - 1) * len(indices))
@@ -70,6 +75,8 @@ class Trainer:
                 f"the validation loss became {validation.loss} after epoch {epoch}; the results of earlier epochs are "
                 "kept. A smaller optimizer.learning_rate usually helps"
             )
+        epoch_s = time.perf_counter() - start
+        self._check_replicas(epoch)
         return EpochMetrics(
             epoch=epoch,
             loss=sums.losses.sum(dtype=np.float64).item() / self._plan.num_examples,
@@ -77,8 +84,9 @@ class Trainer:
             val_loss=validation.loss / validation.num_examples,
             val_accuracy=validation.num_correct / validation.num_examples,
             learning_rate=learning_rates[-1].item(),
-            epoch_s=time.perf_counter() - start,
+            epoch_s=epoch_s,
             images_per_s=self._plan.num_examples / train_s,
+            weights_sha256=self._digest_weights(),
         )
 
 

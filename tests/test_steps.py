@@ -8,9 +8,11 @@ import tensorflow as tf
 from mnist_dist.config import compose_config
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import Split
+from mnist_dist.data.shards import ShardPlan
 from mnist_dist.model import Network, build_model
 from mnist_dist.optimizer import create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
+from mnist_dist.reduction import FastSum
 from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
 from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.strategy.mirrored import Mirrored
@@ -24,15 +26,16 @@ def make_split(num_examples: int, seed: int = 0) -> Split:
     return Split(rng.random((num_examples, NUM_PIXELS), np.float32), labels)
 
 
-def make_program(split: Split, *overrides: str, strategy: Strategy | None = None):
+def make_program(split: Split, *overrides: str, strategy: Strategy | None = None, reduction=None, shards=None):
     strategy = strategy or SingleDevice()
     config = compose_config("model.hidden_sizes=[16]", *overrides)
     policy = choose_precision(config.precision.name, None)
+    config.precision.name = policy
     model = build_model(config.model, image_shape=(4, 5), num_classes=NUM_CLASSES, seed=0)
     parts = {
         "network": Network(model, policy=policy),
         "optimizer": create_optimizer(config.optimizer),
-        "loss_scale": LossScale(policy, config.precision),
+        "loss_scale": LossScale(config.precision),
         "strategy": strategy,
     }
     state = TrainState(
@@ -41,7 +44,10 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
         loss_scale=parts["loss_scale"],
         strategy=strategy,
     )
-    program = TrainProgram(**parts, state=state, split=place_split(split, strategy))
+    shards = shards or ShardPlan(strategy.num_replicas, -(-16 // strategy.num_replicas), strategy.num_replicas)
+    placed = place_split(split, strategy, dtype=parts["network"].compute_dtype)
+    reduction = (reduction or FastSum)(strategy)
+    program = TrainProgram(**parts, state=state, split=placed, shards=shards, reduction=reduction)
     return program, state, parts["network"], model
 
 

@@ -36,9 +36,9 @@ class Strategy(ABC):
     def create_variable(self, value: Array) -> tf.Variable:
         """A variable with a copy on every replica, which each reads and updates alone; rank 0's value for all."""
 
-    @abstractmethod
     def read(self, variable: tf.Variable) -> Array:
-        """The value of this process's (first) copy."""
+        """The value of this process's first copy."""
+        return self.copies(variable)[0]
 
     @abstractmethod
     def replicate(self, array: Array) -> Any:
@@ -52,12 +52,20 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def replica_index(self) -> tf.Tensor:
-        """Inside `run`: this replica's number among all of the job, a scalar int64."""
+    def copies(self, variable: tf.Variable) -> list[Array]:
+        """The values of all copies of this process, in the order of its replicas."""
+
+    @abstractmethod
+    def replica_index(self) -> int:
+        """Inside `run`: this replica's number among all of the job; known while a program is traced."""
 
     @abstractmethod
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
-        """Inside `run`, outside of loops: the sum of the replicas' tensors, on each of them."""
+        """Inside `run`, outside of loops: the sum of the replicas' tensors, on each of them; in any order."""
+
+    @abstractmethod
+    def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
+        """Inside `run`, outside of loops: the replicas' tensors of one shape, joined along the first axis in order."""
 
     def barrier(self) -> None:
         """Wait until every process has come here, so that none leaves while others still need it."""
@@ -87,9 +95,9 @@ class SingleDevice(Strategy):
         with tf.device(self._device):
             return tf.Variable(value)
 
-    def read(self, variable: tf.Variable) -> Array:
+    def copies(self, variable: tf.Variable) -> list[Array]:
         """Its value."""
-        return np.asarray(variable.numpy())
+        return [np.asarray(variable.numpy())]
 
     def replicate(self, array: Array) -> tf.Tensor:
         """A plain tensor."""
@@ -101,10 +109,14 @@ class SingleDevice(Strategy):
         with tf.device(self._device):
             return function(*args)
 
-    def replica_index(self) -> tf.Tensor:
+    def replica_index(self) -> int:
         """Always 0."""
-        return tf.constant(0, tf.int64)
+        return 0
 
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """The tensor itself."""
         return bucket
+
+    def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
+        """The tensor itself."""
+        return rows

@@ -48,12 +48,20 @@ class Horovod(SingleDevice):
         """A plain variable with rank 0's value."""
         return super().create_variable(self._hvd.broadcast(tf.convert_to_tensor(value), root_rank=0))
 
-    def replica_index(self) -> tf.Tensor:
+    def replica_index(self) -> int:
         """This process's rank."""
-        return tf.constant(self._hvd.rank(), tf.int64)
+        return int(self._hvd.rank())
 
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """Horovod's all-reduce: NCCL where it is built in, otherwise Gloo."""
-        # A name for each shape: Horovod remembers what it has agreed on under a name, and starts afresh if it changes.
-        name = f"sum.{bucket.dtype.name}.{bucket.shape[0]}"
-        return self._hvd.allreduce(bucket, op=self._hvd.Sum, name=name)
+        return self._hvd.allreduce(bucket, op=self._hvd.Sum, name=_name("sum", bucket))
+
+    def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
+        """Horovod's all-gather."""
+        gathered = self._hvd.allgather(rows, name=_name("gather", rows))
+        return tf.ensure_shape(gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]])
+
+
+def _name(operation: str, tensor: tf.Tensor) -> str:
+    """A name for each shape: Horovod remembers what it has agreed on under a name, and starts afresh if it changes."""
+    return ".".join([operation, tensor.dtype.name, *map(str, tensor.shape)])

@@ -39,9 +39,9 @@ class DistributeStrategy(Strategy):
                 aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
             )
 
-    def read(self, variable: tf.Variable) -> Array:
-        """The first local replica's copy."""
-        return np.asarray(self._strategy.experimental_local_results(variable)[0].numpy())
+    def copies(self, variable: tf.Variable) -> list[Array]:
+        """One for each local device."""
+        return [np.asarray(copy.numpy()) for copy in self._strategy.experimental_local_results(variable)]
 
     def replicate(self, array: Array) -> Any:
         """A copy in each local device's memory."""
@@ -59,13 +59,18 @@ class DistributeStrategy(Strategy):
         results = self._strategy.run(function, args=args)
         return tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
 
-    def replica_index(self) -> tf.Tensor:
-        """This replica's number in the job."""
-        return tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
+    def replica_index(self) -> int:
+        """This replica's number in the job; TensorFlow traces each replica by itself, so it is a constant."""
+        return int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
 
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
         """TensorFlow's all-reduce: NCCL between GPUs."""
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, bucket)
+
+    def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
+        """TensorFlow's all-gather."""
+        gathered = tf.distribute.get_replica_context().all_gather(rows, axis=0)
+        return tf.ensure_shape(gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]])
 
 
 class Mirrored(DistributeStrategy):

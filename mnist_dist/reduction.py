@@ -1,0 +1,86 @@
+"""From the sums of single shards to the sum over the global batch, on every replica.
+
+`FastSum` lets the collective choose the order of summation, so the last bits depend on the number of replicas.
+`ExactSum` adds in the order of the shards' tree (`data.shards`), so they do not:
+
+- Each node of the tree is one addition of two float32 numbers, rounded by IEEE 754 alike wherever it is done.
+- A replica adds up its whole subtrees; these partial sums are gathered, which rounds nothing, and every replica adds
+  the rest of the tree. All replicas do the same additions, only at different places.
+- Where two partial sums are all there is, as with two replicas, their sum is the root; and since a + b = b + a, an
+  all-reduce may do it in its own way.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import tensorflow as tf
+
+from mnist_dist.data.shards import Node, ShardPlan
+from mnist_dist.strategy.base import Strategy
+
+Sums = Sequence[tf.Tensor]
+"""What one shard found: tensors of any shapes, the same ones for every shard."""
+
+
+class Reduction(Protocol):
+    """For use inside `Strategy.run`."""
+
+    def __call__(self, sums: Sequence[Sums]) -> tf.Tensor:
+        """The sum over all shards of the job, flat, on every replica; `sums` are those of this replica's shards."""
+        ...
+
+
+class FastSum:
+    """Whatever order is fastest: one all-reduce of each replica's sum."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def __call__(self, sums: Sequence[Sums]) -> tf.Tensor:
+        """The sum over all shards."""
+        return self._strategy.all_reduce_sum(_flat(_add_up(Node(0, len(sums)), _leaves(sums, first=0))))
+
+
+class ExactSum:
+    """The order of the tree, whatever the number of replicas."""
+
+    def __init__(self, strategy: Strategy, plan: ShardPlan) -> None:
+        self._strategy = strategy
+        self._plan = plan
+
+    def __call__(self, sums: Sequence[Sums]) -> tf.Tensor:
+        """The sum over all shards."""
+        plan, replica = self._plan, self._strategy.replica_index()
+        leaves = _leaves(sums, first=plan.shards_of(replica).start)
+        own = [_flat(_add_up(node, leaves)) for node in plan.subtrees_of(replica)]
+        everywhere = [plan.subtrees_of(index) for index in range(plan.num_replicas)]
+        if everywhere == [[plan.root]]:
+            return own[0]
+        if [len(nodes) for nodes in everywhere] == [1, 1]:
+            return self._strategy.all_reduce_sum(own[0])
+        # All send the same number of partial sums; whoever has fewer fills up with zeros, which nobody reads.
+        most = max(len(nodes) for nodes in everywhere)
+        own += [tf.zeros_like(own[0])] * (most - len(own))
+        gathered = tf.unstack(self._strategy.all_gather(tf.stack(own)), num=most * plan.num_replicas)
+        partial = {
+            node: [gathered[index * most + number]]
+            for index, nodes in enumerate(everywhere)
+            for number, node in enumerate(nodes)
+        }
+        return _add_up(plan.root, partial)[0]
+
+
+def _leaves(sums: Sequence[Sums], *, first: int) -> dict[Node, Sums]:
+    return {Node(first + number, first + number + 1): sum_ for number, sum_ in enumerate(sums)}
+
+
+def _add_up(node: Node, known: Mapping[Node, Sums]) -> Sums:
+    """The sum of a subtree, from sums of its parts."""
+    if node in known:
+        return known[node]
+    left, right = (_add_up(child, known) for child in node.children())
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _flat(sums: Sums) -> tf.Tensor:
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in sums], axis=0)
