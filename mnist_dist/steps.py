@@ -87,9 +87,9 @@ class TrainProgram:
         self._arrays = split.arrays
         self._shards = shards
         self._reduction = reduction
-        # Traced once for all shards.
-        self._shard_sums = tf.function(self._trace_shard_sums)
-        self._compiled = tf.function(self._train_epoch)
+        # Traced once for all shards. AutoGraph is off here and below: nothing needs it, and it takes a second.
+        self._shard_sums = tf.function(self._trace_shard_sums, autograph=False)
+        self._compiled = tf.function(self._train_epoch, autograph=False)
 
     def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, shape (steps, global_batch_size), as a `BatchPlan` makes them."""
@@ -98,14 +98,13 @@ class TrainProgram:
         return EpochSums(losses.numpy(), num_correct.numpy().astype(np.int64))
 
     def _train_epoch(self, indices: tf.Tensor, learning_rates: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        num_steps = indices.shape[0]
-        losses = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
-        num_correct = tf.TensorArray(tf.float32, size=num_steps, element_shape=[])
-        for step in tf.range(num_steps):
-            loss, correct = self._strategy.run(self._train_step, self._arrays, indices[step], learning_rates[step])
-            losses = losses.write(step, loss)
-            num_correct = num_correct.write(step, correct)
-        return losses.stack(), num_correct.stack()
+        def step(step_inputs: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+            loss, correct = self._strategy.run(self._train_step, self._arrays, *step_inputs)
+            return loss, correct
+
+        # A loop in the graph; the variables that every step reads and writes keep its passes in order.
+        losses, num_correct = tf.map_fn(step, (indices, learning_rates), fn_output_signature=(tf.float32, tf.float32))
+        return losses, num_correct
 
     def _train_step(
         self, data: DeviceArrays, indices: tf.Tensor, learning_rate: tf.Tensor
@@ -159,8 +158,7 @@ class TrainProgram:
             return
         gradient = scaled_gradient / state.loss_scale.read_value()
         is_finite = tf.reduce_all(tf.math.is_finite(gradient))
-        if is_finite:
-            self._apply(gradient, learning_rate)
+        tf.cond(is_finite, lambda: self._apply(gradient, learning_rate), lambda: None)
         self._loss_scale.update(state.loss_scale, state.good_steps, is_finite)
 
     def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
@@ -191,7 +189,7 @@ class EvaluateProgram:
         chunks_each = -(-plan.steps_per_epoch // strategy.num_replicas)
         missing = chunks_each * strategy.num_replicas - plan.steps_per_epoch
         self._indices = np.pad(plan.in_order(), [(0, missing), (0, 0)], constant_values=PADDING)
-        self._compiled = tf.function(self._evaluate)
+        self._compiled = tf.function(self._evaluate, autograph=False)
 
     def run(self, weights: tf.Variable) -> EvaluationSums:
         """Evaluate the weights on every example once; no dropout."""
@@ -211,10 +209,12 @@ class EvaluateProgram:
         num_chunks = indices.shape[0] // self._strategy.num_replicas
         first = self._strategy.replica_index() * num_chunks
         # The passes of this loop do not depend on each other, so TensorFlow runs several side by side.
-        sums = tf.TensorArray(tf.float32, size=num_chunks, element_shape=[1 + self._num_classes**2])
-        for number in tf.range(num_chunks):
-            sums = sums.write(number, self._chunk_sums(layers, data, indices[first + number]))
-        own = tf.cast(sums.stack(), tf.float64)  # exact for counts up to 2**53
+        sums = tf.map_fn(
+            lambda rows: self._chunk_sums(layers, data, rows),
+            indices[first : first + num_chunks],
+            fn_output_signature=tf.float32,
+        )
+        own = tf.cast(sums, tf.float64)  # exact for counts up to 2**53
         losses = tf.pad(own[:, 0], [[first, indices.shape[0] - first - num_chunks]])
         bucket = self._strategy.all_reduce_sum(tf.concat([losses, tf.reduce_sum(own[:, 1:], axis=0)], axis=0))
         return bucket[: indices.shape[0]], bucket[indices.shape[0] :]
@@ -239,7 +239,7 @@ class ReplicaCheck:
         size = int(state.weights.shape[0]) * len(self._vectors)
         generator = np.random.Generator(np.random.Philox(key=0))
         self._factors = strategy.replicate(generator.integers(0, 2**31, size, np.int64) * 2 + 1)
-        self._compiled = tf.function(self._digests)
+        self._compiled = tf.function(self._digests, autograph=False)
 
     def run(self, epoch: int) -> None:
         """Raise TrainingFailed, naming the replicas, if not all are the same; a collective."""

@@ -73,7 +73,7 @@ class Strategy(ABC):
         def meet() -> tf.Tensor:
             return self.all_reduce_sum(tf.zeros([1]))
 
-        tf.function(self.run)(meet)
+        tf.function(self.run, autograph=False)(meet)
 
 
 class SingleDevice(Strategy):
