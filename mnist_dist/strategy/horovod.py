@@ -3,6 +3,7 @@
 `horovod.tensorflow.keras` must not be used: under Keras 3 its optimizer silently does not reduce.
 """
 
+import os
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +13,9 @@ from mnist_dist.gpus import own_share
 from mnist_dist.strategy.base import Array, SingleDevice
 from mnist_dist.topology import Topology
 
+# Horovod's own settings, measured for one message a step between 2 CPU ranks: without its cache of agreed names, which
+# is made for hundreds of messages, an all-reduce of 1.08 MB takes 1.6 ms in place of 4. What the user has set, stays.
+_SETTINGS = {"HOROVOD_CACHE_CAPACITY": "0", "HOROVOD_CYCLE_TIME": "0.5"}
 _HOW_TO_INSTALL = "install it with: make horovod"
 
 
@@ -40,6 +44,8 @@ class Horovod(SingleDevice):
         gpus = tf.config.list_physical_devices("GPU")
         if gpus:
             tf.config.set_visible_devices(gpus[own_share(len(gpus), topology)[0]], "GPU")
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
         self._hvd.init()
         super().__init__()
         self.num_replicas = self._hvd.size()
