@@ -97,8 +97,8 @@ def hierarchical_all_reduce_s(
 def exact_reduction_s(link: Link, *, num_bytes: float, num_replicas: int, num_shards: int) -> float:
     """What `reproducibility=exact` sends: a gather of every replica's whole subtrees, (N-1) (alpha + k m beta).
 
-    k is the largest number of subtrees that a replica holds, 1 where the replicas divide the shards evenly into powers
-    of two. Two such replicas need no gather: their two sums are all-reduced (see `reduction.ExactSum`).
+    k is the largest number of subtrees that a replica holds, 1 where each replica's shards are one subtree (8 shards
+    over 2, 4 or 8). Two such replicas need no gather: their two sums are all-reduced (see `reduction.ExactSum`).
 
     Args:
         link: between any two replicas.
