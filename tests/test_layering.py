@@ -17,7 +17,7 @@ LAYERS = [
     ["data.formats"],
     ["data.sources", "data.digits"],
     ["data.preprocess", "data.batches", "data.shards"],
-    ["dropout", "optimizer", "precision", "runtime"],
+    ["dropout", "optimizer", "precision", "runtime", "scaling"],
     ["model"],
     ["strategy.base"],
     ["strategy.mirrored", "strategy.horovod"],
@@ -34,6 +34,7 @@ LAYERS = [
 ENTRY_POINTS = ["train", "evaluate"]
 SAME_LAYER = {("data.sources", "data.digits")}
 FORBIDDEN = {
+    "scaling": ["config", "topology", "rendezvous", "agreement", "strategy", "model", "steps"],
     "data": ["dropout", "model", "optimizer", "strategy", "steps"],
     "model": ["data", "strategy", "topology"],
     "strategy": ["data", "model", "steps", "optimizer"],
