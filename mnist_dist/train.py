@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ from mnist_dist.agreement import Report, agree
 from mnist_dist.artifacts import RunFolder, Timing, build_summary
 from mnist_dist.config import TrainConfig, training_keys
 from mnist_dist.console import Console, progress
-from mnist_dist.data.preprocess import SPLIT_NAMES, preprocess
+from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
 from mnist_dist.gpus import own_uuids
@@ -37,10 +38,12 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         log.info("%s holds this run, finished: nothing to do", run_folder.path)
         return EXIT_OK
     config, dataset, reference = run_input
-    splits = preprocess(dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed)
-    log.info("Data: %s, %s", dataset.name, splits.describe())
 
-    # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
+    # Importing TensorFlow takes seconds, so it comes after everything that may send the user back. The other core
+    # prepares the data meanwhile.
+    preparing = ThreadPoolExecutor(1).submit(
+        preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
+    )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
         from mnist_dist.strategy import list_gpus
@@ -48,6 +51,8 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         from mnist_dist.training import build_training
 
         num_gpus = len(list_gpus())
+    splits = preparing.result()
+    log.info("Data: %s, %s", dataset.name, splits.describe())
     training = build_training(config, topology, splits, num_gpus=num_gpus)
     config, strategy = training.config, training.strategy
 
@@ -132,7 +137,9 @@ def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -
     check_own_port(topology)
     run_folder.check_usable()
     reference = load_reference(config.plots.reference)
-    return load_dataset(config.data), reference
+    dataset = load_dataset(config.data)
+    check_val_fraction(len(dataset.x_train), config.data.val_fraction)
+    return dataset, reference
 
 
 def describe_training(config: TrainConfig, dataset: ImageDataset, *, num_gpus: int) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The recipe's preprocessing: one-hot labels, the train/validation split, pixels to 0..1."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +54,15 @@ class Splits:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
+def check_val_fraction(num_images: int, val_fraction: float) -> None:
+    """Raise UserError if no training image would be left (scikit-learn rounds the validation images up)."""
+    if math.ceil(val_fraction * num_images) >= num_images:
+        raise UserError(
+            f"data.val_fraction={val_fraction}: {num_images} training images cannot be split so: none would be left to "
+            "train on"
+        )
+
+
 def preprocess(dataset: ImageDataset, *, val_fraction: float, split_seed: int) -> Splits:
     """Prepare a data set as the recipe does, index for index.
 
@@ -60,21 +70,17 @@ def preprocess(dataset: ImageDataset, *, val_fraction: float, split_seed: int) -
     `train_test_split(test_size=val_fraction, random_state=split_seed)`; then uint8 pixels / 255.
 
     Raises:
-        UserError: a split would have no examples.
+        UserError: as `check_val_fraction`.
     """
+    check_val_fraction(len(dataset.x_train), val_fraction)
     from sklearn.model_selection import train_test_split  # scikit-learn takes a second to import
     from sklearn.preprocessing import OneHotEncoder
 
     encoder = OneHotEncoder(sparse_output=False, dtype=np.float32).fit(dataset.y_train.reshape(-1, 1))
     y_train, y_test = (encoder.transform(y.reshape(-1, 1)) for y in (dataset.y_train, dataset.y_test))
-    try:
-        x_train, x_val, y_train, y_val = train_test_split(
-            dataset.x_train, y_train, test_size=val_fraction, random_state=split_seed
-        )
-    except ValueError as error:
-        raise UserError(
-            f"data.val_fraction={val_fraction}: {len(dataset.x_train)} training images cannot be split so: {error}"
-        ) from error
+    x_train, x_val, y_train, y_val = train_test_split(
+        dataset.x_train, y_train, test_size=val_fraction, random_state=split_seed
+    )
     return Splits(
         train=Split(_to_unit_range(x_train), y_train),
         val=Split(_to_unit_range(x_val), y_val),
