@@ -31,7 +31,7 @@ def take_part(turns: Turns, splits: Splits, *, config: TrainConfig, topology: To
     parts: dict[str, Callable[[], dict[str, Any]]] = {"epoch": _epochs(training.create_trainer())}
     if topology.world_size > 1:
         if len(training.strategy.devices()) == 1:
-            parts["compute"] = _epochs(_create_trainer_alone(training, index=topology.rank))
+            parts["compute"] = _share_of_epochs(training, index=topology.rank)
         parts["all_reduces"] = _all_reduces(training)
         parts["message_sizes"] = lambda: _measure_messages(training.strategy)
     facts = {
@@ -89,8 +89,8 @@ class OneShare(SingleDevice):
         return tf.concat([rows] * self.num_replicas, axis=0)
 
 
-def _create_trainer_alone(training: Training, *, index: int) -> Trainer:
-    """A trainer of one replica's share, without any collective."""
+def _share_of_epochs(training: Training, *, index: int) -> Callable[[], dict[str, Any]]:
+    """Each call computes one replica's share of the next epoch, without any collective."""
     strategy = OneShare(training.strategy, index=index)
     network, optimizer, loss_scale = training.network, training.optimizer, training.loss_scale
     dtype, shards, splits = network.compute_dtype, training.shards, training.splits
@@ -109,14 +109,19 @@ def _create_trainer_alone(training: Training, *, index: int) -> Trainer:
     validation = EvaluateProgram(
         network=network, strategy=strategy, split=place_split(splits.val, strategy, dtype=dtype)
     )
-    # Without the check of the replicas: they differ, and that is meant.
-    return Trainer(
-        train_epoch=program.run_epoch,
-        validate=lambda: validation.run(state.weights),
-        plan=training.plan,
-        seed=training.config.seed,
-        learning_rate_at=training.learning_rate.at,
-    )
+    epoch, plan = 0, training.plan
+
+    def run() -> dict[str, Any]:
+        nonlocal epoch
+        epoch += 1
+        start = time.perf_counter()
+        indices = plan.shuffled(seed=training.config.seed, epoch=epoch)
+        steps = np.arange(len(indices)) + (epoch - 1) * len(indices)
+        program.run_epoch(indices, learning_rates=training.learning_rate.at(steps))
+        validation.run(state.weights)
+        return {"seconds": time.perf_counter() - start}
+
+    return run
 
 
 def _all_reduces(training: Training) -> Callable[[], dict[str, Any]]:
