@@ -129,8 +129,7 @@ class RunFolder:
         """Make the folder and write `config.yaml`, which composes to the same run when it is passed back."""
         if not self._is_writer:
             return
-        if self._is_new:
-            self._reserve()
+        self.reserve()
         # The choices first, so that Hydra finds their schemas; then every value.
         defaults = [
             "schema/train@_global_",
@@ -150,8 +149,11 @@ class RunFolder:
         )
         self._write("config.yaml", (header + text).encode())
 
-    def _reserve(self) -> None:
-        """Make the new folder; of several jobs that were started in the same second each gets its own."""
+    def reserve(self) -> None:
+        """Make the folder if it is a new one; of several jobs started in the same second each gets its own."""
+        if not self._is_new:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return
         named = self.path
         named.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(2):

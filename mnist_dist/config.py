@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mnist_dist.errors import UserError
@@ -363,9 +364,57 @@ class EvaluateConfig:
         _check(self.split in ("train", "val", "test"), "split", self.split, "must be train, val or test")
 
 
+@dataclass
+class StartupConfig:
+    """How the start of a training is timed."""
+
+    enabled: bool = MISSING
+    repeats: int = MISSING
+    """Starts of each kind."""
+    cold: str = MISSING
+    """fadvise | drop_caches | none: how the file cache is dropped before a cold start."""
+
+    def __post_init__(self) -> None:
+        choices = ("fadvise", "drop_caches", "none")
+        _check(self.repeats > 0, "startup.repeats", self.repeats, "must be at least 1")
+        _check(self.cold in choices, "startup.cold", self.cold, f"must be one of {', '.join(choices)}")
+
+
+@dataclass
+class BenchmarkConfig:
+    """Everything that `python -m mnist_dist.benchmark` can be told."""
+
+    run_dir: str | None = None
+    """The folder for the results; by default a new one below `runs/`, named by date and time."""
+    contenders: list[str] | None = None
+    """Who is compared; by default all that this machine can run."""
+    epochs: int = MISSING
+    """Epochs that count, of each contender."""
+    warmup_epochs: int = MISSING
+    """Epochs before them that do not count."""
+    targets: bool = MISSING
+    """Say of each target whether it was reached."""
+    timeout_s: float = MISSING
+    """How long a contender may take to start, or for one turn, seconds."""
+    startup: StartupConfig = MISSING
+    data: DataConfig = MISSING
+
+    def __post_init__(self) -> None:
+        _check(self.epochs > 0, "epochs", self.epochs, "must be at least 1")
+        _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must be at least 0")
+        _check(0 < self.timeout_s <= 86400, "timeout_s", self.timeout_s, "must be more than 0 and at most 86400")
+        _check(
+            self.contenders is None or len(self.contenders) > 0 or self.startup.enabled,
+            "contenders",
+            self.contenders,
+            "nothing is left to measure; name one, or say startup.enabled=true",
+        )
+
+
 _SCHEMAS: dict[tuple[str, str], type] = {
     ("schema", "train"): TrainConfig,
     ("schema", "evaluate"): EvaluateConfig,
+    ("schema", "benchmark"): BenchmarkConfig,
     ("schema/model", "mlp"): MLPConfig,
     ("schema/model", "cnn"): CNNConfig,
     ("schema/optimizer", "adam"): AdamConfig,
@@ -406,6 +455,7 @@ def compose_config(*overrides: str, config_name: str = "train") -> Any:
         hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: an unknown key, choice or type.
     """
     register_schemas()
+    GlobalHydra.instance().clear()  # Hydra composes one command line at a time; an entry point's is done by now
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return to_config(hydra.compose(config_name, list(overrides)))
 

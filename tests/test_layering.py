@@ -29,9 +29,13 @@ LAYERS = [
     ["training"],
     ["explain"],
     ["cli"],
-    ["train", "evaluate"],
+    ["benchmark"],
+    ["benchmark.protocol", "benchmark.guard", "benchmark.machine", "benchmark.contenders"],
+    ["benchmark.startup", "benchmark.referee", "benchmark.keras_fit", "benchmark.pytorch"],
+    ["benchmark.report", "benchmark.chart", "benchmark.floor", "benchmark.ours"],
+    ["train", "evaluate", "benchmark.child", "benchmark.__main__"],
 ]
-ENTRY_POINTS = ["train", "evaluate"]
+ENTRY_POINTS = ["train", "evaluate", "benchmark.child", "benchmark.__main__"]
 SAME_LAYER = {("data.sources", "data.digits")}
 FORBIDDEN = {
     "scaling": ["config", "topology", "rendezvous", "agreement", "strategy", "model", "steps"],

@@ -1,0 +1,71 @@
+"""The picture of a benchmark: every contender's epochs, fastest first, one panel for each precision."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mnist_dist.benchmark.contenders import OURS
+from mnist_dist.benchmark.referee import EPOCH
+from mnist_dist.plots import DPI, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR
+
+_COLORS = {OURS: TRAIN_COLOR, "floor": REFERENCE_COLOR}
+_RIVAL_COLOR = VALIDATION_COLOR
+
+
+def plot_benchmark(rows: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
+    """PNG bytes of the epochs' seconds; see `draw_benchmark`."""
+    # The user's own matplotlibrc must not change the picture.
+    with style.context("default"):
+        figure = draw_benchmark(rows, title=title)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure)
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw_benchmark(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
+    """Bars of medians with a dot for each epoch; contenders that failed are not in it."""
+    shown = [row for row in rows if row["part"] == EPOCH and row["status"] == "ok"]
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(shown, key=lambda row: row["median_s"]):
+        panels.setdefault(row["precision"], []).append(row)
+    heights = [len(panel) + 1.5 for panel in panels.values()]
+    figure = Figure(figsize=(10, 1.2 + 0.36 * sum(heights)), dpi=DPI, layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=14, parse_math=False)
+    if not panels:
+        return figure
+    all_axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, (precision, panel) in zip(all_axes, panels.items(), strict=True):
+        _draw_panel(axes, panel, title=precision)
+    all_axes[-1].set_xlabel("Seconds an epoch, with validation: median, and each epoch as a dot", fontsize=12)
+    return figure
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    positions = range(len(rows))
+    medians = [row["median_s"] for row in rows]
+    axes.barh(positions, medians, color=[_COLORS.get(row["kind"], _RIVAL_COLOR) for row in rows], alpha=0.85)
+    for position, row in zip(positions, rows, strict=True):
+        epochs = row["epochs_s"]
+        axes.plot(epochs, [position] * len(epochs), "o", color="white", markeredgecolor="black", markersize=4)
+        axes.annotate(
+            f"{row['median_s']:.3f}",
+            (max(epochs), position),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+        )
+    axes.set_yticks(positions, [row["name"] for row in rows], fontsize=10, parse_math=False)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,50 @@
+"""A child of the benchmark: `python -m mnist_dist.benchmark.child JOB.json`. Builds one contender, and waits."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.benchmark.protocol import Channel, Turns
+from mnist_dist.config import DataConfig, compose_config
+from mnist_dist.data.preprocess import preprocess
+from mnist_dist.data.sources import load_dataset
+from mnist_dist.topology import read_topology
+
+
+def main() -> None:
+    """Connect to the benchmark and take part."""
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    topology = read_topology()
+    # One file a process: what horovodrun says when one of its processes fails would hide the reason.
+    output = os.open(f"{job['output']}.{topology.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    channel = Channel(socket.create_connection(("127.0.0.1", job["port"])))
+    channel.send({"token": job["token"], "rank": topology.rank, "pid": os.getpid()})
+    data = DataConfig(**job["data"])
+    splits = preprocess(load_dataset(data), val_fraction=data.val_fraction, split_seed=data.split_seed)
+    turns, kind, precision, options = Turns(channel), job["kind"], job["precision"], job["options"]
+    # Each knows its own framework, and nothing of the others' settings.
+    if kind == "keras":
+        from mnist_dist.benchmark import keras_fit
+
+        keras_fit.take_part(turns, splits, precision=precision, options=options)
+    elif kind == "floor":
+        from mnist_dist.benchmark import floor
+
+        floor.take_part(turns, splits, precision=precision)
+    elif kind == "torch":
+        from mnist_dist.benchmark import pytorch
+
+        pytorch.take_part(turns, splits, precision=precision)
+    else:
+        from mnist_dist.benchmark import ours
+
+        ours.take_part(turns, splits, config=compose_config(*job["overrides"]), topology=topology)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Our own epoch; and of a job of several processes, its parts: the computing alone and the all-reduces alone."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mnist_dist.benchmark.keras_fit import describe_tensorflow
+from mnist_dist.benchmark.protocol import Turns
+from mnist_dist.config import TrainConfig
+from mnist_dist.data.preprocess import Splits
+from mnist_dist.reduction import ExactSum, FastSum
+from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
+from mnist_dist.strategy import Strategy, list_gpus
+from mnist_dist.strategy.base import Array, SingleDevice
+from mnist_dist.topology import Topology
+from mnist_dist.trainer import Trainer
+from mnist_dist.training import Training, build_training
+
+MESSAGE_BYTES = tuple(1024 * 2**n for n in range(14))
+"""1 KiB to 8 MiB."""
+_MESSAGE_LOOPS, _MESSAGES_A_LOOP = 9, 10
+
+
+def take_part(turns: Turns, splits: Splits, *, config: TrainConfig, topology: Topology) -> None:
+    """Train, or measure the part that is asked for, until the benchmark has enough."""
+    training = build_training(config, topology, splits, num_gpus=len(list_gpus()))
+    parts: dict[str, Callable[[], dict[str, Any]]] = {"epoch": _epochs(training.create_trainer())}
+    if topology.world_size > 1:
+        if len(training.strategy.devices()) == 1:
+            parts["compute"] = _share_of_epochs(training, index=topology.rank)
+        parts["all_reduces"] = _all_reduces(training)
+        parts["message_sizes"] = lambda: _measure_messages(training.strategy)
+    facts = {
+        **describe_tensorflow(),
+        "precision": training.config.precision.name,
+        "reproducibility": training.config.reproducibility,
+        "strategy": training.strategy.name,
+        "num_replicas": training.strategy.num_replicas,
+        "world_size": topology.world_size,
+    }
+    turns.ready(facts, parts=list(parts))
+    while True:
+        turns.done(**parts[turns.wait()]())
+
+
+def _epochs(trainer: Trainer) -> Callable[[], dict[str, Any]]:
+    """Each call trains the next epoch."""
+    epoch = 0
+
+    def run() -> dict[str, Any]:
+        nonlocal epoch
+        epoch += 1
+        start = time.perf_counter()
+        metrics = trainer.run_epoch(epoch)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "loss": metrics.loss, "val_accuracy": metrics.val_accuracy}
+
+    return run
+
+
+class OneShare(SingleDevice):
+    """One replica of a job, which does its share of the work and never talks to the others.
+
+    What it trains is of no use, since it sees a part of each gradient only; the time is.
+    """
+
+    name = "share"
+
+    def __init__(self, strategy: Strategy, *, index: int) -> None:
+        self._device = strategy.devices()[0]
+        self.num_replicas = strategy.num_replicas
+        self._index = index
+
+    def create_variable(self, value: Array) -> tf.Variable:
+        """A plain variable."""
+        with tf.device(self._device):
+            return tf.Variable(value)
+
+    def replica_index(self) -> int:
+        """The replica whose share it is."""
+        return self._index
+
+    def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
+        """The own rows in everybody's place."""
+        return tf.concat([rows] * self.num_replicas, axis=0)
+
+
+def _share_of_epochs(training: Training, *, index: int) -> Callable[[], dict[str, Any]]:
+    """Each call computes one replica's share of the next epoch, without any collective."""
+    strategy = OneShare(training.strategy, index=index)
+    network, optimizer, loss_scale = training.network, training.optimizer, training.loss_scale
+    dtype, shards, splits = network.compute_dtype, training.shards, training.splits
+    state = TrainState(network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy)
+    is_exact = training.config.reproducibility == "exact"
+    program = TrainProgram(
+        network=network,
+        optimizer=optimizer,
+        loss_scale=loss_scale,
+        strategy=strategy,
+        state=state,
+        split=place_split(splits.train, strategy, dtype=dtype),
+        shards=shards,
+        reduction=ExactSum(strategy, shards) if is_exact else FastSum(strategy),
+    )
+    validation = EvaluateProgram(
+        network=network, strategy=strategy, split=place_split(splits.val, strategy, dtype=dtype)
+    )
+    epoch, plan = 0, training.plan
+
+    def run() -> dict[str, Any]:
+        nonlocal epoch
+        epoch += 1
+        start = time.perf_counter()
+        indices = plan.shuffled(seed=training.config.seed, epoch=epoch)
+        steps = np.arange(len(indices)) + (epoch - 1) * len(indices)
+        program.run_epoch(indices, learning_rates=training.learning_rate.at(steps))
+        validation.run(state.weights)
+        return {"seconds": time.perf_counter() - start}
+
+    return run
+
+
+def _all_reduces(training: Training) -> Callable[[], dict[str, Any]]:
+    """Each call reduces as many buckets of gradients and metric sums as an epoch has steps."""
+    loop = _create_reduce_loop(training.strategy, size=training.network.num_parameters + 2)
+    num_steps = tf.constant(training.plan.steps_per_epoch)
+
+    def run() -> dict[str, Any]:
+        start = time.perf_counter()
+        loop(num_steps).numpy()
+        return {"seconds": time.perf_counter() - start}
+
+    return run
+
+
+def _create_reduce_loop(strategy: Strategy, *, size: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A compiled loop of all-reduces of `size` float32 numbers; called with how many."""
+    bucket = strategy.create_variable(np.ones(size, np.float32))
+
+    def reduce_once() -> tf.Tensor:
+        mean = strategy.all_reduce_sum(bucket.read_value()) / strategy.num_replicas
+        # Each one needs the result of the one before, or TensorFlow would start several at once.
+        bucket.assign(mean)
+        return mean[0]
+
+    def reduce_often(number: tf.Tensor) -> tf.Tensor:
+        last = tf.constant(0.0)
+        for _ in tf.range(number):
+            last = strategy.run(reduce_once)
+        return last
+
+    compiled: Callable[[tf.Tensor], tf.Tensor] = tf.function(reduce_often)
+    return compiled
+
+
+def _measure_messages(strategy: Strategy) -> dict[str, Any]:
+    """Seconds of one all-reduce, by size: medians over loops."""
+    rows = []
+    number = tf.constant(_MESSAGES_A_LOOP)
+    for num_bytes in MESSAGE_BYTES:
+        loop = _create_reduce_loop(strategy, size=num_bytes // 4)
+        times = []
+        for _ in range(1 + _MESSAGE_LOOPS):  # the first call compiles
+            start = time.perf_counter()
+            loop(number).numpy()
+            times.append((time.perf_counter() - start) / _MESSAGES_A_LOOP)
+        rows.append({"bytes": num_bytes, "seconds": statistics.median(times[1:])})
+    return {"seconds": 0.0, "all_reduce": rows, "num_replicas": strategy.num_replicas, "strategy": strategy.name}

@@ -1,0 +1,206 @@
+"""Starts the contenders, each in processes of its own, and lets one at a time compute.
+
+Threads can be set once a process, hence the processes; and whatever else the machine does meanwhile should hit all
+alike, hence the turns. Nothing here knows TensorFlow.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.benchmark.contenders import Contender
+from mnist_dist.benchmark.guard import Guard
+from mnist_dist.benchmark.protocol import Channel, Lost, Message, receive_all
+from mnist_dist.config import DataConfig
+
+log = logging.getLogger(__name__)
+
+EPOCH = "epoch"
+MESSAGES = "message_sizes"
+_TAIL_LINES = 15
+_EXIT_S = 10.0
+
+
+@dataclass
+class Entry:
+    """A contender in the course of the benchmark."""
+
+    contender: Contender
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What its first process says of itself."""
+    parts: list[str] = field(default_factory=list)
+    """What it can measure, the epoch first."""
+    measured: dict[str, list[Message]] = field(default_factory=dict)
+    """All answers by part, the warm-up included."""
+    error: str | None = None
+    """Why it takes part no longer."""
+    channels: list[Channel] = field(default_factory=list)
+    """To its processes, by rank."""
+    pids: list[int] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    output: Path = Path()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still takes part."""
+        return self.error is None and bool(self.parts)
+
+
+class Referee:
+    """Holds the processes of all contenders; none of them outlives it."""
+
+    def __init__(self, folder: Path, *, data: DataConfig, timeout_s: float, guard: Guard) -> None:
+        """Files go to `folder`; a contender may take `timeout_s` seconds to start, and for each of its turns."""
+        self._folder = folder
+        self._data = data
+        self._timeout_s = timeout_s
+        self._guard = guard
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.settimeout(0.2)
+        self._token = secrets.token_hex(16)
+        self._entries: list[Entry] = []
+
+    def __enter__(self) -> "Referee":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for entry in self._entries:
+            self._stop(entry)
+        self._server.close()
+
+    def start(self, contender: Contender) -> Entry:
+        """Start a contender and wait until it is built."""
+        entry = Entry(contender, output=self._folder / f"{len(self._entries)}.log")
+        self._entries.append(entry)
+        try:
+            self._launch(entry)
+            self._meet(entry)
+            ready = receive_all(entry.channels, timeout_s=self._timeout_s)[0]
+            entry.facts, entry.parts = ready["ready"], ready["parts"]
+            self._pause(entry, signal.SIGSTOP)
+        except Lost as lost:
+            self._fail(entry, f"start: {lost}")
+        return entry
+
+    def let_run(self, entry: Entry, part: str) -> Message | None:
+        """Let one contender measure one part, all its processes at once; the answer of rank 0, None if it failed."""
+        self._pause(entry, signal.SIGCONT)
+        try:
+            for channel in entry.channels:
+                channel.send({"do": part})
+            answer = receive_all(entry.channels, timeout_s=self._timeout_s)[0]
+        except Lost as lost:
+            self._fail(entry, f"{part}: {lost}")
+            return None
+        self._pause(entry, signal.SIGSTOP)
+        entry.measured.setdefault(part, []).append(answer)
+        return answer
+
+    def _launch(self, entry: Entry) -> None:
+        contender = entry.contender
+        job = entry.output.with_suffix(".json")
+        content = {
+            "port": self._server.getsockname()[1],
+            "token": f"{self._token}-{len(self._entries)}",
+            "output": str(entry.output),
+            "data": asdict(self._data),
+            "kind": contender.kind,
+            "precision": contender.precision,
+            "options": contender.options,
+            "overrides": contender.overrides,
+        }
+        job.write_text(json.dumps(content))
+        child = [sys.executable, "-m", "mnist_dist.benchmark.child", str(job)]
+        with entry.output.open("wb") as output:
+            for command in contender.commands(child):
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+                entry.processes.append(process)
+                self._guard.watch(process.pid)
+
+    def _meet(self, entry: Entry) -> None:
+        """Wait for the connections of all ranks; raises Lost."""
+        channels: dict[int, Channel] = {}
+        token = f"{self._token}-{len(self._entries)}"
+        end = time.monotonic() + self._timeout_s
+        while len(channels) < entry.contender.processes:
+            if any(process.poll() is not None for process in entry.processes):
+                raise Lost("ended")
+            if time.monotonic() > end:
+                raise Lost(f"did not answer within {self._timeout_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                connection, _ = self._server.accept()
+                connection.settimeout(self._timeout_s)
+                channel = Channel(connection)
+                hello = channel.receive()
+                if hello.get("token") != token:  # a latecomer of a contender that has failed, or a stranger
+                    channel.close()
+                    continue
+                connection.settimeout(None)
+                channels[int(hello["rank"])] = channel
+                entry.pids.append(int(hello["pid"]))
+                self._guard.watch(entry.pids[-1])
+        entry.channels = [channels[rank] for rank in sorted(channels)]
+
+    def _pause(self, entry: Entry, number: signal.Signals) -> None:
+        if entry.contender.is_paused:
+            for pid in entry.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _fail(self, entry: Entry, reason: str) -> None:
+        # It may still be writing why; it gets a moment before it is killed.
+        self._await_exit(entry, 1.0)
+        self._stop(entry)
+        codes = ", ".join(str(process.returncode) for process in entry.processes)
+        entry.error = f"{reason} (exit code {codes})"
+        log.warning("%s failed: %s; the end of its output:", entry.contender.text, entry.error)
+        # Of processes that came as far as to have a file of their own, that says more than their launcher.
+        files = sorted(self._folder.glob(f"{entry.output.name}.*")) or [entry.output]
+        for file in files:
+            for line in file.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
+                log.warning("    %s", line)
+
+    def _stop(self, entry: Entry) -> None:
+        for channel in entry.channels:
+            channel.close()
+        for pid in entry.pids:
+            # A launcher has not taken the end of its child yet, so the number is still the child's.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        # The launcher (horovodrun) ends by itself once its processes are gone, and cleans up.
+        self._await_exit(entry, _EXIT_S if len(entry.processes) < len(entry.pids) else 0.0)
+        for process in entry.processes:
+            process.kill()
+            process.wait()
+        entry.pids, entry.channels = [], []
+
+    @staticmethod
+    def _await_exit(entry: Entry, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for process in entry.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+
+
+def rounds(referee: Referee, entries: list[Entry], *, warmup: int, epochs: int) -> Iterator[int]:
+    """Let all contenders run in turns; yields the number of each round once it is over, from 1, the warm-up's included.
+
+    A contender that can measure parts measures them in the same turn, so that they can be compared with its epoch.
+    """
+    for number in range(1, warmup + epochs + 1):
+        for entry in entries:
+            for part in entry.parts:
+                if entry.is_running and part != MESSAGES:
+                    referee.let_run(entry, part)
+        yield number

@@ -1,0 +1,167 @@
+"""From what was measured to rows, ratios and targets: the content of `benchmark.json`, and the lines of the log."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mnist_dist.benchmark.contenders import OURS
+from mnist_dist.benchmark.referee import EPOCH, MESSAGES, Entry
+
+Row = dict[str, Any]
+RATIOS = ("keras_published", "keras_best", "floor")
+
+
+def build_rows(entries: Sequence[Entry], *, warmup: int) -> list[Row]:
+    """A row for each contender and part of it, with its ratios to Keras and to the floor of the same precision."""
+    rows = [row for entry in entries for row in _rows_of(entry, warmup=warmup)]
+    for precision in {row["precision"] for row in rows}:
+        known = [row for row in rows if row["precision"] == precision and "median_s" in row]
+        keras = {row["name"]: row["median_s"] for row in known if row["kind"] == "keras"}
+        floor = next((row["median_s"] for row in known if row["kind"] == "floor"), None)
+        best = min(keras, key=lambda name: keras[name], default=None)
+        references = {
+            "keras_published": keras.get("keras"),
+            "keras_best": keras[best] if best is not None else None,
+            "floor": floor,
+        }
+        for row in known:
+            row["is_best_keras"] = row["name"] == best
+            if row["part"] == EPOCH:
+                row["ratios"] = {key: row["median_s"] / value for key, value in references.items() if value}
+    return rows
+
+
+def _rows_of(entry: Entry, *, warmup: int) -> Iterator[Row]:
+    contender, facts = entry.contender, entry.facts
+    common = {
+        "name": contender.name,
+        "contender": contender.text,
+        "kind": contender.kind,
+        "precision": facts.get("precision", contender.precision),
+        "processes": contender.processes,
+        "facts": facts,
+    }
+    if entry.error is not None:
+        yield {**common, "part": EPOCH, "status": "failed", "error": entry.error}
+        return
+    for part, answers in entry.measured.items():
+        if part == MESSAGES:
+            continue
+        seconds = [answer["seconds"] for answer in answers]
+        counted = seconds[warmup:]
+        last: Row = {key: answers[-1][key] for key in ("loss", "val_accuracy") if key in answers[-1] and part == EPOCH}
+        yield {
+            **common,
+            "part": part,
+            "status": "ok",
+            "warmup_s": seconds[:warmup],
+            "epochs_s": counted,
+            "median_s": statistics.median(counted),
+            "min_s": min(counted),
+            "max_s": max(counted),
+            **last,
+        }
+
+
+def build_jobs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each job of several processes: its epoch against its computing and its all-reduces, each alone."""
+    parts: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            parts.setdefault(row["contender"], {})[row["part"]] = row
+    jobs = []
+    for row in parts.values():
+        if {EPOCH, "compute", "all_reduces"} <= set(row):
+            seconds = {f"{part}_s": row[part]["median_s"] for part in (EPOCH, "compute", "all_reduces")}
+            ratio = seconds["epoch_s"] / (seconds["compute_s"] + seconds["all_reduces_s"])
+            same = {key: row[EPOCH][key] for key in ("name", "precision")}
+            jobs.append({**same, **seconds, "ratio": ratio})
+    return jobs
+
+
+def build_all_reduce(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Seconds of single all-reduces by size in bytes, of the jobs that measured them."""
+    return [
+        {**point, "num_replicas": answer["num_replicas"], "strategy": answer["strategy"]}
+        for entry in entries
+        for answer in entry.measured.get(MESSAGES, [])
+        for point in answer["all_reduce"]
+    ]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was aimed at, and what came out."""
+
+    name: str
+    value: float
+    limit: float
+    unit: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `benchmark.json`."""
+        return {**vars(self), "passed": self.value <= self.limit}
+
+    def __str__(self) -> str:
+        verdict = "pass" if self.value <= self.limit else "MISS"
+        return f"{verdict}  {self.name}: {self.value:.2f}{self.unit}, target at most {self.limit:.2f}{self.unit}"
+
+
+def build_targets(
+    rows: Sequence[Row], jobs: Sequence[Mapping[str, Any]], startup: Mapping[str, Any] | None
+) -> list[Target]:
+    """All targets for which something was measured."""
+    epochs = [row for row in rows if row["part"] == EPOCH and row["kind"] == OURS and row["status"] == "ok"]
+    singles = {_mode(row): row for row in epochs if row["facts"]["num_replicas"] == 1}
+    targets = []
+    for (precision, _), row in singles.items():
+        keras_limit = {"float32": 0.50, "mixed_bfloat16": 0.36}.get(precision)
+        for key, limit in (("keras_best", keras_limit), ("floor", 1.25)):
+            if limit is not None and key in row["ratios"]:
+                name = {"keras_best": "Keras at its best", "floor": "the floor"}[key]
+                targets.append(Target(f"{row['name']}, {precision}, to {name}", row["ratios"][key], limit))
+    for row in epochs:
+        single = singles.get(_mode(row))
+        if single is not None and row["processes"] == 1 and row["facts"]["num_replicas"] > 1:
+            name = f"{row['name']}, {row['precision']}, to {single['name']}"
+            targets.append(Target(name, row["median_s"] / single["median_s"], 1.15))
+    for job in jobs:
+        targets.append(Target(f"{job['name']}, {job['precision']}, to its computing + all-reduces", job["ratio"], 1.15))
+    for name in ("warm", "cold"):
+        if startup and name in startup:
+            times = startup[name]
+            extra = times["first_minus_second_epoch_s"]
+            targets.append(Target(f"first epoch less the second, {name} file cache", extra, 1.5, " s"))
+            targets.append(Target(f"start-up to import tensorflow, {name} file cache", times["ratio"], 1.15))
+    return targets
+
+
+def _mode(row: Row) -> tuple[str, str]:
+    return row["precision"], row["facts"]["reproducibility"]
+
+
+def format_table(rows: Sequence[Row]) -> list[str]:
+    """The rows as lines of text."""
+    titles = ["seconds an epoch", "precision", "median", "min", "max", "/keras", "/best", "/floor", "val. acc."]
+    cells = [titles]
+    for row in rows:
+        name = row["name"] if row["part"] == EPOCH else f"  of it {row['part'].replace('_', '-')} alone"
+        name += " *" if row.get("is_best_keras") else ""
+        if row["status"] != "ok":
+            cells.append([name, row["precision"], "failed", *[""] * 6])
+            continue
+        times = [f"{row[key]:.3f}" for key in ("median_s", "min_s", "max_s")]
+        ratios = [f"{value:.2f}" if (value := row.get("ratios", {}).get(key)) else "" for key in RATIOS]
+        accuracy = f"{row['val_accuracy']:.4f}" if "val_accuracy" in row else ""
+        cells.append([name, row["precision"], *times, *ratios, accuracy])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(_align(line, widths)).rstrip() for line in cells]
+
+
+def _align(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Words to the left, numbers to the right."""
+    return [
+        cell.ljust(width) if number < 2 else cell.rjust(width)
+        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
