@@ -28,10 +28,10 @@ def splits(mnist_path):
 def train(splits, mnist_path):
     """Train some steps of epoch 1 of the recipe; returns the weights before and after, and the batches' indices."""
 
-    def run(optimizer: str, num_steps: int, mode: str):
+    def run(optimizer: str, num_steps: int, mode: str, *overrides: str):
         config = compose_config(
             "data=mnist", f"data.path={mnist_path}", f"seed={SEED}", f"optimizer={optimizer}", f"reproducibility={mode}",
-            "strategy=single",
+            "strategy=single", *overrides,
         )  # fmt: skip
         training = build_training(config, Topology(), splits, num_gpus=0)
         before = training.weights()
@@ -72,14 +72,31 @@ def plain_steps(training, splits, weights: np.ndarray, indices: np.ndarray, opti
     return np.concatenate([variable.numpy().ravel() for variable in model.trainable_variables]), first_gradient
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize(
-    ("optimizer", "num_steps", "tolerance"), [("sgd", 1, 1e-6), ("adam", 1, 1e-6), ("sgd", NUM_STEPS, 1e-5)]
-)
-def test_equals_the_plain_step(train, splits, optimizer, num_steps, tolerance, mode):
-    """97 steps are the whole epoch with its short last batch."""
-    before, ours, indices, training = train(optimizer, num_steps, mode)
+def difference(train, splits, optimizer: str, num_steps: int, mode: str, *overrides: str) -> np.ndarray:
+    """How far our weights are from the plain step's, and what the plain step's first gradient was."""
+    before, ours, indices, training = train(optimizer, num_steps, mode, *overrides)
     keras_optimizer = {"sgd": keras.optimizers.SGD(0.1), "adam": keras.optimizers.Adam(1e-3)}[optimizer]
-    plain, _ = plain_steps(training, splits, before, indices, keras_optimizer)
-    assert np.abs(plain - before).max() > 100 * tolerance  # they did move
-    np.testing.assert_allclose(ours, plain, rtol=0, atol=tolerance)
+    plain, first_gradient = plain_steps(training, splits, before, indices, keras_optimizer)
+    assert np.abs(plain - before).max() > 5e-4  # they did move
+    return np.abs(ours - plain), first_gradient
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_one_step_equals_the_plain_one(train, splits, optimizer, mode):
+    distance, _ = difference(train, splits, optimizer, 1, mode)
+    assert distance.max() <= 1e-6
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_epoch_equals_plain_steps(train, splits, optimizer, mode):
+    """All 97 steps, with the short last batch, and an activation without a kink.
+
+    With ReLU a unit that is 0 but for rounding (1e-8 in step 66 of this seed) is on in one program and off in the other;
+    its gradient then differs by much more than rounding, and so do all weights after it.
+    """
+    distance, gradient = difference(train, splits, optimizer, NUM_STEPS, mode, "model.activation=tanh")
+    assert distance.max() <= 1e-5
+    # Adam divides a gradient by its own size, so where it is almost zero, rounding moves the update most.
+    assert distance[np.abs(gradient) > 1e-5].max() <= (1e-5 if optimizer == "sgd" else 1e-6)
