@@ -30,8 +30,8 @@ def train(splits, mnist_path):
 
     def run(optimizer: str, num_steps: int, mode: str, *overrides: str):
         config = compose_config(
-            "data=mnist", f"data.path={mnist_path}", f"seed={SEED}", f"optimizer={optimizer}", f"reproducibility={mode}",
-            "strategy=single", *overrides,
+            "data=mnist", f"data.path={mnist_path}", f"seed={SEED}", f"optimizer={optimizer}",
+            f"reproducibility={mode}", "strategy=single", *overrides,
         )  # fmt: skip
         training = build_training(config, Topology(), splits, num_gpus=0)
         before = training.weights()
@@ -93,8 +93,8 @@ def test_one_step_equals_the_plain_one(train, splits, optimizer, mode):
 def test_an_epoch_equals_plain_steps(train, splits, optimizer, mode):
     """All 97 steps, with the short last batch, and an activation without a kink.
 
-    With ReLU a unit that is 0 but for rounding (1e-8 in step 66 of this seed) is on in one program and off in the other;
-    its gradient then differs by much more than rounding, and so do all weights after it.
+    With ReLU a unit that is 0 but for rounding (1e-8 in step 66 of this seed) is on in one program and off in
+    the other; its gradient then differs by much more than rounding, and so do all weights after it.
     """
     distance, gradient = difference(train, splits, optimizer, NUM_STEPS, mode, "model.activation=tanh")
     assert distance.max() <= 1e-5

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -119,20 +119,33 @@ def measure(config: BenchmarkConfig, contenders: Sequence[Contender]) -> Measure
             except CommandFailed as error:
                 log.warning("Start-up failed: %s", error)
                 startup_failed = True
-        with Referee(Path(folder), data=config.data, timeout_s=config.timeout_s, guard=guard) as referee:
-            entries = [start(referee, contender) for contender in contenders]
-            with progress("rounds") as show:
-                for number in rounds(referee, entries, warmup=config.warmup_epochs, epochs=config.epochs):
-                    bystanders.look()
-                    show(number, config.warmup_epochs + config.epochs)
-            # Once for each way of reducing: the sizes are what matters, not the precision of the training.
-            jobs = {entry.contender.launcher: entry for entry in reversed(entries) if entry.is_running}
-            for entry in jobs.values():
-                if MESSAGES in entry.parts:
-                    referee.let_run(entry, MESSAGES)
-            bystanders.look()
+        entries: list[Entry] = []
+        # One precision after the other: all processes at once would need much memory.
+        for precision in dict.fromkeys(contender.precision for contender in contenders):
+            group = [contender for contender in contenders if contender.precision == precision]
+            entries += run_group(config, group, folder=Path(folder) / precision, guard=guard, look=bystanders.look)
     has_failures = startup_failed or any(entry.error is not None for entry in entries)
     return Measured(entries, startup, bystanders, has_failures=has_failures)
+
+
+def run_group(
+    config: BenchmarkConfig, contenders: Sequence[Contender], *, folder: Path, guard: Guard, look: Callable[[], None]
+) -> list[Entry]:
+    """Let these contenders run in turns; `look` is called after each round."""
+    folder.mkdir()
+    with Referee(folder, data=config.data, timeout_s=config.timeout_s, guard=guard) as referee:
+        entries = [start(referee, contender) for contender in contenders]
+        with progress("rounds") as show:
+            for number in rounds(referee, entries, warmup=config.warmup_epochs, epochs=config.epochs):
+                look()
+                show(number, config.warmup_epochs + config.epochs)
+        # Once for each way of reducing: the sizes are what matters, not how the training adds up.
+        jobs = {entry.contender.launcher: entry for entry in reversed(entries) if entry.is_running}
+        for entry in jobs.values():
+            if MESSAGES in entry.parts:
+                referee.let_run(entry, MESSAGES)
+        look()
+    return entries
 
 
 def start(referee: Referee, contender: Contender) -> Entry:

@@ -162,19 +162,13 @@ def _parse_ours(text: str, words: Sequence[str]) -> Contender:
 def default_texts(*, num_gpus: int) -> list[str]:
     """What is compared by default on a machine with so many GPUs."""
     replicas = max(2, num_gpus)
-    jobs = [
-        f"strategy={strategy} reproducibility={mode}"
-        for strategy in ("single", f"mirrored strategy.num_replicas={replicas}")
-        for mode in ("exact", "fast")
-        # One GPU has nothing to mirror to; on CPUs there are logical devices.
-        if num_gpus != 1 or strategy == "single"
-    ]
-    if num_gpus != 1:
-        jobs += [f"strategy=horovod processes={replicas}"] if horovodrun().is_file() else []
-        jobs += [f"strategy=multiworker processes={replicas}"]
-    jobs += ["keras"] + [
-        f"keras jit_compile={jit} steps_per_execution={steps}" for jit in ("false", "true") for steps in ("1", "epoch")
-    ]
+    places = ["strategy=single"]
+    if num_gpus != 1:  # one GPU has nothing to share with; on CPUs there are logical devices
+        places += [f"strategy=mirrored strategy.num_replicas={replicas}"]
+        places += [f"strategy=horovod processes={replicas}"] if horovodrun().is_file() else []
+        places += [f"strategy=multiworker processes={replicas}"]
+    jobs = [f"{place} reproducibility={mode}" for place in places for mode in ("exact", "fast")]
+    jobs += ["keras"] + [f"keras jit_compile={jit} steps_per_execution=epoch" for jit in ("false", "true")]
     jobs += ["floor"] + (["torch"] if importlib.util.find_spec("torch") else [])
     precisions = _PRECISIONS if num_gpus else _PRECISIONS[:2]
     return [f"{job} precision={precision}" for precision in precisions for job in jobs]
