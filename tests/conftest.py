@@ -9,10 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from mnist_dist.history import History, from_csv
+from mnist_dist.model import Network
 
 # Before anything starts TensorFlow's devices: as many logical CPUs as the largest `mirrored` test has replicas.
 tf.config.set_logical_device_configuration(
@@ -20,6 +25,7 @@ tf.config.set_logical_device_configuration(
 )
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PROBE = CHECKOUT / "tests" / "probe.py"
 # What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
 LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
 
@@ -56,6 +62,17 @@ def small_npz(small_arrays, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, **small_arrays)
     return path
+
+
+@pytest.fixture
+def graph_optimizer_as_in_a_run():
+    """What `runtime.configure_tensorflow` sets, as far as it can be set in a process that already computes."""
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    yield
+    tf.config.optimizer.set_experimental_options(
+        {"arithmetic_optimization": before.get("arithmetic_optimization", True)}
+    )
 
 
 @pytest.fixture
@@ -174,6 +191,62 @@ def run_job(tmp_path_factory, python_environment):
         ]
 
     return run
+
+
+class Job(NamedTuple):
+    """A finished training, as `probe.py` saw it."""
+
+    folder: Path
+    outputs: list[str]
+    ranks: list[dict]
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def history(self) -> History:
+        return from_csv((self.folder / "history.csv").read_text())
+
+    def weights(self) -> np.ndarray:
+        return Network(keras.models.load_model(self.folder / "model.keras")).get_weights()
+
+
+def job_name(job) -> str:
+    """How a job, (strategy, processes or replicas), is called in the list of tests."""
+    return f"{job[0]} x{job[1]}"
+
+
+@pytest.fixture(scope="session")
+def run_probe(run_python, run_job):
+    """Run `probe.py` with a strategy and so many processes or replicas; returns the finished processes."""
+
+    def run(strategy, size, *args, env):
+        if strategy not in ("single", "mirrored"):
+            return run_job(strategy, size, *args, script=[str(PROBE)], env=env)
+        replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
+        return [run_python(PROBE, f"strategy={strategy}", *replicas, *args, env=env)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def train_with(tmp_path_factory, run_probe):
+    """Train, once for each set of arguments, and look into every process."""
+    done: dict[tuple, Job] = {}
+
+    def train(strategy: str, size: int, *args) -> Job:
+        key = (strategy, size, *args)
+        if key not in done:
+            root = tmp_path_factory.mktemp(f"{strategy}{size}")
+            results = run_probe(strategy, size, *args, f"run_dir={root / 'run'}", env={"PROBE_DIR": str(root)})
+            for result in results:
+                assert result.returncode == 0, result.stderr + result.stdout
+            ranks = [json.loads(path.read_text()) for path in sorted(root.glob("rank-*.json"))]
+            done[key] = Job(root / "run", [result.stdout for result in results], ranks)
+        return done[key]
+
+    return train
 
 
 def horovodrun() -> str:

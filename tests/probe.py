@@ -1,7 +1,10 @@
 """Runs `mnist_dist.train` as usual and, when it is over, tells what this process did.
 
-Writes to the folder `PROBE_DIR` a file `rank-N.json` with the digest of this process's trained weights, and with the
-files that it opened for writing below its run folder.
+Writes to the folder `PROBE_DIR` a file `rank-N.json` with the digests of this process's trained weights and of the
+optimizer's slots, for each of its replicas, and with the files that it opened for writing below its run folder.
+
+`PROBE_FLIP=2:1:weights` or `2:1:slot` plays a faulty device: after epoch 2, before the replicas are compared, one bit
+of replica 1's weights or of its last optimizer slot changes.
 """
 
 import json
@@ -28,15 +31,53 @@ def watch(event: str, args: tuple) -> None:
 sys.addaudithook(watch)
 
 from mnist_dist import train  # noqa: E402  (only now: imports are watched too)
+from mnist_dist.metrics import weights_digest  # noqa: E402
 from mnist_dist.topology import read_topology  # noqa: E402
 
-digests: list[str] = []
-weights_digest = train.weights_digest
-train.weights_digest = lambda weights: digests.append(weights_digest(weights)) or digests[-1]
+describe_placement = train.describe_placement
+trainings = []
+
+
+def catch(training, topology):
+    """Get hold of the training when it is built, as nobody else hands it to us."""
+    trainings.append(training)
+    if fault := os.environ.get("PROBE_FLIP"):
+        epoch, replica, what = fault.split(":")
+        flip_a_bit(int(epoch), int(replica), what=what)
+    return describe_placement(training, topology)
+
+
+def flip_a_bit(in_epoch: int, replica: int, *, what: str) -> None:
+    from faults import flip_bit_of_replica  # not before TensorFlow is to start
+
+    from mnist_dist.steps import ReplicaCheck
+
+    check = ReplicaCheck.run
+
+    def flip_then_check(self, epoch):
+        if epoch == in_epoch:
+            (training,) = trainings
+            variable = training.state.weights if what == "weights" else training.state.slots[-1]
+            flip_bit_of_replica(training.strategy, variable, replica)
+        check(self, epoch)
+
+    ReplicaCheck.run = flip_then_check
+
+
+def digests(variable) -> list[str]:
+    return [weights_digest(copy) for copy in trainings[0].strategy.copies(variable)]
+
+
+train.describe_placement = catch
 
 try:
     train.main()
 finally:
-    report = {"weights_sha256": digests, "opened": opened}
+    state = trainings[0].state if trainings else None
+    report = {
+        "weights_sha256": digests(state.weights) if state else [],
+        "slots_sha256": [digests(slot) for slot in state.slots] if state else [],
+        "opened": opened,
+    }
     path = Path(os.environ["PROBE_DIR"], f"rank-{read_topology().rank}.json")
     path.write_text(json.dumps(report))

@@ -132,7 +132,7 @@ QUOTES = (
 KEYS = [
     ("trainer.epoch=3", "no such key; did you mean trainer.epochs=3? (all keys: --help)"),
     ("epochs=3", "no such key; did you mean trainer.epochs=3? (all keys: --help)"),
-    ("batch.size=64", "no such key; the keys here are global_size, scaling (all keys: --help)"),
+    ("batch.size=64", "no such key; the keys here are global_size, scaling, num_shards (all keys: --help)"),
     ("modle=cnn", "no such key; did you mean model=cnn? (all keys: --help)"),
     ("model.hiden_sizes=[1]", "no such key; did you mean model.hidden_sizes=[1]? (all keys: --help)"),
     ("model.units=3", "no such key; the keys here are dropout, activation, kernel_initializer, output_initializer, "
@@ -165,6 +165,10 @@ CHOICES = [
     ("model.name=cnn", "is set by model=...; leave it alone"),
     ("batch.scaling=strnog", "must be strong or weak"),
     ("learning_rate.scaling=x", "must be none, linear or sqrt"),
+    ("reproducibility=exactly", "must be auto, exact, fast"),
+    ("reproducibility=", "must be auto, exact, fast"),
+    ("threads.intra_op=many", "must be auto or a number, at least 1"),
+    ("threads.inter_op=1.5", "must be auto or a number, at least 1"),
 ]
 
 TYPES = [
@@ -182,6 +186,12 @@ TYPES = [
     ("model.dropout=null", "must be a number"),
     ("console.tensorflow_messages=maybe", "must be true or false"),
     ("strategy.num_replicas=two", "must be a whole number or null"),
+    ("batch.num_shards=auto", "must be a whole number"),
+    ("batch.num_shards=2.5", "must be a whole number"),
+    ("reproducibility=null", "must be a text"),
+    ("threads.inter_op=null", "must be a text"),
+    ("threads.cores=2", "no such key; the keys here are intra_op, inter_op (all keys: --help)"),
+    ("threads=2", "must be given key by key: threads.intra_op=..., threads.inter_op=..."),
     ("model.hidden_sizes=256", "must be a list in square brackets, each entry a whole number"),
     ("model.hidden_sizes=null", "must be a list in square brackets, each entry a whole number"),
     ("model.hidden_sizes=[256,x]", "must be a list in square brackets, each entry a whole number"),
@@ -216,6 +226,10 @@ RANGES = [
     ("optimizer.epsilon=0", "must be positive", "0.0"),
     ("learning_rate.warmup_epochs=-1", "must be at least 0", "-1.0"),
     ("strategy.num_replicas=0", "must be at least 1", None),
+    ("batch.num_shards=0", "must be at least 1", None),
+    ("batch.num_shards=-8", "must be at least 1", None),
+    ("threads.intra_op=0", "must be auto or a number, at least 1", None),
+    ("threads.inter_op=-1", "must be auto or a number, at least 1", None),
 ]
 
 GRAMMAR = [

@@ -5,17 +5,22 @@ import pytest
 from mnist_dist.history import COLUMNS, EpochMetrics, History, from_csv, to_csv
 
 
-def metrics(epoch: int, val_accuracy: float = 0.5) -> EpochMetrics:
-    return EpochMetrics(epoch, 0.1 + epoch / 3, 0.9, 0.2, val_accuracy, 0.001, 0.6, 1e5 / 3)
+def metrics(epoch: int, val_accuracy: float = 0.5, weights_sha256: str | None = None) -> EpochMetrics:
+    return EpochMetrics(epoch, 0.1 + epoch / 3, 0.9, 0.2, val_accuracy, 0.001, 0.6, 1e5 / 3, weights_sha256)
 
 
 def test_columns_are_the_contract():
-    assert ",".join(COLUMNS) == "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,epoch_s,images_per_s"
+    always = "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,epoch_s,images_per_s"
+    assert ",".join(COLUMNS) == f"{always},weights_sha256"
+    assert to_csv(History((metrics(1),))).splitlines()[0] == always
 
 
-def test_csv_round_trip_is_exact():
-    history = History((metrics(1), metrics(2)))
-    assert from_csv(to_csv(history)) == history
+@pytest.mark.parametrize("digest", [None, "0" * 63 + "f"])
+def test_csv_round_trip_is_exact(digest):
+    history = History((metrics(1, weights_sha256=digest), metrics(2, weights_sha256=digest)))
+    text = to_csv(history)
+    assert from_csv(text) == history
+    assert text.splitlines()[0].endswith(",weights_sha256") == bool(digest)
 
 
 @pytest.mark.parametrize("epochs", [[2], [1, 1], [1, 3], [2, 1]])

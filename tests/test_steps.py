@@ -12,7 +12,7 @@ from mnist_dist.data.shards import ShardPlan
 from mnist_dist.model import Network, build_model
 from mnist_dist.optimizer import create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
-from mnist_dist.reduction import FastSum
+from mnist_dist.reduction import ExactSum, FastSum
 from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
 from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.strategy.mirrored import Mirrored
@@ -198,6 +198,30 @@ def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
     np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(results[1][1].losses, results[0][1].losses, rtol=1e-5)
     np.testing.assert_array_equal(results[1][1].num_correct, results[0][1].num_correct)
+
+
+@pytest.mark.usefixtures("graph_optimizer_as_in_a_run")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy):
+    """Seven shards of three rows for batches of 20, so a row of padding in every batch; the last batch has 10."""
+    split = make_split(70)
+    indices = BatchPlan(70, 20).shuffled(seed=0, epoch=1)
+    results = []
+    for strategy in (SingleDevice(), mirrored):
+        plan = ShardPlan(7, 3, strategy.num_replicas)
+        program, state, *_ = make_program(
+            split,
+            f"precision={policy}",
+            strategy=strategy,
+            shards=plan,
+            reduction=lambda strategy, plan=plan: ExactSum(strategy, plan),
+        )
+        sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+        vectors = [state.weights, *state.slots]
+        copies = {np.stack(copy).tobytes() for copy in zip(*map(strategy.copies, vectors), strict=True)}
+        assert len(copies) == 1
+        results.append((copies, sums.losses.tobytes(), sums.num_correct.tobytes()))
+    assert results[1] == results[0]
 
 
 def test_each_replica_has_its_own_copy_of_the_data(mirrored):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_dist.artifacts import weights_digest
 from mnist_dist.history import from_csv
+from mnist_dist.metrics import weights_digest
 from mnist_dist.model import Network
 
 FILES = {"config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log"}
@@ -64,6 +64,7 @@ def test_summary_agrees_with_history_and_model(run):
     summary = json.loads((folder / "summary.json").read_text())
     history = from_csv((folder / "history.csv").read_text())
     assert summary["status"] == "finished"
+    assert history.epochs[-1].weights_sha256 == summary["weights_sha256"]
     assert summary["epochs_completed"] == len(history.epochs) == 3
     assert summary["val"]["accuracy"] == history.epochs[-1].val_accuracy
     assert summary["val"]["loss"] == history.epochs[-1].val_loss
@@ -76,6 +77,14 @@ def test_summary_agrees_with_history_and_model(run):
     assert summary["timing"].keys() == {"startup_s", "first_epoch_s", "median_epoch_s", "total_s"}
     model = keras.models.load_model(folder / "model.keras")
     assert weights_digest(Network(model).get_weights()) == summary["weights_sha256"]
+
+
+def test_auto_is_exact_on_cpus_and_recorded(run):
+    result, folder = run
+    assert "Reproducibility: exact, 8 shards" in result.stdout
+    assert "\nreproducibility: exact\n" in (folder / "config.yaml").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["reproducibility"], summary["num_shards"]) == ("exact", 8)
 
 
 def test_the_saved_model_opens_in_plain_keras(run, small_arrays, run_python, tmp_path):

@@ -1,0 +1,86 @@
+"""The sum over shards, on real replicas, against additions in NumPy."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mnist_dist.data.shards import ShardPlan
+from mnist_dist.reduction import ExactSum, FastSum
+from mnist_dist.strategy.base import SingleDevice
+from mnist_dist.strategy.mirrored import Mirrored
+
+NUM_VALUES = 1000  # no power of two, and enough for vectorised kernels to have a rest
+
+
+def wild(num_shards: int, *, seed: int = 0) -> np.ndarray:
+    """float32 numbers of either sign from 1e-12 to 1e12: their sum depends on the order nearly everywhere."""
+    rng = np.random.default_rng(seed)
+    magnitudes = 10.0 ** rng.uniform(-12, 12, (num_shards, NUM_VALUES))
+    close = rng.uniform(0.5, 2, (num_shards, NUM_VALUES))
+    numbers = np.where(np.arange(NUM_VALUES) % 2, magnitudes, close)
+    return (numbers * rng.choice([-1, 1], numbers.shape)).astype(np.float32)
+
+
+def tree_sum(rows: np.ndarray) -> np.ndarray:
+    """The left part of every sum holds the largest power of two of shards that leaves something for the right one."""
+    if len(rows) == 1:
+        return rows[0]
+    left = 1
+    while left * 2 < len(rows):
+        left *= 2
+    return tree_sum(rows[:left]) + tree_sum(rows[left:])
+
+
+def reduce_on(strategy, plan: ShardPlan, reduction, values: np.ndarray) -> list[np.ndarray]:
+    """What each replica gets; a shard's sums are two tensors, one of them a matrix."""
+    result = strategy.create_variable(np.zeros(NUM_VALUES, np.float32))
+
+    def reduce(values: tf.Tensor) -> tf.Tensor:
+        sums = [
+            [tf.reshape(values[shard, :600], [20, 30]), values[shard, 600:]]
+            for shard in plan.shards_of(strategy.replica_index())
+        ]
+        result.assign(reduction(sums))
+        return tf.zeros([])
+
+    tf.function(lambda values: strategy.run(reduce, values))(strategy.replicate(values))
+    return strategy.copies(result)
+
+
+def test_the_numbers_tell_orders_apart():
+    rows = wild(8)
+    in_a_row = rows[0]
+    for row in rows[1:]:
+        in_a_row = in_a_row + row
+    assert (tree_sum(rows) != in_a_row).mean() > 0.2
+    assert (tree_sum(rows) != tree_sum(rows[::-1].copy())).mean() == 0  # the one other order with the same nodes
+    assert (tree_sum(rows) != tree_sum(np.roll(rows, 1, axis=0))).mean() > 0.2
+
+
+@pytest.mark.usefixtures("graph_optimizer_as_in_a_run")
+@pytest.mark.parametrize(
+    ("num_shards", "num_replicas"),
+    [(1, 1), (2, 2), (7, 3), (7, 7), (8, 1), (8, 2), (8, 3), (8, 4), (8, 5), (8, 7), (13, 1), (13, 2), (13, 4)],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exact_is_the_tree_to_the_last_bit(num_shards, num_replicas, seed):
+    plan = ShardPlan(num_shards, 4, num_replicas)
+    strategies = [Mirrored(num_replicas=num_replicas)] + [SingleDevice()] * (num_replicas == 1)
+    values = wild(num_shards, seed=seed)
+    for strategy in strategies:
+        results = reduce_on(strategy, plan, ExactSum(strategy, plan), values)
+        assert len(results) == num_replicas
+        for result in results:
+            assert result.tobytes() == tree_sum(values).tobytes()
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 7])
+def test_fast_is_the_sum_to_rounding(num_replicas):
+    plan = ShardPlan(8, 4, num_replicas)
+    values, strategy = wild(8), Mirrored(num_replicas=num_replicas)
+    bound = 8 * np.finfo(np.float32).eps * np.abs(values).sum(axis=0, dtype=np.float64)
+    results = reduce_on(strategy, plan, FastSum(strategy), values)
+    assert len(results) == num_replicas
+    for result in results:
+        assert (np.abs(result - values.sum(axis=0, dtype=np.float64)) <= bound).all()
+        assert result.tobytes() == results[0].tobytes()

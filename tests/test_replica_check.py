@@ -1,0 +1,92 @@
+"""A replica that goes its own way by a single bit is named, and the run stops."""
+
+import numpy as np
+import pytest
+from conftest import job_name
+from faults import flip_bit_of_replica
+
+from mnist_dist.config import compose_config
+from mnist_dist.errors import TrainingFailed
+from mnist_dist.history import from_csv
+from mnist_dist.optimizer import create_optimizer
+from mnist_dist.precision import LossScale
+from mnist_dist.steps import ReplicaCheck, TrainState
+from mnist_dist.strategy.mirrored import Mirrored
+
+NUM_WEIGHTS = 1000
+
+
+def make_check(num_replicas: int, *overrides: str) -> tuple[Mirrored, TrainState, ReplicaCheck]:
+    strategy, config = Mirrored(num_replicas=num_replicas), compose_config(*overrides)
+    weights = np.random.default_rng(0).normal(size=NUM_WEIGHTS).astype(np.float32)
+    parts = {"optimizer": create_optimizer(config.optimizer), "loss_scale": LossScale(config.precision)}
+    state = TrainState(weights, **parts, strategy=strategy)
+    return strategy, state, ReplicaCheck(strategy=strategy, state=state)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 7])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_equal_replicas_pass(num_replicas, optimizer):
+    _, _, check = make_check(num_replicas, f"optimizer={optimizer}")
+    for epoch in (1, 2):
+        check.run(epoch)
+
+
+@pytest.mark.parametrize("vector", ["weights", "first slot", "second slot"])
+@pytest.mark.parametrize("element", [0, 371, NUM_WEIGHTS - 1])
+def test_one_bit_of_one_replica(vector, element):
+    strategy, state, check = make_check(3)
+    variables = {"weights": state.weights, "first slot": state.slots[0], "second slot": state.slots[1]}
+    flip_bit_of_replica(strategy, variables[vector], 1, element=element)
+    with pytest.raises(TrainingFailed, match=r"^after epoch 4 replica 1 of 3 did not have the same weights"):
+        check.run(4)
+    flip_bit_of_replica(strategy, variables[vector], 1, element=element)
+    check.run(5)  # back again
+
+
+@pytest.mark.parametrize("replica", [0, 1, 2, 3])
+def test_each_replica_is_found(replica):
+    strategy, state, check = make_check(4)
+    flip_bit_of_replica(strategy, state.weights, replica)
+    with pytest.raises(TrainingFailed, match=f"replica {replica} of 4 did not"):
+        check.run(1)
+
+
+def test_several_replicas_are_named():
+    strategy, state, check = make_check(5)
+    flip_bit_of_replica(strategy, state.weights, 1, element=3)
+    flip_bit_of_replica(strategy, state.weights, 4, element=5)
+    with pytest.raises(TrainingFailed, match="replicas 1, 4 of 5 did not"):
+        check.run(1)
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3])
+def test_no_two_alike(num_replicas):
+    strategy, state, check = make_check(num_replicas)
+    for replica in range(1, num_replicas):
+        flip_bit_of_replica(strategy, state.slots[1], replica, element=replica)
+    with pytest.raises(TrainingFailed, match=r"^after epoch 1 no two replicas have"):
+        check.run(1)
+
+
+@pytest.mark.parametrize(
+    ("job", "what", "mode", "named"),
+    [
+        (("horovod", 2), "weights", "fast", "no two replicas have"),
+        (("horovod", 3), "slot", "exact", "replica 1 of 3 did not have"),
+        (("mirrored", 3), "weights", "exact", "replica 1 of 3 did not have"),
+    ],
+    ids=lambda value: job_name(value) if isinstance(value, tuple) else None,
+)
+def test_a_run_stops_at_a_flipped_bit(job, what, mode, named, run_probe, small_npz, tmp_path):
+    env = {"PROBE_DIR": str(tmp_path), "PROBE_FLIP": f"2:1:{what}"}
+    arguments = [
+        "data=npz", f"data.path={small_npz}", "trainer.epochs=3", f"reproducibility={mode}", f"run_dir={tmp_path}/run",
+    ]  # fmt: skip
+    results = run_probe(*job, *arguments, env=env)  # which fails after five minutes if anybody hangs
+    for result in results:
+        assert result.returncode == 1, result.stderr + result.stdout
+    output = "".join(result.stdout + result.stderr for result in results)
+    assert f"error: after epoch 2 {named}" in output
+    assert [row.epoch for row in from_csv((tmp_path / "run" / "history.csv").read_text()).epochs] == [1]
+    assert not (tmp_path / "run" / "summary.json").exists()
