@@ -65,14 +65,14 @@ def test_no_two_alike(num_replicas):
     strategy, state, check = make_check(num_replicas)
     for replica in range(1, num_replicas):
         flip_bit_of_replica(strategy, state.slots[1], replica, element=replica)
-    with pytest.raises(TrainingFailed, match=r"^after epoch 1 no two replicas have"):
+    with pytest.raises(TrainingFailed, match=r"^after epoch 1 no two of the 2 replicas have"):
         check.run(1)
 
 
 @pytest.mark.parametrize(
     ("job", "what", "mode", "named"),
     [
-        (("horovod", 2), "weights", "fast", "no two replicas have"),
+        (("horovod", 2), "weights", "fast", "no two of the 2 replicas have"),
         (("horovod", 3), "slot", "exact", "replica 1 of 3 did not have"),
         (("mirrored", 3), "weights", "exact", "replica 1 of 3 did not have"),
     ],
