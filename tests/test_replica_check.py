@@ -65,7 +65,7 @@ def test_no_two_alike(num_replicas):
     strategy, state, check = make_check(num_replicas)
     for replica in range(1, num_replicas):
         flip_bit_of_replica(strategy, state.slots[1], replica, element=replica)
-    with pytest.raises(TrainingFailed, match=r"^after epoch 1 no two of the 2 replicas have"):
+    with pytest.raises(TrainingFailed, match=rf"^after epoch 1 no two of the {num_replicas} replicas have"):
         check.run(1)
 
 
