@@ -101,7 +101,10 @@ class Measured:
 
 
 def measure(config: BenchmarkConfig, contenders: Sequence[Contender]) -> Measured:
-    """The starts first, since later all files of TensorFlow are in use; then the epochs, in turns."""
+    """The starts first, since later all files of TensorFlow are in use; then the epochs, in turns.
+
+    Those of one precision take turns with each other: first the single processes, then the jobs of several.
+    """
     bystanders = Bystanders()
     bystanders.look()
     with Guard() as guard, tempfile.TemporaryDirectory(prefix="mnist_dist_benchmark_") as folder:
@@ -120,10 +123,12 @@ def measure(config: BenchmarkConfig, contenders: Sequence[Contender]) -> Measure
                 log.warning("Start-up failed: %s", error)
                 startup_failed = True
         entries: list[Entry] = []
-        # One precision after the other: all processes at once would need much memory.
-        for precision in dict.fromkeys(contender.precision for contender in contenders):
-            group = [contender for contender in contenders if contender.precision == precision]
-            entries += run_group(config, group, folder=Path(folder) / precision, guard=guard, look=bystanders.look)
+        # All processes at once would need much memory, and what waits would be dropped from it.
+        groups: dict[tuple[str, bool], list[Contender]] = {}
+        for contender in contenders:
+            groups.setdefault((contender.precision, contender.processes > 1), []).append(contender)
+        for number, group in enumerate(groups.values()):
+            entries += run_group(config, group, folder=Path(folder) / str(number), guard=guard, look=bystanders.look)
     has_failures = startup_failed or any(entry.error is not None for entry in entries)
     return Measured(entries, startup, bystanders, has_failures=has_failures)
 
