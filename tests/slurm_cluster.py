@@ -8,7 +8,6 @@ sockets, ports and state are the cluster's own, in a folder of its own, and what
 """
 
 import contextlib
-import getpass
 import os
 import secrets
 import shutil
@@ -80,7 +79,9 @@ def run_cluster() -> Iterator[dict[str, str]]:
     def start(*command: object) -> None:
         log = (folder / f"{command[0]}.out").open("ab")
         program = shutil.which(str(command[0]), path=_PATH) or str(command[0])
-        arguments = [program, *map(str, command[1:])]
+        # Should this process be killed, they end too.
+        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        arguments = [*guard, program, *map(str, command[1:])]
         # In a session of its own, so that Ctrl-C at the terminal leaves the order of stopping to us.
         processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log, start_new_session=True))
 
@@ -97,9 +98,12 @@ def run_cluster() -> Iterator[dict[str, str]]:
             start("slurmd", "-D", "-N", node)
         _wait_for(lambda: _idle_nodes(environment) == len(NODES), "the nodes", folder)
         yield environment
-        subprocess.run(["scancel", "--user", getpass.getuser()], env=environment, timeout=30, check=False)
-        _wait_for(lambda: _idle_nodes(environment) == len(NODES), "the end of the jobs", folder)
     finally:
+        # Also a job that was submitted a moment ago.
+        deadline = time.monotonic() + 15
+        while _num_jobs(environment) and time.monotonic() < deadline:
+            subprocess.run(["scancel", f"--user={os.getuid()}"], env=environment, timeout=30, check=False)
+            time.sleep(0.5)
         for process in reversed(processes):
             process.send_signal(signal.SIGTERM)
         for process in reversed(processes):
@@ -108,6 +112,9 @@ def run_cluster() -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for pid in _users_of(environment["SLURM_CONF"]):  # what a job has left
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -126,7 +133,7 @@ def _configure(folder: Path) -> None:
         for node, port in zip(NODES, node_ports, strict=True)
     ]
     content = _SLURM_CONF.format(
-        host=host, user=getpass.getuser(), folder=folder, ctld_port=ctld_port, nodes="\n".join(nodes)
+        host=host, user=os.getuid(), folder=folder, ctld_port=ctld_port, nodes="\n".join(nodes)
     )
     (folder / "slurm.conf").write_text(content)
     # Two device files that are everywhere; nothing opens them.
@@ -138,6 +145,26 @@ def _idle_nodes(environment: dict[str, str]) -> int:
     command = ["sinfo", "--noheader", "--Node", "--states=idle", "--responding", "--format=%N"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     return len(result.stdout.split())
+
+
+def _num_jobs(environment: dict[str, str]) -> int:
+    if not Path(environment["SLURM_CONF"]).exists():
+        return 0
+    try:
+        result = subprocess.run(["squeue", "--noheader"], env=environment, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:  # no cluster that could say
+        return 0
+    return len(result.stdout.splitlines())
+
+
+def _users_of(slurm_conf: str) -> list[int]:
+    """Processes of this user whose cluster is the one of this file; not this process, which never sets it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"SLURM_CONF={slurm_conf}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def _wait_for(condition: Callable[[], bool], what: str, folder: Path) -> None:
@@ -163,6 +190,7 @@ def main() -> int:
             f"not installed: {', '.join(missing)}; Debian and Ubuntu: apt-get install slurm-wlm munge", file=sys.stderr
         )
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the cluster on the way out
     with run_cluster() as environment:
         command = sys.argv[1:] or [os.environ.get("SHELL", "/bin/sh")]
         if not sys.argv[1:]:
