@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from conftest import CHECKOUT, LAUNCHER_VARIABLES, horovodrun
 from slurm_cluster import missing_programs, run_cluster
 
 pytestmark = pytest.mark.slurm
+
+_JOB_S = 400  # on a busy machine; seconds on an idle one
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +67,25 @@ def submit(cluster, desk):
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     environment = {**kept, "PYTHONPATH": path, "SLURM_CONF": cluster["SLURM_CONF"]}
 
+    def ask(*command: str) -> str:
+        return subprocess.run(
+            command, cwd=desk, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+        ).stdout
+
     def start(*arguments, options=(), log="job-{}.log"):
-        command = ["sbatch", "--parsable", "--wait", *options, "slurm/train.sh", *arguments]
-        process = subprocess.Popen(command, cwd=desk, env=environment, stdout=subprocess.PIPE, text=True)
+        job_id = ask("sbatch", "--parsable", *options, "slurm/train.sh", *arguments).strip()
 
         def wait() -> Batch:
-            try:
-                output, _ = process.communicate(timeout=200)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                logs = [path.read_text() for path in (desk / "runs").glob("*.log")]
-                pytest.fail("the job does not end\n" + "\n".join(logs))
-            job_id = output.strip()
             path = desk / "runs" / log.format(job_id)
+            deadline = time.monotonic() + _JOB_S
+            # sbatch --wait would look every 32 s only.
+            while re.search(r"JobState=(PENDING|RUNNING|COMPLETING)", told := ask("scontrol", "show", "job", job_id)):
+                if time.monotonic() > deadline:
+                    pytest.fail(f"the job does not end\n{told}\n{path.read_text() if path.exists() else 'no log'}")
+                time.sleep(0.5)
+            codes = [int(code) for code in re.findall(r" ExitCode=(\d+):", told)]
             text = path.read_text() if path.exists() else ""
-            return Batch(process.returncode, job_id, text, desk / "runs" / f"job-{job_id}")
+            return Batch(max(codes), job_id, text, desk / "runs" / f"job-{job_id}")
 
         return wait
 
