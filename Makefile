@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda horovod train evaluate test check format clean
+.PHONY: help setup cuda horovod train evaluate test slurm-test check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -29,6 +29,10 @@ evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs
 test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k history"
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
 	$(BIN)/python -m pytest $(ARGS)
+
+slurm-test: $(VENV)/.installed-dev ## Train on a cluster of two nodes on this machine; needs Debian's slurm-wlm and munge
+	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
+	CI=true $(BIN)/python -m pytest -m slurm $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check format, lint and types; changes nothing
 	$(BIN)/ruff format --check .

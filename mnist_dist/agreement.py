@@ -59,5 +59,5 @@ def check_not_shared(gpus: Sequence[Sequence[str]]) -> None:
             if owners.setdefault(uuid, rank) != rank:
                 raise UserError(
                     f"ranks {owners[uuid]} and {rank} both use the GPU {uuid}; give each process a GPU of its own "
-                    "(CUDA_VISIBLE_DEVICES, or Slurm's --gpus-per-task)"
+                    "(CUDA_VISIBLE_DEVICES; in slurm/train.sh as many #SBATCH --gpus-per-node as --ntasks-per-node)"
                 )

@@ -21,6 +21,7 @@ def own_share(num_gpus: int, topology: Topology) -> range:
     if size == 0:
         raise UserError(
             f"{topology.local_size} processes on this machine but {num_gpus} GPUs; start one process per GPU at most"
+            + (f", in slurm/train.sh: #SBATCH --ntasks-per-node={num_gpus}" if topology.slurm else "")
         )
     return range(topology.local_rank * size, (topology.local_rank + 1) * size)
 

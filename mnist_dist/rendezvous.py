@@ -1,27 +1,34 @@
 """First contact of the processes of one job, before any of them starts TensorFlow or takes a GPU.
 
 Every rank hands in a text and gets the texts of all. It waits for a bounded time and names who is missing, where the
-backends wait long, abort, or do not say for whom. The way depends on the launcher: over the ranks' own addresses
-(TF_CONFIG, Slurm), where rank 0 listens for a moment at the address that TensorFlow will use afterwards; or over the
-key-value store that horovodrun serves to its processes.
+backends wait long, abort, or do not say for whom. The way depends on the launcher: rank 0 listens for a moment at the
+address that TensorFlow will use afterwards (TF_CONFIG), or at a port of its host that follows from the number of the
+job (Slurm); or all use the key-value store that horovodrun serves to its processes.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
+import random
 import socket
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from mnist_dist.errors import UserError
 from mnist_dist.topology import Topology
 
 _RETRY_S = 0.2
 _READ_TIMEOUT_S = 5.0
+_OWN_PORTS = range(20_000, 32_768)  # Linux gives out those above by itself, to whoever asks next
 
 
-def exchange(text: str, *, topology: Topology, timeout_s: float) -> list[str]:
+def exchange(text: str, *, topology: Topology, timeout_s: float, topic: str = "start") -> list[str]:
     """Hand in this rank's text and return those of all ranks, in their order.
+
+    It may be called again, by all ranks alike, with another topic; but not over horovodrun's store.
 
     Raises:
         UserError: somebody did not come within `timeout_s` seconds; the message names who.
@@ -32,9 +39,9 @@ def exchange(text: str, *, topology: Topology, timeout_s: float) -> list[str]:
     if topology.store:
         texts = _over_store(text, topology, deadline)
     elif topology.is_chief:
-        texts = _as_chief(text, topology, deadline)
+        texts = _as_chief(text, topology, deadline, job=_job_id(topology, topic))
     else:
-        texts = _as_other(text, topology, deadline, timeout_s)
+        texts = _as_other(text, topology, deadline, timeout_s, job=_job_id(topology, topic))
     missing = [rank for rank in range(topology.world_size) if rank not in texts]
     if missing:
         raise UserError(
@@ -54,6 +61,29 @@ def check_own_port(topology: Topology) -> None:
         socket.create_server(("", _split(address)[1])).close()
     except OSError as error:
         raise UserError(f"{address}: cannot listen there ({error.strerror}); is another job running?") from error
+
+
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port of this host that nobody listens on; nobody else gets it while the block runs."""
+    for port in random.SystemRandom().sample(_OWN_PORTS, 100):
+        with socket.socket() as held:
+            try:
+                held.bind(("", port))
+            except OSError:
+                continue
+            yield port
+            return
+    raise UserError(f"no free port from {_OWN_PORTS.start} to {_OWN_PORTS.stop - 1} on this machine")
+
+
+def exchange_addresses(topology: Topology, *, timeout_s: float) -> list[str]:
+    """`host:port` of all ranks, each with a port that is free now; to be used at once, before others take it."""
+    if topology.addresses or topology.world_size == 1:
+        return list(topology.addresses)
+    with free_port() as port:
+        own = f"{topology.hosts[topology.rank]}:{port}"
+        return exchange(own, topology=topology, timeout_s=timeout_s, topic="addresses")
 
 
 def _over_store(text: str, topology: Topology, deadline: float) -> dict[int, str]:
@@ -80,21 +110,27 @@ def _over_store(text: str, topology: Topology, deadline: float) -> dict[int, str
     return texts
 
 
-def _as_chief(text: str, topology: Topology, deadline: float) -> dict[int, str]:
+def _as_chief(text: str, topology: Topology, deadline: float, *, job: str) -> dict[int, str]:
     """Rank 0: collect until all have come or the time is up, then tell everyone."""
     texts, peers = {0: text}, {}
-    with socket.create_server(("", _split(topology.addresses[0])[1])) as server:
+    with _first_contact(topology) as server:
         while len(texts) < topology.world_size and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
                 peer, _ = server.accept()
-                message = _receive(peer, timeout_s=min(left, _READ_TIMEOUT_S))
+            except OSError:
+                continue  # the time is up
+            try:
+                peer.settimeout(min(left, _READ_TIMEOUT_S))
+                with peer.makefile("rb") as stream:
+                    message = _receive(stream)
                 rank = message["rank"]
-                if message["job"] != _job_id(topology) or rank in texts or rank not in range(topology.world_size):
+                if message["job"] != job or rank in texts or rank not in range(topology.world_size):
                     raise ValueError("of another job")
+                _send(peer, {"job": job})
                 texts[rank], peers[rank] = str(message["text"]), peer
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # the time is up, or a stranger knocked
+                peer.close()  # a stranger knocked
     answer = {"texts": {str(rank): text for rank, text in texts.items()}}
     for peer in peers.values():
         with peer:
@@ -105,42 +141,68 @@ def _as_chief(text: str, topology: Topology, deadline: float) -> dict[int, str]:
     return texts
 
 
-def _as_other(text: str, topology: Topology, deadline: float, timeout_s: float) -> dict[int, str]:
-    """Other ranks: knock at rank 0 until it answers or the time is up."""
-    while True:
+def _first_contact(topology: Topology) -> socket.socket:
+    """Listen at the first contact that is free."""
+    contacts = _contacts(topology)
+    for contact in contacts:
         try:
-            with socket.create_connection(_split(topology.addresses[0]), timeout=_READ_TIMEOUT_S) as connection:
-                _send(connection, {"job": _job_id(topology), "rank": topology.rank, "text": text})
+            return socket.create_server(("", _split(contact)[1]))
+        except OSError as error:
+            reason = error.strerror
+    raise UserError(f"{', '.join(contacts)}: cannot listen there ({reason}); is another job running?")
+
+
+def _as_other(text: str, topology: Topology, deadline: float, timeout_s: float, *, job: str) -> dict[int, str]:
+    """Other ranks: knock at rank 0 until it answers or the time is up."""
+    contacts = _contacts(topology)
+    for contact in itertools.cycle(contacts):
+        try:
+            with (
+                socket.create_connection(_split(contact), timeout=_READ_TIMEOUT_S) as connection,
+                connection.makefile("rb") as stream,
+            ):
+                _send(connection, {"job": job, "rank": topology.rank, "text": text})
+                # Whoever listens there may be of another job, or no program of ours.
+                connection.settimeout(3 * _READ_TIMEOUT_S)
+                if _receive(stream)["job"] != job:
+                    raise ValueError("of another job")
                 # Rank 0 may have started later than this process by up to the same time, and then waits longer.
-                answer = _receive(connection, timeout_s=2 * timeout_s + _READ_TIMEOUT_S)
+                connection.settimeout(2 * timeout_s + _READ_TIMEOUT_S)
+                answer = _receive(stream)
                 return {int(rank): str(text) for rank, text in answer["texts"].items()}
         except (OSError, ValueError, KeyError, TypeError):
             if time.monotonic() > deadline:
                 # Nothing is known of the others but that rank 0, who would know, is not there.
-                return dict.fromkeys(range(1, topology.world_size), "")
-            time.sleep(_RETRY_S)
+                break
+            if contact == contacts[-1]:
+                time.sleep(_RETRY_S)
+    return dict.fromkeys(range(1, topology.world_size), "")
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(connection: socket.socket, *, timeout_s: float) -> dict[str, Any]:
-    connection.settimeout(timeout_s)
-    with connection.makefile("rb") as stream:
-        message = json.loads(stream.readline())
+def _receive(stream: BinaryIO) -> dict[str, Any]:
+    message = json.loads(stream.readline())
     if not isinstance(message, dict):
         raise ValueError("not a message of ours")
     return message
 
 
-def _job_id(topology: Topology) -> str:
-    """What the processes of one job have in common, so that two jobs on one port do not mix."""
-    return hashlib.sha256(",".join(topology.addresses).encode()).hexdigest()
+def _job_id(topology: Topology, topic: str) -> str:
+    """What the processes of one job have in common, so that two jobs on one port do not mix, nor two exchanges."""
+    parts = [topic, topology.step, *topology.addresses, *topology.hosts]
+    return hashlib.sha256(",".join(parts).encode()).hexdigest()
+
+
+def _contacts(topology: Topology) -> tuple[str, ...]:
+    return topology.contacts or topology.addresses[:1]
 
 
 def _name(rank: int, topology: Topology) -> str:
-    return f"rank {rank}" + (f" ({topology.addresses[rank]})" if topology.addresses else "")
+    places = topology.addresses or topology.hosts
+    return f"rank {rank}" + (f" ({places[rank]})" if places else "")
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -4,6 +4,7 @@ Pure: a mapping of environment variables in, a `Topology` out. The only reader o
 else is told what it needs to know.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,20 @@ Launcher = Literal["none", "horovod", "tf_config", "slurm"]
 
 # Ports for a job's first contact, below the range from which Linux gives out ports by itself (32768 and up).
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+# Where one is taken, the next is tried: so many, so far apart that two jobs that share one share no more.
+_NUM_CONTACTS, _CONTACT_STEP = 8, 1_013
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What Slurm says of the job."""
+
+    job_id: str
+    """As the user knows it: of an array's task `<array>_<task>`."""
+    node_list: str
+    """In Slurm's compressed form."""
+    restart_count: int = 0
+    """How often the job was put back into the queue."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +45,20 @@ class Topology:
     local_size: int = 1
     addresses: tuple[str, ...] = ()
     """`host:port` of every rank, where the launcher told them."""
+    hosts: tuple[str, ...] = ()
+    """The host of every rank, where the launcher told no ports; the ranks choose free ones when they need them."""
+    contacts: tuple[str, ...] = ()
+    """Then: `host:port` on rank 0's host, the same on every rank; rank 0 waits for the others at the first free one."""
+    step: str = ""
+    """Then: what tells these processes from all others on those hosts."""
     store: str | None = None
     """`host:port` of the key-value store that horovodrun serves to its processes."""
     visible_gpus: str | None = None
     """CUDA_VISIBLE_DEVICES."""
     cpus_per_task: int | None = None
     """Cores that Slurm gave to each task, where `--cpus-per-task` said so."""
+    slurm: SlurmJob | None = None
+    """The job, where Slurm runs this process, whoever launched it."""
 
     @property
     def is_chief(self) -> bool:
@@ -74,6 +97,7 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         topology,
         visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),
         cpus_per_task=int(cpus) if topology.launcher != "none" and cpus.isdigit() else None,
+        slurm=_slurm_job(environ),
     )
 
 
@@ -113,7 +137,8 @@ def _from_tf_config(text: str) -> Topology:
         ) from error
     rank = index + (len(jobs["chief"]) if kind == "worker" else 0)
     addresses = (*jobs["chief"], *jobs["worker"])
-    return _checked(_with_local_ranks("tf_config", rank, addresses))
+    hosts = tuple(address.rpartition(":")[0] for address in addresses)
+    return replace(_checked(_with_local_ranks("tf_config", rank, hosts)), addresses=addresses, hosts=())
 
 
 def _addresses(entries: Any) -> list[str]:
@@ -134,12 +159,20 @@ def _from_slurm(environ: Mapping[str, str]) -> Topology:
         job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
     except (KeyError, ValueError) as error:
         raise UserError(f"Slurm's variables are not complete ({error}); start the tasks with srun") from error
-    # Steps of one node must not meet: their ports follow from the job's and the step's number.
-    first_port = _FIRST_PORT + (job * 31 + step) * 16 % _NUM_PORTS
-    addresses = tuple(
-        f"{host}:{first_port + index}" for host, count in zip(hosts, counts, strict=True) for index in range(count)
+    if len(hosts) != len(counts):
+        raise UserError(
+            f"SLURM_STEP_NODELIST={environ['SLURM_STEP_NODELIST']} names {len(hosts)} nodes, "
+            f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']} {len(counts)}; start the tasks with srun"
+        )
+    tasks = tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
+    # One port for each step, which follows from the numbers of job and step, so that all ranks know it.
+    first = job * 31 + step
+    ports = [_FIRST_PORT + (first + number * _CONTACT_STEP) % _NUM_PORTS for number in range(_NUM_CONTACTS)]
+    topology = replace(
+        _with_local_ranks("slurm", rank, tasks),
+        contacts=tuple(f"{hosts[0]}:{port}" for port in ports),
+        step=f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')}",
     )
-    topology = _with_local_ranks("slurm", rank, addresses)
     if topology.local_rank != local_rank:
         raise UserError(
             f"SLURM_LOCALID={local_rank} where {topology.local_rank} was expected: the tasks are not numbered node by "
@@ -148,17 +181,26 @@ def _from_slurm(environ: Mapping[str, str]) -> Topology:
     return topology
 
 
-def _with_local_ranks(launcher: Launcher, rank: int, addresses: tuple[str, ...]) -> Topology:
-    hosts = [address.rpartition(":")[0] for address in addresses]
+def _slurm_job(environ: Mapping[str, str]) -> SlurmJob | None:
+    job_id = environ.get("SLURM_JOB_ID")
+    if job_id is None:
+        return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    restarts = environ.get("SLURM_RESTART_COUNT", "0")
+    return SlurmJob(f"{array}_{task}" if array and task else job_id, nodes, int(restarts) if restarts.isdigit() else 0)
+
+
+def _with_local_ranks(launcher: Launcher, rank: int, hosts: tuple[str, ...]) -> Topology:
     if not 0 <= rank < len(hosts):
-        raise UserError(f"this process has number {rank}, but there are {len(hosts)} addresses: {', '.join(addresses)}")
+        raise UserError(f"this process has number {rank}, but there are {len(hosts)} processes, on {', '.join(hosts)}")
     return Topology(
         launcher,
         rank=rank,
         world_size=len(hosts),
         local_rank=hosts[:rank].count(hosts[rank]),
         local_size=hosts.count(hosts[rank]),
-        addresses=addresses,
+        hosts=hosts,
     )
 
 
@@ -169,17 +211,25 @@ def _checked(topology: Topology) -> Topology:
 
 
 def expand_node_list(text: str) -> list[str]:
-    """Host names of Slurm's compressed form: `a[1-2,5],b` -> a1, a2, a5, b; leading zeros are kept."""
-    hosts = []
-    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", text):
-        if not ranges:
-            hosts.append(prefix)
-            continue
-        for part in ranges.split(","):
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            hosts += [f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers]
+    """Host names of Slurm's compressed form: `a[1-2,5],b` -> a1, a2, a5, b; leading zeros are kept.
+
+    As `scontrol show hostnames` gives them; but that may be missing in a container.
+    """
+    hosts: list[str] = []
+    for entry in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+        parts = re.split(r"\[([^\]]*)\]", entry)  # plain text and ranges, in turns
+        choices = [_expand_ranges(part) if index % 2 else [part] for index, part in enumerate(parts)]
+        hosts += ["".join(choice) for choice in itertools.product(*choices)]
     return hosts
+
+
+def _expand_ranges(text: str) -> list[str]:
+    """The inside of a bracket: `08-10,12` -> 08, 09, 10, 12."""
+    numbers: list[str] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def expand_task_counts(text: str) -> list[int]:

@@ -59,6 +59,8 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     run_folder.create(config)
     console.log_to(run_folder.log_path)
     placement = describe_placement(training, topology)
+    if (job := topology.slurm) is not None:
+        log.info("Slurm: job %s on %s, restarted %d time(s)", job.job_id, job.node_list, job.restart_count)
     log.info("Run folder: %s", run_folder.path)
     log.info("Model: %s, %s parameters", config.model.name, f"{training.network.num_parameters:,}")
     log.info("Devices: %s; precision %s", ", ".join(strategy.devices()), config.precision.name)
@@ -145,11 +147,16 @@ def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -
 def describe_training(config: TrainConfig, dataset: ImageDataset, *, num_gpus: int) -> dict[str, str]:
     """What all processes of a job must have in common."""
     keys = {key: str(value) for key, value in training_keys(asdict(config)).items()}
+    try:
+        horovod = metadata.version("horovod")
+    except metadata.PackageNotFoundError:
+        horovod = "none"
     return {
         **keys,
         "data.sha256": dataset.sha256,
         "version of mnist_dist": __version__,
         "version of tensorflow": metadata.version("tensorflow"),
+        "version of horovod": horovod,
         "number of GPUs": str(num_gpus),
     }
 

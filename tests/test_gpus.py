@@ -5,7 +5,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.gpus import list_uuids, own_share, own_uuids, visible_uuids
 from mnist_dist.strategy.mirrored import Mirrored
 from mnist_dist.strategy.multiworker import create_resolver
-from mnist_dist.topology import Topology
+from mnist_dist.topology import SlurmJob, Topology
 
 UUIDS = ["GPU-aa", "GPU-bb", "GPU-cc"]
 
@@ -54,6 +54,8 @@ def test_each_process_of_a_machine_has_its_share(num_gpus, local_rank, local_siz
 def test_fewer_gpus_than_processes():
     with pytest.raises(UserError, match="4 processes on this machine but 2 GPUs"):
         own_share(2, Topology("horovod", 2, 4, 2, 4))
+    with pytest.raises(UserError, match=r"slurm/train\.sh: #SBATCH --ntasks-per-node=2"):
+        own_share(2, Topology("slurm", 2, 4, 2, 4, slurm=SlurmJob("7", "a")))
 
 
 def test_fewer_gpus_than_asked_for(monkeypatch):
@@ -66,6 +68,7 @@ def test_fewer_gpus_than_asked_for(monkeypatch):
 def test_multiworker_tells_tensorflow_of_its_gpus():
     """Without the number TensorFlow takes the CPU."""
     topology = Topology("tf_config", rank=1, world_size=2, addresses=("a:1", "b:1"))
-    assert create_resolver(topology, num_gpus=2).num_accelerators() == {"GPU": 2}
-    assert create_resolver(topology, num_gpus=0).num_accelerators() == {}
-    assert create_resolver(topology, num_gpus=0).task_id == 1
+    resolvers = {num: create_resolver(topology, topology.addresses, num_gpus=num) for num in (0, 2)}
+    assert resolvers[2].num_accelerators() == {"GPU": 2}
+    assert resolvers[0].num_accelerators() == {}
+    assert resolvers[0].task_id == 1

@@ -3,10 +3,11 @@ import threading
 import time
 
 import pytest
+from conftest import free_ports
 
 from mnist_dist import rendezvous
 from mnist_dist.errors import UserError
-from mnist_dist.rendezvous import check_own_port, exchange
+from mnist_dist.rendezvous import check_own_port, exchange, exchange_addresses, free_port
 from mnist_dist.topology import Topology
 
 
@@ -86,6 +87,67 @@ def test_a_port_in_use_is_an_answer(addresses):
     with socket.create_server(("", int(addresses[0].split(":")[1]))), pytest.raises(UserError) as error:
         check_own_port(topology)
     assert f"{addresses[0]}: cannot listen there" in str(error.value)
+
+
+def start_under_slurm(num_ranks, contacts, *, job="7"):
+    """Let so many ranks exchange their names twice, and their addresses in between."""
+    outcomes = {}
+
+    def one(rank):
+        topology = Topology(
+            "slurm", rank, num_ranks, hosts=("127.0.0.1",) * num_ranks, contacts=tuple(contacts), step=job
+        )
+        first = exchange(f"{job} {rank}", topology=topology, timeout_s=20)
+        addresses = exchange_addresses(topology, timeout_s=20)
+        outcomes[rank] = (first, addresses, exchange(f"{job} {rank} again", topology=topology, timeout_s=20, topic="x"))
+
+    threads = [threading.Thread(target=one, args=[rank]) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    return threads, outcomes
+
+
+def check_outcomes(threads, outcomes, *, job):
+    for thread in threads:
+        thread.join(40)
+        assert not thread.is_alive()
+    num_ranks = len(threads)
+    assert set(outcomes) == set(range(num_ranks))
+    for first, addresses, second in outcomes.values():
+        assert first == [f"{job} {rank}" for rank in range(num_ranks)]
+        assert second == [f"{job} {rank} again" for rank in range(num_ranks)]
+        assert addresses == outcomes[0][1]
+        assert len(set(addresses)) == num_ranks
+
+
+def test_many_ranks_of_a_host_have_ports_of_their_own(addresses):
+    check_outcomes(*start_under_slurm(20, addresses[:1]), job="7")
+
+
+def test_two_jobs_with_the_same_contacts_do_not_mix():
+    contacts = [f"127.0.0.1:{port}" for port in free_ports(3)]
+    one, other = start_under_slurm(3, contacts, job="1"), start_under_slurm(3, contacts, job="2")
+    check_outcomes(*one, job="1")
+    check_outcomes(*other, job="2")
+
+
+def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
+    monkeypatch.setattr(rendezvous, "_READ_TIMEOUT_S", 0.3)
+    with socket.create_server(("", 0)) as mute:
+        contacts = [f"127.0.0.1:{mute.getsockname()[1]}", addresses[0]]
+        check_outcomes(*start_under_slurm(2, contacts), job="7")
+
+
+def test_a_missing_rank_of_slurm_is_named_with_its_node(addresses):
+    topology = Topology("slurm", 0, 2, hosts=("127.0.0.1", "far"), contacts=(addresses[0],), step="7")
+    with pytest.raises(UserError, match=r"^rank 1 \(far\) did not come within 0 s"):
+        exchange("x", topology=topology, timeout_s=0.3)
+
+
+def test_a_free_port_is_held_and_given_back():
+    with free_port() as port, pytest.raises(OSError):
+        socket.create_server(("", port))
+    socket.create_server(("", port)).close()
 
 
 def test_over_horovodruns_store():

@@ -1,5 +1,6 @@
 """Placement and collectives: one interface (`base.Strategy`), one implementation a backend, and the choice of one."""
 
+import importlib.util
 import logging
 
 import tensorflow as tf
@@ -25,7 +26,8 @@ def create_strategy(config: StrategyConfig, topology: Topology, *, num_gpus: int
     Raises:
         UserError: it does not fit the launched processes or the devices, or something it needs is missing.
     """
-    name, reason = choose_strategy(config.name, topology, num_gpus=num_gpus)
+    has_horovod = importlib.util.find_spec("horovod") is not None
+    name, reason = choose_strategy(config.name, topology, num_gpus=num_gpus, has_horovod=has_horovod)
     if config.num_replicas is not None and name != "mirrored":
         raise UserError(
             f"strategy.num_replicas={config.num_replicas}: is for strategy=mirrored; with strategy={name} the number "
@@ -40,15 +42,15 @@ def create_strategy(config: StrategyConfig, topology: Topology, *, num_gpus: int
     if name == "multiworker":
         from mnist_dist.strategy.multiworker import MultiWorker
 
-        return MultiWorker(topology=topology)
+        return MultiWorker(topology=topology, timeout_s=config.start_timeout_s)
     if name == "horovod":
         from mnist_dist.strategy.horovod import Horovod
 
-        return Horovod(topology=topology)
+        return Horovod(topology=topology, timeout_s=config.start_timeout_s)
     return SingleDevice()
 
 
-def choose_strategy(name: str, topology: Topology, *, num_gpus: int) -> tuple[str, str]:
+def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod: bool) -> tuple[str, str]:
     """The strategy's name and why it is this one.
 
     Raises:
@@ -56,30 +58,36 @@ def choose_strategy(name: str, topology: Topology, *, num_gpus: int) -> tuple[st
     """
     several = topology.world_size > 1
     if name == "auto":
-        return _choose_automatically(topology, num_gpus=num_gpus)
+        return _choose_automatically(topology, num_gpus=num_gpus, has_horovod=has_horovod)
     if several and name in ("single", "mirrored"):
         raise UserError(
             f"strategy={name}: is for one process, but {topology.launcher} started {topology.world_size}; "
             "say strategy=horovod or strategy=multiworker, or start one process"
+            + (" (slurm/train.sh does: #SBATCH --nodes=1)" if topology.slurm else "")
         )
-    if several and name == "multiworker" and not topology.addresses:
+    if several and name == "multiworker" and topology.launcher == "horovod":
         raise UserError(
             "strategy=multiworker: horovodrun started the processes, and does not tell their addresses; "
             "say strategy=horovod, or set TF_CONFIG in place of using horovodrun"
         )
-    if several and name == "horovod" and topology.launcher != "horovod":
+    if several and name == "horovod" and topology.launcher == "tf_config":
         raise UserError(
-            f"strategy=horovod: the processes were started by {topology.launcher}; start them with horovodrun, "
+            "strategy=horovod: the processes were started by tf_config; start them with horovodrun or srun, "
             "or say strategy=multiworker"
         )
     return name, "as configured"
 
 
-def _choose_automatically(topology: Topology, *, num_gpus: int) -> tuple[str, str]:
+def _choose_automatically(topology: Topology, *, num_gpus: int, has_horovod: bool) -> tuple[str, str]:
     if topology.launcher == "horovod":
         return "horovod", "HOROVOD_RANK is set"
     if topology.world_size > 1:
-        return "multiworker", f"{topology.world_size} processes were started by {topology.launcher}"
+        started = f"{topology.world_size} processes were started by {topology.launcher}"
+        if not topology.addresses:  # Slurm's: Horovod can start among them too
+            if has_horovod:
+                return "horovod", f"{started}, and Horovod is installed"
+            return "multiworker", f"{started}, and Horovod is not installed"
+        return "multiworker", started
     if num_gpus >= 2:
         return "mirrored", f"one process, {num_gpus} GPUs"
     return "single", f"one process, {num_gpus} GPU" + ("" if num_gpus else "s: training on the CPU")

@@ -3,13 +3,18 @@
 `horovod.tensorflow.keras` must not be used: under Keras 3 its optimizer silently does not reduce.
 """
 
+import contextlib
+import fcntl
 import os
+import socket
+import struct
 from typing import Any
 
 import tensorflow as tf
 
 from mnist_dist.errors import UserError
 from mnist_dist.gpus import own_share
+from mnist_dist.rendezvous import exchange
 from mnist_dist.strategy.base import Array, SingleDevice
 from mnist_dist.topology import Topology
 
@@ -39,13 +44,16 @@ class Horovod(SingleDevice):
 
     name = "horovod"
 
-    def __init__(self, *, topology: Topology) -> None:
+    def __init__(self, *, topology: Topology, timeout_s: float) -> None:
+        """Start Horovod; where horovodrun did not launch the processes, do its part within `timeout_s` seconds."""
         self._hvd = load_horovod()
         gpus = tf.config.list_physical_devices("GPU")
         if gpus:
             tf.config.set_visible_devices(gpus[own_share(len(gpus), topology)[0]], "GPU")
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
+        if topology.hosts:
+            self._server = _launch(topology, timeout_s=timeout_s)
         self._hvd.init()
         super().__init__()
         self.num_replicas = self._hvd.size()
@@ -66,6 +74,72 @@ class Horovod(SingleDevice):
         """Horovod's all-gather."""
         gathered = self._hvd.allgather(rows, name=_name("gather", rows))
         return tf.ensure_shape(gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]])
+
+
+def _launch(topology: Topology, *, timeout_s: float) -> Any:
+    """What horovodrun does for its processes, done by themselves: with no MPI and no ssh.
+
+    Rank 0 serves Horovod's own store, in which the others look up each other's addresses, and tells where.
+    """
+    hosts = topology.hosts
+    server, port = None, ""
+    if topology.is_chief:
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+        from horovod.runner.http.http_server import RendezvousServer
+
+        server = RendezvousServer()
+        port = str(server.start())
+        slots = ",".join(f"{host}:{hosts.count(host)}" for host in dict.fromkeys(hosts))
+        server.init(get_host_assignments(parse_hosts(slots), topology.world_size))
+    port = exchange(port, topology=topology, timeout_s=timeout_s, topic="horovod")[0]
+    os.environ.update(describe_process(topology))
+    os.environ.update(HOROVOD_GLOO_RENDEZVOUS_ADDR=_resolve(hosts[0]), HOROVOD_GLOO_RENDEZVOUS_PORT=port)
+    # The network between the nodes, if there are several; the user knows better where there is more than one.
+    far = next((host for host in hosts if host != hosts[topology.rank]), hosts[0])
+    if interface := interface_towards(_resolve(far)):
+        os.environ.setdefault("HOROVOD_GLOO_IFACE", interface)
+    return server
+
+
+def describe_process(topology: Topology) -> dict[str, str]:
+    """Horovod's variables for one process, all of which know the hosts of all."""
+    own = topology.hosts[topology.rank]
+    # The nodes that have a process of this local rank: with other numbers of processes not all have.
+    nodes = [host for host in dict.fromkeys(topology.hosts) if topology.hosts.count(host) > topology.local_rank]
+    return {
+        "HOROVOD_RANK": str(topology.rank),
+        "HOROVOD_SIZE": str(topology.world_size),
+        "HOROVOD_LOCAL_RANK": str(topology.local_rank),
+        "HOROVOD_LOCAL_SIZE": str(topology.local_size),
+        "HOROVOD_CROSS_RANK": str(nodes.index(own)),
+        "HOROVOD_CROSS_SIZE": str(len(nodes)),
+        "HOROVOD_HOSTNAME": own,
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+    }
+
+
+def _resolve(host: str) -> str:
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(host)
+    return host
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface over which this machine reaches another; None if it cannot be told.
+
+    Gloo takes by default the one that this machine's own name stands for, which often is the loopback.
+    """
+    ask_for_address = 0x8915  # SIOCGIFADDR of Linux
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((address, 9))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(probe.fileno(), ask_for_address, struct.pack("256s", name.encode()[:15]))
+                if answer[20:24] == own:
+                    return name
+    return None
 
 
 def _name(operation: str, tensor: tf.Tensor) -> str:

@@ -1,8 +1,11 @@
 """Several processes by TensorFlow alone: `tf.distribute.MultiWorkerMirroredStrategy`."""
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from mnist_dist.gpus import own_share
+from mnist_dist.rendezvous import exchange_addresses
 from mnist_dist.strategy.mirrored import DistributeStrategy
 from mnist_dist.topology import Topology
 
@@ -12,19 +15,22 @@ class MultiWorker(DistributeStrategy):
 
     name = "multiworker"
 
-    def __init__(self, *, topology: Topology) -> None:
+    def __init__(self, *, topology: Topology, timeout_s: float) -> None:
+        """Start TensorFlow's servers, once all processes have told their addresses, within `timeout_s` seconds."""
         gpus = tf.config.list_physical_devices("GPU")
         own = [gpus[index] for index in own_share(len(gpus), topology)]
         if gpus:
             tf.config.set_visible_devices(own, "GPU")
-        super().__init__(
-            tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=create_resolver(topology, num_gpus=len(own)))
-        )
+        addresses = exchange_addresses(topology, timeout_s=timeout_s)
+        resolver = create_resolver(topology, addresses, num_gpus=len(own))
+        super().__init__(tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver))
 
 
-def create_resolver(topology: Topology, *, num_gpus: int) -> tf.distribute.cluster_resolver.ClusterResolver:
+def create_resolver(
+    topology: Topology, addresses: Sequence[str], *, num_gpus: int
+) -> tf.distribute.cluster_resolver.ClusterResolver:
     """What TensorFlow is told of the job; without the number of GPUs it would train on the CPU."""
-    workers = {"worker": list(topology.addresses)} if topology.world_size > 1 else {}
+    workers = {"worker": list(addresses)} if topology.world_size > 1 else {}
     return tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec(workers),
         task_type="worker",

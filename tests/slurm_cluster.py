@@ -1,0 +1,202 @@
+"""A Slurm cluster of two nodes with two pretended GPUs each, all on this machine, for any user.
+
+It needs Debian's packages `slurm-wlm` and `munge` to be installed, and nothing of them configured or running: key,
+sockets, ports and state are the cluster's own, in a folder of its own, and what was started is what is stopped.
+
+    python3 tests/slurm_cluster.py            # a shell in which sbatch, srun, squeue talk to the cluster
+    python3 tests/slurm_cluster.py COMMAND    # or one command
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+# Names that every machine resolves, to itself.
+NODES = ("127.0.0.1", "127.0.0.2")
+_START_S = 60
+_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+_SLURM_CONF = """\
+ClusterName=mnist-dist-test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_min_interval=0
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SlurmdParameters=config_overrides
+MinJobAge=300
+KillWait=10
+GresTypes=gpu
+{nodes}
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
+"""
+
+
+def missing_programs() -> list[str]:
+    """What of Slurm and MUNGE is not installed."""
+    return [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
+
+
+@contextlib.contextmanager
+def run_cluster() -> Iterator[dict[str, str]]:
+    """Start the cluster; yields the environment variables for those who use it, and stops it afterwards."""
+    # A short path, as a socket's may have 107 characters only.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    processes: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
+    for name in [name for name in environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+        del environment[name]  # of a job in which this runs
+
+    def start(*command: object) -> None:
+        log = (folder / f"{command[0]}.out").open("ab")
+        program = shutil.which(str(command[0]), path=_PATH) or str(command[0])
+        # Should this process be killed, they end too.
+        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        arguments = [*guard, program, *map(str, command[1:])]
+        # In a session of its own, so that Ctrl-C at the terminal leaves the order of stopping to us.
+        processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log, start_new_session=True))
+
+    try:
+        _configure(folder)
+        start(
+            *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={folder / 'munge.key'}"),
+            *(f"--{name}-file={folder / f'munge.{name}'}" for name in ("pid", "log", "seed")),
+            f"--socket={folder / 'munge.socket'}",
+        )
+        _wait_for(lambda: (folder / "munge.socket").exists(), "munged", folder)
+        start("slurmctld", "-D", "-c")
+        for node in NODES:
+            start("slurmd", "-D", "-N", node)
+        _wait_for(lambda: _idle_nodes(environment) == len(NODES), "the nodes", folder)
+        yield environment
+    finally:
+        # Also a job that was submitted a moment ago.
+        deadline = time.monotonic() + 15
+        while _num_jobs(environment) and time.monotonic() < deadline:
+            subprocess.run(["scancel", f"--user={os.getuid()}"], env=environment, timeout=30, check=False)
+            time.sleep(0.5)
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(processes):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pid in _users_of(environment["SLURM_CONF"]):  # what a job has left
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _configure(folder: Path) -> None:
+    folder.chmod(0o711)  # munged wants its clients to reach the socket
+    (folder / "state").mkdir()
+    key = folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(128))
+    ctld_port, *node_ports = _free_ports(1 + len(NODES))
+    host = socket.gethostname()
+    nodes = [
+        # More cores than a small machine has: two nodes, and jobs side by side. config_overrides allows it.
+        f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port}"
+        " CPUs=8 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+        for node, port in zip(NODES, node_ports, strict=True)
+    ]
+    content = _SLURM_CONF.format(
+        host=host, user=os.getuid(), folder=folder, ctld_port=ctld_port, nodes="\n".join(nodes)
+    )
+    (folder / "slurm.conf").write_text(content)
+    # Two device files that are everywhere; nothing opens them.
+    gres = [f"NodeName={node} Name=gpu File={file}" for node in NODES for file in ("/dev/null", "/dev/zero")]
+    (folder / "gres.conf").write_text("\n".join(gres) + "\n")
+
+
+def _idle_nodes(environment: dict[str, str]) -> int:
+    command = ["sinfo", "--noheader", "--Node", "--states=idle", "--responding", "--format=%N"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return len(result.stdout.split())
+
+
+def _num_jobs(environment: dict[str, str]) -> int:
+    if not Path(environment["SLURM_CONF"]).exists():
+        return 0
+    try:
+        result = subprocess.run(["squeue", "--noheader"], env=environment, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:  # no cluster that could say
+        return 0
+    return len(result.stdout.splitlines())
+
+
+def _users_of(slurm_conf: str) -> list[int]:
+    """Processes of this user whose cluster is the one of this file; not this process, which never sets it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"SLURM_CONF={slurm_conf}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _wait_for(condition: Callable[[], bool], what: str, folder: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = [
+                f"== {path.name}\n{path.read_text()[-3000:]}" for path in [*folder.glob("*.log"), *folder.glob("*.out")]
+            ]
+            raise RuntimeError(f"waited {_START_S} s in vain for {what}\n" + "\n".join(logs))
+        time.sleep(0.2)
+
+
+def _free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [server.getsockname()[1] for server in servers]
+
+
+def main() -> int:
+    if missing := missing_programs():
+        print(
+            f"not installed: {', '.join(missing)}; Debian and Ubuntu: apt-get install slurm-wlm munge", file=sys.stderr
+        )
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the cluster on the way out
+    with run_cluster() as environment:
+        command = sys.argv[1:] or [os.environ.get("SHELL", "/bin/sh")]
+        if not sys.argv[1:]:
+            print("A cluster of two nodes; it ends with this shell. Try: sinfo", file=sys.stderr)
+        return subprocess.run(command, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
