@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "mnist_dist"
 LAYERS = [
     ["__init__", "errors"],
     ["files", "history", "metrics", "topology", "reference"],
-    ["rendezvous", "gpus"],
+    ["rendezvous", "gpus", "checkpoint"],
     ["config", "console", "agreement"],
     ["data.formats"],
     ["data.sources", "data.digits"],
@@ -42,6 +42,7 @@ FORBIDDEN = {
     "data": ["dropout", "model", "optimizer", "strategy", "steps"],
     "model": ["data", "strategy", "topology"],
     "strategy": ["data", "model", "steps", "optimizer"],
+    "checkpoint": ["topology", "rendezvous", "gpus"],
     "trainer": ["strategy", "steps", "model", "artifacts", "plots"],
     "plots": ["strategy", "steps", "model"],
     "artifacts": ["strategy", "steps", "model"],
