@@ -95,19 +95,18 @@ class Checkpoint:
 class CheckpointFolder:
     """The checkpoint files of one run, `epoch-00007.ckpt`: the newest ones, and the best by validation accuracy."""
 
-    def __init__(self, path: Path, *, keep: int) -> None:
-        """Use the folder `path`, which need not exist, for the `keep` newest checkpoints and the best one."""
+    def __init__(self, path: Path) -> None:
+        """Use the folder `path`, which need not exist."""
         self.path = path
-        self._keep = keep
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then remove those that are not kept; raises OSError, and then has removed none."""
+    def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
+        """Write a checkpoint, then remove all but the `keep` newest and the best; raises OSError, then removes none."""
         progress = checkpoint.progress
         write_atomically(self._file(progress.epoch), checkpoint.to_bytes())
         epochs = self._epochs()
         rows = [row for row in progress.history.epochs if row.epoch in epochs]
         # What is left of later epochs could not be read when the run went on, and these are trained again.
-        kept = {row.epoch for row in rows[-self._keep :]} | {best_of(rows).epoch}
+        kept = {row.epoch for row in rows[-keep:]} | {best_of(rows).epoch}
         for epoch in set(epochs) - kept:
             self._file(epoch).unlink(missing_ok=True)
         remove_temporaries(self.path)

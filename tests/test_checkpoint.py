@@ -36,9 +36,9 @@ def names(folder: CheckpointFolder) -> list[str]:
 @pytest.fixture
 def folder(tmp_path) -> CheckpointFolder:
     """With the checkpoints of epochs 1 to 3."""
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=3)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
     for epoch in (1, 2, 3):
-        folder.save(make(epoch))
+        folder.save(make(epoch), keep=3)
     return folder
 
 
@@ -47,22 +47,22 @@ def test_reads_back_to_the_same_bits(folder):
 
 
 def test_there_may_be_none(tmp_path):
-    assert CheckpointFolder(tmp_path / "checkpoints", keep=3).load_newest() is None
+    assert CheckpointFolder(tmp_path / "checkpoints").load_newest() is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     accuracies = {1: 0.5, 2: 0.9, 3: 0.6, 4: 0.9, 5: 0.7, 6: 0.8, 7: 0.1}
-    folder = CheckpointFolder(tmp_path, keep=2)
+    folder = CheckpointFolder(tmp_path)
     for epoch in accuracies:
-        folder.save(make(epoch, val_accuracy=accuracies.get))
+        folder.save(make(epoch, val_accuracy=accuracies.get), keep=2)
     assert names(folder) == ["epoch-00002.ckpt", "epoch-00006.ckpt", "epoch-00007.ckpt"]
 
 
 def test_not_every_epoch_need_be_saved(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=2)
+    folder = CheckpointFolder(tmp_path)
     for epoch in (5, 10, 15):
-        folder.save(make(epoch))
-    assert names(folder) == ["epoch-00010.ckpt", "epoch-00015.ckpt"]
+        folder.save(make(epoch), keep=1)
+    assert names(folder) == ["epoch-00015.ckpt"]
 
 
 DAMAGES = {
@@ -92,7 +92,7 @@ def test_a_damaged_one_is_named_and_an_earlier_one_is_used(damage, folder, logge
     (line,) = logged()
     assert line.startswith(f"{newest} cannot be used: ")
     assert "\n" not in line
-    folder.save(make(3))  # the run goes on
+    folder.save(make(3), keep=3)  # the run goes on
     assert_same(folder.load_newest(), make(3))
     assert len(logged()) == 1
 
@@ -120,14 +120,14 @@ def test_a_missing_one_is_no_news(folder, logged):
 
 def test_damaged_ones_of_later_epochs_go_when_the_run_goes_on(folder):
     (folder.path / "epoch-00003.ckpt").write_bytes(b"")
-    folder.save(make(2))
+    folder.save(make(2), keep=3)
     assert names(folder) == ["epoch-00001.ckpt", "epoch-00002.ckpt"]
 
 
 def test_other_files_are_left_alone(folder):
     for name in ("epoch-x.ckpt", "notes.txt"):
         (folder.path / name).touch()
-    folder.save(make(4))
+    folder.save(make(4), keep=3)
     assert {"epoch-x.ckpt", "notes.txt"} < set(names(folder))
 
 
@@ -139,7 +139,7 @@ def test_a_failure_while_saving_leaves_all_earlier_ones(function, folder, monkey
     with monkeypatch.context() as broken:
         broken.setattr(files.os, function, fail)
         with pytest.raises(OSError, match="No space left"):
-            folder.save(make(4))
+            folder.save(make(4), keep=3)
     assert names(folder) == [f"epoch-0000{epoch}.ckpt" for epoch in (1, 2, 3)]
     assert_same(folder.load_newest(), make(3))
 
@@ -156,7 +156,7 @@ def test_killed_at_any_moment_of_a_save(folder):
                     os._exit(9)
 
             sys.addaudithook(watch)
-            folder.save(make(4))
+            folder.save(make(4), keep=3)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         newest = folder.load_newest()
@@ -170,6 +170,6 @@ def test_killed_at_any_moment_of_a_save(folder):
 
 
 def test_a_history_of_many_epochs(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=1)
-    folder.save(make(2000, val_accuracy=lambda epoch: 1 / 3))
+    folder = CheckpointFolder(tmp_path)
+    folder.save(make(2000, val_accuracy=lambda epoch: 1 / 3), keep=1)
     assert_same(folder.load_newest(), make(2000, val_accuracy=lambda epoch: 1 / 3))

@@ -27,7 +27,7 @@ LAYERS = [
     ["steps"],
     ["trainer", "plots", "artifacts"],
     ["training"],
-    ["explain"],
+    ["explain", "resuming"],
     ["cli"],
     ["benchmark"],
     ["benchmark.protocol", "benchmark.guard", "benchmark.machine", "benchmark.contenders"],
