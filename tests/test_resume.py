@@ -315,11 +315,11 @@ def test_the_whole_state_goes_on(more, train, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MB in memory, which takes the rights of root."""
+    """A file system of 10 MB in memory, which takes the rights of root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", folder], capture_output=True, text=True, check=False
     )
     if mounted.returncode != 0:
         reason = f"a tmpfs cannot be mounted: {mounted.stderr.strip()}"
@@ -335,10 +335,12 @@ def test_the_disk_is_full_while_saving(small_disk, uninterrupted, train, start, 
     free = os.statvfs(small_disk)
     with contextlib.suppress(OSError):
         (small_disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize))
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     lines = process.output.read_text().splitlines()
     (line,) = [
-        line for line in lines if not line.startswith(("Epoch ", "Data:", "Run f", "Model:", "Dev", "Bat", "Rep"))
+        line
+        for line in lines
+        if not line.startswith(("Epoch ", "Data:", "Strategy:", "Run f", "Model:", "Dev", "Bat", "Rep"))
     ]
     assert line.startswith(f"error: {folder}/")
     assert "cannot be written (No space left on device); what was written before is kept." in line
