@@ -19,6 +19,8 @@ class Report:
     """UUIDs of the GPUs that it will use; no other rank may use them."""
     is_finished: bool = False
     """Whether the run folder holds this run, finished; what the chief says counts."""
+    progress: str = ""
+    """The checkpoint that the run goes on from (`Progress.to_json`), if any; what the chief says counts."""
     error: str | None = None
     """Why it cannot take part."""
 

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,15 +17,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
 from mnist_dist.config import DataConfig, TrainConfig, training_keys
 from mnist_dist.data.preprocess import SplitName
-from mnist_dist.errors import UserError
-from mnist_dist.files import check_writable, write_atomically
+from mnist_dist.errors import TrainingFailed, UserError
+from mnist_dist.files import check_writable, describe_os_error, remove_temporaries, write_atomically
 from mnist_dist.history import History, to_csv
 from mnist_dist.metrics import EvaluationSums
 
 if TYPE_CHECKING:
     import keras
+
+DATA_DIGEST = "data.sha256"
+"""The name under which the digest of the data stands beside the keys that a training depends on."""
 
 
 class RunFolder:
@@ -57,11 +61,15 @@ class RunFolder:
         return self.path / "model.keras"
 
     @property
-    def is_finished(self) -> bool:
-        """Whether a run came to its end here; its results are never overwritten."""
-        return self._is_writer and self._path("summary.json").is_file()
+    def checkpoints(self) -> CheckpointFolder:
+        """The states to go on from."""
+        return CheckpointFolder(self._path("checkpoints"))
 
-    def check_usable(self) -> None:
+    def is_finished(self, *, num_epochs: int) -> bool:
+        """Whether a run came to its end here, with at least `num_epochs`; raises UserError if that cannot be told."""
+        return self._num_finished_epochs() >= num_epochs
+
+    def check_usable(self, *, may_resume: bool = True) -> None:
         """Raise UserError unless this is (or can become) a run folder that can be written; leaves nothing behind."""
         if not self._is_writer:
             return
@@ -70,22 +78,50 @@ class RunFolder:
                 raise UserError(
                     f"run_dir={self.path}: this folder is not empty and is not a run folder; name another one"
                 )
+            if not may_resume and self._is_started:
+                raise UserError(
+                    f"resume=never: {self.path} holds a run already; name another run_dir, or go on with resume=auto"
+                )
             check_writable(self.path)
         except OSError as error:
             raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror or error}") from error
 
-    def check_same_training(self, config: TrainConfig, *, dataset_sha256: str) -> None:
-        """Raise UserError if the folder holds a run of another training, naming the keys that differ."""
-        if not self._is_writer or not self._path("config.yaml").is_file():
+    def load_checkpoint(self, *, num_epochs: int) -> Checkpoint | None:
+        """The newest intact checkpoint, None if there is none; a warning names those that are damaged.
+
+        Raises:
+            UserError: it has more than `num_epochs`, or there is none of a finished run, which is not trained again.
+        """
+        if not self._is_writer:
+            return None
+        checkpoint = self.checkpoints.load_newest()
+        if checkpoint is not None and checkpoint.progress.epoch > num_epochs:
+            raise UserError(
+                f"trainer.epochs={num_epochs}: the run in {self.path} has {checkpoint.progress.epoch} already; "
+                "ask for at least as many, or name another run_dir"
+            )
+        if checkpoint is None and (finished := self._num_finished_epochs()):
+            raise UserError(
+                f"trainer.epochs={num_epochs}: the run in {self.path} is finished after {finished}, and no checkpoint "
+                "to go on from is left; name another run_dir"
+            )
+        return checkpoint
+
+    def check_same_training(self, config: TrainConfig, *, dataset_sha256: str, progress: Progress | None) -> None:
+        """Raise UserError if the folder, or the checkpoint of `progress`, is of another training, naming the keys."""
+        if not self._is_started:
             return
         theirs, ours = training_keys(self.read_config()), training_keys(asdict(config))
+        if progress is not None:
+            theirs |= progress.training
         different = [
             f"{key} was {theirs.get(key)}, is now {ours.get(key)}"
-            for key in sorted({*theirs, *ours})
-            # Where the training runs is free, and what is still `auto` is not known yet.
-            if theirs.get(key) != ours.get(key) and not key.startswith("strategy.") and ours.get(key) != "auto"
+            for key in sorted({*theirs, *ours} - {DATA_DIGEST})
+            # What is still `auto` is not known yet.
+            if theirs.get(key) != ours.get(key) and ours.get(key) != "auto"
         ]
-        if self.is_finished and (theirs_sha256 := self.read_data_sha256()) != dataset_sha256:
+        theirs_sha256 = theirs.get(DATA_DIGEST) or (self.read_data_sha256() if self._num_finished_epochs() else None)
+        if theirs_sha256 not in (None, dataset_sha256):
             different.append(f"the data was {theirs_sha256[:12]}..., is now {dataset_sha256[:12]}...")
         if different:
             raise UserError(
@@ -120,16 +156,14 @@ class RunFolder:
 
     def read_data_sha256(self) -> str:
         """The digest of that data, from `summary.json`; raises UserError if there is none or it is damaged."""
-        try:
-            return str(json.loads(self._path("summary.json").read_text())["dataset"]["sha256"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"run_dir={self.path}: no finished run here: summary.json: {error}") from error
+        return str(self._read_summary("dataset", "sha256"))
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run when it is passed back."""
         if not self._is_writer:
             return
         self.reserve()
+        remove_temporaries(self.path)  # of a run that was killed
         # The choices first, so that Hydra finds their schemas; then every value.
         defaults = [
             "schema/train@_global_",
@@ -162,6 +196,12 @@ class RunFolder:
                 return
             self.path = named.with_name(f"{named.name}_{number}")
 
+    def save_checkpoint(self, create: Callable[[], Checkpoint], *, keep: int) -> None:
+        """Write the checkpoint that `create` returns; `keep` of the newest ones stay, and the best."""
+        if self._is_writer:
+            with self._failing_in_words("checkpoints"):
+                self.checkpoints.save(create(), keep=keep)
+
     def write_history(self, history: History) -> None:
         """Write `history.csv`."""
         self._write("history.csv", to_csv(history).encode())
@@ -188,9 +228,43 @@ class RunFolder:
     def _path(self, name: str) -> Path:
         return self.path / name
 
+    @property
+    def _is_started(self) -> bool:
+        return self._is_writer and self._path("config.yaml").is_file()
+
+    def _num_finished_epochs(self) -> int:
+        """Epochs of the run that came to its end here; 0 if none did."""
+        if not self._is_writer or not self._path("summary.json").is_file():
+            return 0
+        epochs = self._read_summary("epochs_completed")
+        if not isinstance(epochs, int):
+            raise UserError(f"run_dir={self.path}: summary.json: epochs_completed is {epochs}, not a number")
+        return epochs
+
+    def _read_summary(self, *keys: str) -> Any:
+        try:
+            value = json.loads(self._path("summary.json").read_text())
+            for key in keys:
+                value = value[key]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"run_dir={self.path}: no finished run here: summary.json: {error}") from error
+        return value
+
     def _write(self, name: str, content: bytes) -> None:
         if self._is_writer:
-            write_atomically(self._path(name), content)
+            with self._failing_in_words(name):
+                write_atomically(self._path(name), content)
+
+    @contextlib.contextmanager
+    def _failing_in_words(self, name: str) -> Iterator[None]:
+        """Turn an OSError, of a disk that is full for example, into TrainingFailed."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingFailed(
+                f"{self._path(name)} cannot be written ({describe_os_error(error)}); what was written before is kept. "
+                "Mend this, then run the same command again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -211,6 +285,7 @@ def build_summary(
     results: Mapping[SplitName, EvaluationSums],
     weights_sha256: str,
     timing: Timing,
+    resumed_from_epochs: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The content of `summary.json`; `placement` says where the training ran."""
     epoch_s = history.column("epoch_s")
@@ -236,7 +311,7 @@ def build_summary(
             "median_epoch_s": statistics.median(epoch_s),
             "total_s": timing.total_s,
         },
-        "resumed_from_epochs": [],
+        "resumed_from_epochs": list(resumed_from_epochs),
         "versions": installed_versions(),
     }
 

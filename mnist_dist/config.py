@@ -295,6 +295,20 @@ class TrainerConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What is kept of the training while it runs, to go on from."""
+
+    every_epochs: int = MISSING
+    """A checkpoint after so many epochs, and after the last one."""
+    keep: int = MISSING
+    """How many of the newest are kept; the best by validation accuracy is kept besides."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "must be at least 1")
+        _check(self.keep > 0, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclass
 class PlotsConfig:
     """The pictures."""
 
@@ -329,6 +343,9 @@ class TrainConfig:
     """auto | exact | fast; auto is exact on CPUs and fast on GPUs."""
     threads: ThreadsConfig = MISSING
     trainer: TrainerConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    resume: str = MISSING
+    """auto | never: whether to go on with a run that was started in `run_dir`."""
     plots: PlotsConfig = MISSING
     console: ConsoleConfig = MISSING
 
@@ -338,6 +355,7 @@ class TrainConfig:
         _check(
             self.reproducibility in choices, "reproducibility", self.reproducibility, f"must be {', '.join(choices)}"
         )
+        _check(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
 
 
 @dataclass
@@ -422,13 +440,24 @@ _SCHEMAS: dict[tuple[str, str], type] = {
 }
 
 
-# Keys that may differ between two commands that train the same thing, and between the processes of one job.
-_FREE_KEYS = ("run_dir", "plots.", "console.", "threads.", "data.path", "data.cache_dir", "data.keras_home")
+# Keys that may differ between the processes of one job.
+_FREE_IN_A_JOB = ("run_dir", "plots.", "console.", "threads.", "data.path", "data.cache_dir", "data.keras_home")
+# Keys that may differ between two commands of one run: they do not alter what an epoch makes of the weights.
+_FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.epochs", "checkpoint.", "resume")
 
 
-def training_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+def job_keys(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a configuration (as nested mappings) that all processes of a job must share, dotted."""
+    return _select(tree, without=_FREE_IN_A_JOB)
+
+
+def training_keys(tree: Mapping[str, Any]) -> dict[str, str]:
     """The keys of a configuration (as nested mappings) that its training depends on, dotted."""
-    return {key: value for key, value in _flatten(tree).items() if not key.startswith(_FREE_KEYS)}
+    return _select(tree, without=_FREE_IN_A_RUN)
+
+
+def _select(tree: Mapping[str, Any], *, without: tuple[str, ...]) -> dict[str, str]:
+    return {key: str(value) for key, value in _flatten(tree).items() if not key.startswith(without)}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,18 @@ class _TerminalHandler(logging.Handler):
         _terminal.print(self.format(record), style=style)
 
 
+class _LogFile(logging.FileHandler):
+    """Lines to the end of a file; what does not fit on its disk is on the terminal only."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the standard library's name)
+        """Say nothing: the disk is full, and what needs it more than the log ends the run with one clear line."""
+
+    def close(self) -> None:
+        """Close the file, whether or not its last lines can be written."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class Console:
     """The log of one run: the terminal from the start, and a file once there is a run folder."""
 
@@ -80,7 +92,7 @@ class Console:
         """Write all lines, those of before included, to the end of the file `path` as well."""
         if not self._is_chief:
             return
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _LogFile(path, encoding="utf-8")
         self._early.setTarget(file)
         self._early.close()  # hands over what it has kept
         _logger.removeHandler(self._early)

@@ -1,17 +1,20 @@
 """Writing files so that a reader, or a crash, never meets half of one."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_TEMPORARY = ".tmp"
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step, flushed to disk; creates the folder; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
@@ -25,6 +28,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `write_atomically` leaves in `folder` when its process is killed; for the only writer there."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name in `folder` outlast a power failure; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The metrics of every epoch, as a value."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 
@@ -48,7 +48,12 @@ class History:
     @property
     def best(self) -> EpochMetrics:
         """The epoch of the highest validation accuracy; the earliest of equals."""
-        return max(self.epochs, key=lambda row: (row.val_accuracy, -row.epoch))
+        return best_of(self.epochs)
+
+
+def best_of(rows: Iterable[EpochMetrics]) -> EpochMetrics:
+    """The row of the highest validation accuracy; the earliest of equals; raises ValueError for no rows."""
+    return max(rows, key=lambda row: (row.val_accuracy, -row.epoch))
 
 
 def to_csv(history: History) -> str:

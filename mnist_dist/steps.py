@@ -7,6 +7,7 @@ real examples of the global batch. A row without an example (index `PADDING`) ha
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from mnist_dist.model import FloatArray, Network
 from mnist_dist.optimizer import Optimizer
 from mnist_dist.precision import LossScale
 from mnist_dist.reduction import Reduction
-from mnist_dist.strategy.base import Strategy
+from mnist_dist.strategy.base import Array, Strategy
 
 EVALUATION_ROWS = 1024
 """Rows that are evaluated at once, at most: enough to keep any device busy, few enough for two cores' caches."""
@@ -54,14 +55,37 @@ def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float3
 class TrainState:
     """What training changes, all of it; one copy on every replica, and all copies are the same."""
 
-    def __init__(self, weights: FloatArray, *, optimizer: Optimizer, loss_scale: LossScale, strategy: Strategy) -> None:
-        self.weights = strategy.create_variable(weights)
-        self.slots = [strategy.create_variable(np.zeros_like(weights)) for _ in optimizer.slot_names]
-        self.global_step = strategy.create_variable(np.array(0, np.int64))
+    def __init__(
+        self,
+        weights: FloatArray,
+        *,
+        optimizer: Optimizer,
+        loss_scale: LossScale,
+        strategy: Strategy,
+        restored: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Create the variables, a collective: for a new training, or from rank 0's `restored` arrays (`to_arrays`)."""
+        self._strategy = strategy
+        self._variables: dict[str, tf.Variable] = {}
+
+        def create(name: str, initial: Array) -> tf.Variable:
+            value = initial if restored is None else restored[name]
+            if (value.dtype, value.shape) != (initial.dtype, initial.shape):
+                raise ValueError(f"{name} is {value.dtype}{value.shape}, not {initial.dtype}{initial.shape}")
+            self._variables[name] = strategy.create_variable(value)
+            return self._variables[name]
+
+        self.weights = create("weights", weights)
+        self.slots = [create(f"slot {name}", np.zeros_like(weights)) for name in optimizer.slot_names]
+        self.global_step = create("global_step", np.array(0, np.int64))
         # Steps whose gradient overflowed are steps, but no updates (mixed_float16 only).
-        self.num_updates = strategy.create_variable(np.array(0, np.int64))
-        self.loss_scale = strategy.create_variable(np.array(loss_scale.initial, np.float32))
-        self.good_steps = strategy.create_variable(np.array(0, np.int64))
+        self.num_updates = create("num_updates", np.array(0, np.int64))
+        self.loss_scale = create("loss_scale", np.array(loss_scale.initial, np.float32))
+        self.good_steps = create("good_steps", np.array(0, np.int64))
+
+    def to_arrays(self) -> dict[str, Array]:
+        """The values of all variables by name, as this process's first replica has them."""
+        return {name: self._strategy.read(variable) for name, variable in self._variables.items()}
 
 
 class TrainProgram:

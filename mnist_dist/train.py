@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist import __version__, cli
 from mnist_dist.agreement import Report, agree
-from mnist_dist.artifacts import RunFolder, Timing, build_summary
-from mnist_dist.config import TrainConfig, training_keys
+from mnist_dist.artifacts import DATA_DIGEST, RunFolder, Timing, build_summary
+from mnist_dist.checkpoint import Checkpoint, Progress
+from mnist_dist.config import TrainConfig, job_keys
 from mnist_dist.console import Console, progress
 from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
 from mnist_dist.gpus import own_uuids
+from mnist_dist.history import History
 from mnist_dist.metrics import weights_digest
 from mnist_dist.reference import Reference, load_reference
 from mnist_dist.rendezvous import check_own_port
+from mnist_dist.resuming import check_same_batches, settle, start_or_resume
 from mnist_dist.topology import Topology
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     if run_input is None:
         log.info("%s holds this run, finished: nothing to do", run_folder.path)
         return EXIT_OK
-    config, dataset, reference = run_input
+    config, dataset, reference, reached, checkpoint = run_input
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back. The other core
     # prepares the data meanwhile.
@@ -47,14 +50,16 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
         from mnist_dist.strategy import list_gpus
-        from mnist_dist.trainer import LogEpoch
+        from mnist_dist.trainer import EveryEpochs, LogEpoch
         from mnist_dist.training import build_training
 
         num_gpus = len(list_gpus())
     splits = preparing.result()
     log.info("Data: %s, %s", dataset.name, splits.describe())
-    training = build_training(config, topology, splits, num_gpus=num_gpus)
+    restored = checkpoint.state if checkpoint else None
+    training = build_training(config, topology, splits, num_gpus=num_gpus, restored=restored)
     config, strategy = training.config, training.strategy
+    check_same_batches(reached, training)
 
     run_folder.create(config)
     console.log_to(run_folder.log_path)
@@ -68,17 +73,25 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
 
     # The training.
     num_epochs = config.trainer.epochs
+    start = start_or_resume(reached, training, run_folder, dataset_sha256=dataset.sha256)
+
+    def save_checkpoint(history: History) -> None:
+        run_folder.save_checkpoint(
+            lambda: Checkpoint(replace(start, history=history), training.state.to_arrays()), keep=config.checkpoint.keep
+        )
+
     with progress("training") as show:
         trainer = training.create_trainer(
             actions=[
                 LogEpoch(num_epochs=num_epochs),
                 run_folder.write_history,
+                EveryEpochs(save_checkpoint, every_epochs=config.checkpoint.every_epochs, num_epochs=num_epochs),
                 lambda history: show(len(history.epochs), num_epochs),
             ],
         )
-        show(0, num_epochs)
+        show(start.epoch, num_epochs)
         startup_s = time.perf_counter() - started
-        history = trainer.fit(num_epochs=num_epochs)
+        history = trainer.fit(num_epochs=num_epochs, history=start.history)
 
     # The results.
     results = training.evaluate()
@@ -95,6 +108,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         results=results,
         weights_sha256=weights_digest(training.weights()),
         timing=Timing(startup_s=startup_s, total_s=time.perf_counter() - started),
+        resumed_from_epochs=start.resumed_from_epochs,
     )
     run_folder.write_json("summary.json", summary)
     log_results(summary, run_folder)
@@ -103,12 +117,16 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
 
 
 class RunInput(NamedTuple):
-    """What a run reads, the same on all processes."""
+    """What a run reads, the same on all processes but for the checkpoint."""
 
     config: TrainConfig
-    """With the name of the data in place of `auto`."""
+    """With the name of the data in place of `auto`, and with what each `auto` was in the run that goes on."""
     dataset: ImageDataset
     reference: Reference | None
+    reached: Progress | None
+    """How far the run has come that goes on, if one does."""
+    checkpoint: Checkpoint | None
+    """That of `reached`, on the chief."""
 
 
 def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> RunInput | None:
@@ -121,23 +139,29 @@ def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolde
     try:
         dataset, reference = load_input(config, topology, run_folder)
         config = replace(config, data=replace(config.data, name=dataset.name))
-        run_folder.check_same_training(config, dataset_sha256=dataset.sha256)
+        num_epochs = config.trainer.epochs
+        is_finished = run_folder.is_finished(num_epochs=num_epochs)
+        checkpoint = None if is_finished else run_folder.load_checkpoint(num_epochs=num_epochs)
+        reached = checkpoint.progress if checkpoint else None
+        run_folder.check_same_training(config, dataset_sha256=dataset.sha256, progress=reached)
         gpus = own_uuids(topology)
         facts = describe_training(config, dataset, num_gpus=len(gpus))
-        report = Report(facts=facts, gpus=gpus, is_finished=run_folder.is_finished)
+        report = Report(facts=facts, gpus=gpus, is_finished=is_finished, progress=reached.to_json() if reached else "")
     except UserError as error:
         with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
             agree(Report(error=str(error)), topology=topology, timeout_s=timeout_s)
         raise
-    if agree(report, topology=topology, timeout_s=timeout_s).is_finished:
+    agreed = agree(report, topology=topology, timeout_s=timeout_s)
+    if agreed.is_finished:
         return None
-    return RunInput(config, dataset, reference)
+    reached = Progress.from_json(agreed.progress) if agreed.progress else None
+    return RunInput(settle(config, reached), dataset, reference, reached, checkpoint)
 
 
 def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> tuple[ImageDataset, Reference | None]:
     """The data and the reference curves; raises UserError for whatever of the input can be seen to be wrong here."""
     check_own_port(topology)
-    run_folder.check_usable()
+    run_folder.check_usable(may_resume=config.resume == "auto")
     reference = load_reference(config.plots.reference)
     dataset = load_dataset(config.data)
     check_val_fraction(len(dataset.x_train), config.data.val_fraction)
@@ -146,14 +170,13 @@ def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -
 
 def describe_training(config: TrainConfig, dataset: ImageDataset, *, num_gpus: int) -> dict[str, str]:
     """What all processes of a job must have in common."""
-    keys = {key: str(value) for key, value in training_keys(asdict(config)).items()}
     try:
         horovod = metadata.version("horovod")
     except metadata.PackageNotFoundError:
         horovod = "none"
     return {
-        **keys,
-        "data.sha256": dataset.sha256,
+        **job_keys(asdict(config)),
+        DATA_DIGEST: dataset.sha256,
         "version of mnist_dist": __version__,
         "version of tensorflow": metadata.version("tensorflow"),
         "version of horovod": horovod,

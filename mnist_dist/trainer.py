@@ -52,10 +52,12 @@ class Trainer:
         self._digest_weights = digest_weights
         self._actions = actions
 
-    def fit(self, *, num_epochs: int) -> History:
-        """Train for `num_epochs`; raises TrainingFailed when the loss stops being a number."""
-        history = History()
-        for epoch in range(1, num_epochs + 1):
+    def fit(self, *, num_epochs: int, history: History = History()) -> History:  # noqa: B008 (a frozen value)
+        """Train until there are `num_epochs`, those of `history` included; raises TrainingFailed.
+
+        The state of the programs must be that after the last epoch of `history`.
+        """
+        for epoch in range(len(history.epochs) + 1, num_epochs + 1):
             history = history.append(self.run_epoch(epoch))
             for action in self._actions:
                 action(history)
@@ -98,6 +100,21 @@ def _check_finite(losses: npt.NDArray[np.float32], *, epoch: int) -> None:
             f"the training loss became {losses[step]} at epoch {epoch}, step {step + 1} of {len(losses)}; "
             "the results of earlier epochs are kept. A smaller optimizer.learning_rate usually helps"
         )
+
+
+class EveryEpochs:
+    """Does something after every so many epochs, and after the last one."""
+
+    def __init__(self, action: EpochAction, *, every_epochs: int, num_epochs: int) -> None:
+        self._action = action
+        self._every_epochs = every_epochs
+        self._num_epochs = num_epochs
+
+    def __call__(self, history: History) -> None:
+        """Do it, if it is time to."""
+        epoch = len(history.epochs)
+        if epoch % self._every_epochs == 0 or epoch == self._num_epochs:
+            self._action(history)
 
 
 class LogEpoch:

@@ -1,6 +1,6 @@
 """The parts of a training run, put together: from configuration and data to a trainer that is ready to go."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import keras
@@ -18,6 +18,7 @@ from mnist_dist.reduction import ExactSum, FastSum
 from mnist_dist.runtime import configure_tensorflow
 from mnist_dist.steps import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
 from mnist_dist.strategy import Strategy, create_strategy
+from mnist_dist.strategy.base import Array
 from mnist_dist.topology import Topology
 from mnist_dist.trainer import EpochAction, Trainer
 
@@ -88,8 +89,17 @@ class Training:
         }
 
 
-def build_training(config: TrainConfig, topology: Topology, splits: Splits, *, num_gpus: int) -> Training:
+def build_training(
+    config: TrainConfig,
+    topology: Topology,
+    splits: Splits,
+    *,
+    num_gpus: int,
+    restored: Mapping[str, Array] | None = None,
+) -> Training:
     """Start the devices, of which `num_gpus` are GPUs, and build everything that the training needs.
+
+    The state is a new one, or the chief's `restored` one on all processes.
 
     Raises:
         UserError: strategy, devices and batch do not fit together.
@@ -124,7 +134,9 @@ def build_training(config: TrainConfig, topology: Topology, splits: Splits, *, n
         shards=shards,
         optimizer=optimizer,
         loss_scale=loss_scale,
-        state=TrainState(network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy),
+        state=TrainState(
+            network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy, restored=restored
+        ),
         learning_rate=LearningRate(
             config.learning_rate,
             base=config.optimizer.learning_rate,

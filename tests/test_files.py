@@ -1,5 +1,6 @@
 """Atomic writes, locks between real processes, and the check for a writable folder."""
 
+import errno
 import os
 import stat
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 from mnist_dist import files
-from mnist_dist.files import check_writable, file_lock, write_atomically
+from mnist_dist.files import check_writable, file_lock, remove_temporaries, write_atomically
 
 
 def test_writes_and_replaces(tmp_path):
@@ -25,7 +26,7 @@ def test_the_old_content_stays_while_the_new_is_written(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(files.os, "fsync", lambda _: seen.append(path.read_bytes()))
     write_atomically(path, b"new")
-    assert seen == [b"old"]  # flushed before the old content went away
+    assert seen == [b"old", b"new"]  # the file before the old content went away, then the folder
     assert path.read_bytes() == b"new"
 
 
@@ -42,6 +43,30 @@ def test_a_failure_leaves_the_old_content_and_no_temporary_file(function, tmp_pa
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", refuse_folders)
+    write_atomically(tmp_path / "a.txt", b"new")
+    assert (tmp_path / "a.txt").read_bytes() == b"new"
+
+
+def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a.txt", b"kept")
+    (tmp_path / ".hidden").touch()
+    with monkeypatch.context() as killed:  # kill -9: nobody cleans up
+        killed.setattr(files.Path, "replace", lambda *_: None)
+        write_atomically(tmp_path / "a.txt", b"lost")
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".hidden"}
 
 
 def test_a_folder_in_the_way_leaves_no_temporary_file(tmp_path):

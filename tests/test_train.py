@@ -12,7 +12,7 @@ from mnist_dist.history import from_csv
 from mnist_dist.metrics import weights_digest
 from mnist_dist.model import Network
 
-FILES = {"config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log"}
+FILES = {"config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log", "checkpoints"}
 EPOCH_LINE = (
     r"Epoch (\d+)/3 - \d+\.\ds - loss: \d\.\d{4} - accuracy: \d\.\d{4} - val_loss: \d\.\d{4} - val_accuracy: \d\.\d{4}"
 )

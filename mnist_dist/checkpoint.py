@@ -1,0 +1,138 @@
+"""Checkpoints: the training state between two epochs, each in one file that is whole or is not used.
+
+A file is a line of text with the SHA-256 of the rest, and the rest, an uncompressed NumPy archive.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.files import describe_os_error, remove_temporaries, write_atomically
+from mnist_dist.history import History, best_of, from_csv, to_csv
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+
+_MAGIC = b"mnist_dist checkpoint 1 sha256 "
+_PROGRESS = "progress"
+_SUFFIX = ".ckpt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come, and which training it is; the part of a checkpoint that every process knows."""
+
+    history: History
+    training: Mapping[str, str]
+    """What the training depends on: keys of the configuration, and the digest of the data."""
+    num_replicas: int
+    """Those that trained the last epoch."""
+    global_batch_size: int
+    """Training examples of a step."""
+    resumed_from_epochs: tuple[int, ...] = ()
+    """The epoch after which the run went on, for each time that it did."""
+
+    @property
+    def epoch(self) -> int:
+        """The last finished epoch, counted from 1."""
+        return len(self.history.epochs)
+
+    def to_json(self) -> str:
+        """As text; floats read back to the same bits."""
+        return json.dumps({**asdict(self), "history": to_csv(self.history)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Progress":
+        """Read what `to_json` wrote; raises ValueError, KeyError or TypeError where it is something else."""
+        values = json.loads(text)
+        values["history"] = from_csv(values["history"])
+        values["resumed_from_epochs"] = tuple(values["resumed_from_epochs"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that the epochs to come depend on."""
+
+    progress: Progress
+    state: Mapping[str, Array]
+    """The training state's variables by name (`steps.TrainState.to_arrays`)."""
+
+    def to_bytes(self) -> bytes:
+        """The content of a checkpoint file."""
+        stream = io.BytesIO()
+        text = np.frombuffer(self.progress.to_json().encode(), np.uint8)
+        np.savez(stream, allow_pickle=False, **{_PROGRESS: text, **self.state})
+        content = stream.getvalue()
+        return _MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Checkpoint":
+        """Read what `to_bytes` made; raises ValueError saying what is wrong with it."""
+        header, _, content = data.partition(b"\n")
+        if not header.startswith(_MAGIC):
+            raise ValueError("it does not begin like a checkpoint" if data else "it is empty")
+        if header != _MAGIC + hashlib.sha256(content).hexdigest().encode():
+            raise ValueError("its content does not have the checksum that was written with it")
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                arrays = dict(archive)
+            return cls(Progress.from_json(arrays.pop(_PROGRESS).tobytes().decode()), arrays)
+        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"it was written by another version of this package ({error})") from error
+
+
+class CheckpointFolder:
+    """The checkpoint files of one run, `epoch-00007.ckpt`: the newest ones, and the best by validation accuracy."""
+
+    def __init__(self, path: Path) -> None:
+        """Use the folder `path`, which need not exist."""
+        self.path = path
+
+    def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
+        """Write a checkpoint, then remove all but the `keep` newest and the best; raises OSError, then removes none."""
+        progress = checkpoint.progress
+        write_atomically(self._file(progress.epoch), checkpoint.to_bytes())
+        epochs = self._epochs()
+        rows = [row for row in progress.history.epochs if row.epoch in epochs]
+        # What is left of later epochs could not be read when the run went on, and these are trained again.
+        kept = {row.epoch for row in rows[-keep:]} | {best_of(rows).epoch}
+        for epoch in set(epochs) - kept:
+            self._file(epoch).unlink(missing_ok=True)
+        remove_temporaries(self.path)
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is intact, or None; a warning names each newer file that is not."""
+        for epoch in reversed(self._epochs()):
+            path = self._file(epoch)
+            try:
+                checkpoint = Checkpoint.from_bytes(path.read_bytes())
+                if checkpoint.progress.epoch != epoch:
+                    raise ValueError(f"it is that of epoch {checkpoint.progress.epoch}")
+            except OSError as error:
+                log.warning("%s cannot be used (%s); trying an earlier checkpoint", path, describe_os_error(error))
+            except ValueError as error:
+                log.warning("%s cannot be used: %s; trying an earlier checkpoint", path, error)
+            else:
+                return checkpoint
+        return None
+
+    def _epochs(self) -> list[int]:
+        """The epochs of which there are files, in order."""
+        numbers = (
+            path.name.removeprefix("epoch-").removesuffix(_SUFFIX) for path in self.path.glob(f"epoch-*{_SUFFIX}")
+        )
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _file(self, epoch: int) -> Path:
+        return self.path / f"epoch-{epoch:05d}{_SUFFIX}"

@@ -1,0 +1,175 @@
+"""Checkpoint files: whole or not used; which are kept; what is left when writing fails."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from mnist_dist import files
+from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
+from mnist_dist.history import EpochMetrics, History
+
+
+def make(num_epochs: int, *, val_accuracy=lambda epoch: epoch / 100) -> Checkpoint:
+    rows = [EpochMetrics(n, 0.1 + n / 3, 0.9, 0.2, val_accuracy(n), 1e-3, 0.6, 1e5) for n in range(1, num_epochs + 1)]
+    state = {
+        "weights": np.random.default_rng(num_epochs).normal(size=50).astype(np.float32),
+        "loss_scale": np.array(2.0**15, np.float32),
+        "global_step": np.array(97 * num_epochs, np.int64),
+    }
+    return Checkpoint(Progress(History(tuple(rows)), {"seed": "0"}, 2, 512, resumed_from_epochs=(3, 4)), state)
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.progress == other.progress
+    assert one.state.keys() == other.state.keys()
+    for name, value in one.state.items():
+        assert (value.dtype, value.shape) == (other.state[name].dtype, other.state[name].shape)
+        np.testing.assert_array_equal(value, other.state[name])
+
+
+def names(folder: CheckpointFolder) -> list[str]:
+    return sorted(path.name for path in folder.path.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path) -> CheckpointFolder:
+    """With the checkpoints of epochs 1 to 3."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for epoch in (1, 2, 3):
+        folder.save(make(epoch), keep=3)
+    return folder
+
+
+def test_reads_back_to_the_same_bits(folder):
+    assert_same(folder.load_newest(), make(3))
+
+
+def test_there_may_be_none(tmp_path):
+    assert CheckpointFolder(tmp_path / "checkpoints").load_newest() is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    accuracies = {1: 0.5, 2: 0.9, 3: 0.6, 4: 0.9, 5: 0.7, 6: 0.8, 7: 0.1}
+    folder = CheckpointFolder(tmp_path)
+    for epoch in accuracies:
+        folder.save(make(epoch, val_accuracy=accuracies.get), keep=2)
+    assert names(folder) == ["epoch-00002.ckpt", "epoch-00006.ckpt", "epoch-00007.ckpt"]
+
+
+def test_not_every_epoch_need_be_saved(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for epoch in (5, 10, 15):
+        folder.save(make(epoch), keep=1)
+    assert names(folder) == ["epoch-00015.ckpt"]
+
+
+DAMAGES = {
+    "truncated": lambda data: data[:-1],
+    "truncated in the header": lambda data: data[:20],
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"x",
+    "of zeros": lambda data: bytes(len(data)),
+    "of another kind": lambda data: b"PK" + data,
+    "of a later version": lambda data: data.replace(b"checkpoint 1", b"checkpoint 2"),
+    "of another epoch": lambda data: make(9).to_bytes(),
+    **{
+        f"with bit {place} flipped": lambda data, place=place: (
+            data[: place // 8] + bytes([data[place // 8] ^ (1 << place % 8)]) + data[place // 8 + 1 :]
+        )
+        for place in np.random.default_rng(0).integers(0, 8 * len(make(3).to_bytes()), 20).tolist()
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_named_and_an_earlier_one_is_used(damage, folder, logged):
+    newest = folder.path / "epoch-00003.ckpt"
+    newest.write_bytes(DAMAGES[damage](newest.read_bytes()))
+    assert_same(folder.load_newest(), make(2))
+    (line,) = logged()
+    assert line.startswith(f"{newest} cannot be used: ")
+    assert "\n" not in line
+    folder.save(make(3), keep=3)  # the run goes on
+    assert_same(folder.load_newest(), make(3))
+    assert len(logged()) == 1
+
+
+def test_an_unreadable_one(folder, logged):
+    newest = folder.path / "epoch-00003.ckpt"
+    newest.unlink()
+    newest.mkdir()
+    assert_same(folder.load_newest(), make(2))
+    assert logged() == [f"{newest} cannot be used (Is a directory); trying an earlier checkpoint"]
+
+
+def test_all_are_damaged(folder, logged):
+    for path in folder.path.iterdir():
+        path.write_bytes(b"")
+    assert folder.load_newest() is None
+    assert len(logged()) == 3
+
+
+def test_a_missing_one_is_no_news(folder, logged):
+    (folder.path / "epoch-00003.ckpt").unlink()
+    assert_same(folder.load_newest(), make(2))
+    assert logged() == []
+
+
+def test_damaged_ones_of_later_epochs_go_when_the_run_goes_on(folder):
+    (folder.path / "epoch-00003.ckpt").write_bytes(b"")
+    folder.save(make(2), keep=3)
+    assert names(folder) == ["epoch-00001.ckpt", "epoch-00002.ckpt"]
+
+
+def test_other_files_are_left_alone(folder):
+    for name in ("epoch-x.ckpt", "notes.txt"):
+        (folder.path / name).touch()
+    folder.save(make(4), keep=3)
+    assert {"epoch-x.ckpt", "notes.txt"} < set(names(folder))
+
+
+@pytest.mark.parametrize("function", ["fsync", "umask"])
+def test_a_failure_while_saving_leaves_all_earlier_ones(function, folder, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files.os, function, fail)
+        with pytest.raises(OSError, match="No space left"):
+            folder.save(make(4), keep=3)
+    assert names(folder) == [f"epoch-0000{epoch}.ckpt" for epoch in (1, 2, 3)]
+    assert_same(folder.load_newest(), make(3))
+
+
+def test_killed_at_any_moment_of_a_save(folder):
+    """The process ends before the n-th thing that a save does to the file system, for every n."""
+    for moment in range(30):
+        child = os.fork()
+        if child == 0:
+            left = iter(range(moment))
+
+            def watch(event, _, left=left):
+                if (event.startswith("os.") or event == "open") and next(left, None) is None:
+                    os._exit(9)
+
+            sys.addaudithook(watch)
+            folder.save(make(4), keep=3)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        newest = folder.load_newest()
+        assert newest.progress.epoch in (3, 4)
+        assert_same(newest, make(newest.progress.epoch))
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+    assert moment > 5
+    assert newest.progress.epoch == 4
+    assert names(folder) == [f"epoch-0000{epoch}.ckpt" for epoch in (2, 3, 4)]  # no temporary file of any child
+
+
+def test_a_history_of_many_epochs(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(make(2000, val_accuracy=lambda epoch: 1 / 3), keep=1)
+    assert_same(folder.load_newest(), make(2000, val_accuracy=lambda epoch: 1 / 3))

@@ -1,0 +1,354 @@
+"""Stopping a run in any way and going on with the same command: the same bits as if nothing had happened."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import horovodrun, job_name
+
+from mnist_dist.history import EpochMetrics, History, from_csv
+
+NUM_EPOCHS = 40
+SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
+TRAIN = ("-m", "mnist_dist.train")
+
+
+class Result(NamedTuple):
+    """What must not depend on interruptions."""
+
+    weights_sha256: str
+    num_correct: tuple[int, ...]
+    rows: tuple[EpochMetrics, ...]
+
+
+def result_of(folder: Path) -> Result:
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = tuple(dataclasses.replace(row, epoch_s=0.0, images_per_s=0.0) for row in history_of(folder).epochs)
+    return Result(
+        summary["weights_sha256"], tuple(summary[name]["num_correct"] for name in ("train", "val", "test")), rows
+    )
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def history_of(folder: Path) -> History:
+    return from_csv((folder / "history.csv").read_text())
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("epoch-*.ckpt"))
+
+
+def command(job, *args) -> list[str]:
+    strategy, size = job
+    launcher = [horovodrun(), "-np", str(size)] if strategy == "horovod" else []
+    replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
+    return [*launcher, sys.executable, *TRAIN, f"strategy={strategy}", *replicas, *map(str, args)]
+
+
+@pytest.fixture(scope="module")
+def args(small_npz):
+    """What all runs here have in common."""
+    return ("data=npz", f"data.path={small_npz}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
+
+
+@pytest.fixture(scope="module")
+def train(run_python, args):
+    """Train in a folder, on one device."""
+
+    def run(folder, *more, env=None):
+        return run_python(*TRAIN, "strategy=single", *args, f"run_dir={folder}", *more, env=env)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, train) -> Path:
+    """The folder of a run that nothing happened to; not to be changed."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def start(python_environment, tmp_path):
+    """Start a job in a process group of its own; what still runs when the test ends is killed."""
+    processes = []
+
+    def begin(job, *args) -> subprocess.Popen:
+        log = (tmp_path / f"output-{len(processes)}").open("w+")
+        process = subprocess.Popen(
+            command(job, *args),
+            env=python_environment,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        process.output = Path(log.name)
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        kill(process)
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it has started, whatever session they are in (horovodrun gives each its own)."""
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += [int(word) for word in path.read_text().split()]
+    return [pid, *(process for child in children for process in descendants(child))]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9 the process and all that it has started."""
+    if process.poll() is None:
+        for pid in descendants(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
+    """Wait until `history.csv` has so many epochs, or the job has ended."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError, ValueError):
+            if len(history_of(folder).epochs) >= epoch:
+                return
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "num_kills", "seed"),
+    [
+        ([SINGLE], 3, 0),
+        ([MIRRORED], 2, 1),
+        ([HOROVOD], 2, 2),
+        ([MIRRORED, SINGLE], 1, 3),
+        ([HOROVOD, SINGLE, MIRRORED], 2, 4),
+    ],
+    ids=lambda value: ", ".join(job_name(job) for job in value) if isinstance(value, list) else None,
+)
+def test_killed_at_random_moments(jobs, num_kills, seed, args, uninterrupted, start, tmp_path):
+    """Each time at another epoch and another moment of it, `jobs` in turn."""
+    generator, folder = random.Random(seed), tmp_path / "run"
+    moments = sorted(generator.sample(range(1, NUM_EPOCHS), num_kills))
+    for number, epoch in enumerate(moments):
+        process = start(jobs[number % len(jobs)], *args, f"run_dir={folder}")
+        wait_for_epoch(process, folder, epoch)
+        time.sleep(generator.uniform(0, 0.05))
+        kill(process)
+    process = start(jobs[len(moments) % len(jobs)], *args, f"run_dir={folder}")
+    assert process.wait(timeout=120) == 0, process.output.read_text()
+    assert result_of(folder) == result_of(uninterrupted)
+    resumed = summary_of(folder)["resumed_from_epochs"]
+    assert resumed == sorted(resumed)
+    assert len(resumed) >= 1
+    log = (folder / "train.log").read_text()
+    assert f"Resuming after epoch {resumed[-1]} of {NUM_EPOCHS}\n" in log
+    assert log.count("Run folder: ") == num_kills + 1  # appended, each time
+    assert not list(folder.rglob(".*"))  # no temporary files
+
+
+def copy_as_if_killed(uninterrupted: Path, folder: Path, *, epoch: int) -> Path:
+    """The state of a run that was killed after `epoch` of its last three."""
+    shutil.copytree(uninterrupted, folder)
+    for name in ("summary.json", "model.keras"):
+        (folder / name).unlink()
+    for path in checkpoints_of(folder):
+        if int(path.stem.removeprefix("epoch-")) > epoch:
+            path.unlink()
+    return folder
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "bit-flipped": flip_a_bit,
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint(damage, uninterrupted, train, tmp_path):
+    """And `history.csv` is ahead of the one that is used, as after a kill between the two."""
+    folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS - 1)
+    newest = checkpoints_of(folder)[-1]
+    DAMAGES[damage](newest)
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    assert f"Resuming after epoch {NUM_EPOCHS - 2} of {NUM_EPOCHS}\n" in result.stdout
+    warnings = [line for line in result.stdout.splitlines() if "cannot be used" in line]
+    assert [line.split(" cannot")[0] for line in warnings] == ([] if damage == "missing" else [str(newest)])
+    assert result_of(folder) == result_of(uninterrupted)
+    assert summary_of(folder)["resumed_from_epochs"] == [NUM_EPOCHS - 2]
+
+
+def test_no_checkpoint_is_left_of_an_unfinished_run(uninterrupted, train, tmp_path):
+    folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=0)
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    assert "Resuming" not in result.stdout
+    assert result_of(folder) == result_of(uninterrupted)
+
+
+def test_killed_after_the_last_epoch(uninterrupted, train, tmp_path):
+    """Only the results are made."""
+    folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS)
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    assert f"Resuming after epoch {NUM_EPOCHS} of {NUM_EPOCHS}\n" in result.stdout
+    assert "Epoch " not in result.stdout
+    assert result_of(folder) == result_of(uninterrupted)
+
+
+def test_more_epochs_train_a_finished_run_on(uninterrupted, train, tmp_path):
+    folder = tmp_path / "run"
+    for epochs in (3, 5, NUM_EPOCHS):
+        result = train(folder, f"trainer.epochs={epochs}", "checkpoint.every_epochs=2", "checkpoint.keep=1")
+        assert result.returncode == 0, result.stderr
+        assert len(history_of(folder).epochs) == epochs
+    assert result_of(folder) == result_of(uninterrupted)
+    assert summary_of(folder)["resumed_from_epochs"] == [3, 5]
+    result = train(folder, "trainer.epochs=2")
+    assert result.returncode == 0
+    assert "finished: nothing to do" in result.stdout
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(uninterrupted, train, tmp_path):
+    folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=0)
+    (folder / "summary.json").write_bytes((uninterrupted / "summary.json").read_bytes())
+    result = train(folder, "trainer.epochs=100")
+    assert result.returncode == 2
+    assert f"is finished after {NUM_EPOCHS}, and no checkpoint to go on from is left" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "fragments"),
+    [
+        (["seed=1", "trainer.epochs=50"], ["seed was 0, is now 1"]),
+        (["batch.num_shards=4", "model.dropout=0.1"], ["batch.num_shards was 8", "model.dropout was 0.4, is now 0.1"]),
+        (["reproducibility=fast"], ["reproducibility was exact, is now fast"]),
+        (["precision=mixed_bfloat16"], ["precision.name was float32"]),
+        (["resume=never"], ["resume=never: ", "holds a run already", "resume=auto"]),
+        (["trainer.epochs=3"], ["trainer.epochs=3: ", f"has {NUM_EPOCHS - 1} already"]),
+    ],
+)
+def test_what_does_not_go_on(more, fragments, uninterrupted, train, tmp_path):
+    folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS - 1)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = train(folder, *more)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    for fragment in fragments:
+        assert fragment in line
+    assert "trainer.epochs was" not in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_other_data_does_not_go_on(uninterrupted, small_arrays, train, tmp_path):
+    folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS - 1)
+    np.savez(tmp_path / "other.npz", **{**small_arrays, "y_test": small_arrays["y_test"][::-1]})
+    result = train(folder, f"data.path={tmp_path / 'other.npz'}")
+    assert result.returncode == 2
+    assert "another configuration (the data was " in result.stderr
+
+
+def test_resume_never_in_a_new_folder(train, tmp_path):
+    assert train(tmp_path / "run", "resume=never", "trainer.epochs=1").returncode == 0
+
+
+def test_fast_goes_on_with_another_number_of_replicas(args, train, run_python, tmp_path):
+    folder = tmp_path / "run"
+    assert train(folder, "reproducibility=fast", "trainer.epochs=2").returncode == 0
+    again = command(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4")[1:]
+    result = run_python(*again)  # auto is what it was
+    assert result.returncode == 0, result.stderr
+    assert "Resuming after epoch 2 of 4\nReplicas: 1 until now, 2 from here on" in result.stdout
+    assert [row.epoch for row in history_of(folder).epochs] == [1, 2, 3, 4]
+
+
+def test_weak_scaling_needs_the_same_number_of_replicas(args, train, run_python, tmp_path):
+    folder = tmp_path / "run"
+    assert train(folder, "batch.scaling=weak", "trainer.epochs=2").returncode == 0
+    again = command(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4", "batch.scaling=weak")[1:]
+    result = run_python(*again)
+    assert result.returncode == 2
+    assert "with 2 replicas a step has 128 images, but in the run here it has 64" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "more", [["optimizer=sgd", "optimizer.momentum=0.9"], ["precision=mixed_float16", "model=cnn"]], ids=str
+)
+def test_the_whole_state_goes_on(more, train, tmp_path):
+    """Momentum; the loss scale and its count of good steps, which grow in between."""
+    growth = ["precision.loss_scale_growth_steps=11"]
+    for name, epochs in (("whole", [4]), ("parts", [2, 4])):
+        for number in epochs:
+            result = train(tmp_path / name, *more, *growth, f"trainer.epochs={number}")
+            assert result.returncode == 0, result.stderr
+    assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 10 MB in memory, which takes the rights of root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        reason = f"a tmpfs cannot be mounted: {mounted.stderr.strip()}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_the_disk_is_full_while_saving(small_disk, uninterrupted, train, start, args, tmp_path):
+    folder = small_disk / "run"
+    process = start(SINGLE, *args, f"run_dir={folder}")
+    wait_for_epoch(process, folder, 3)
+    free = os.statvfs(small_disk)
+    with contextlib.suppress(OSError):
+        (small_disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    assert process.wait(timeout=120) == 1
+    lines = process.output.read_text().splitlines()
+    (line,) = [
+        line
+        for line in lines
+        if not line.startswith(("Epoch ", "Data:", "Strategy:", "Run f", "Model:", "Dev", "Bat", "Rep"))
+    ]
+    assert line.startswith(f"error: {folder}/")
+    assert "cannot be written (No space left on device); what was written before is kept." in line
+    reached = len(history_of(folder).epochs)
+    assert 3 <= reached < NUM_EPOCHS
+    (small_disk / "filler").unlink()
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    assert "cannot be used" not in result.stdout
+    assert f"Resuming after epoch {reached - 1} of" in result.stdout or f"epoch {reached} of" in result.stdout
+    assert result_of(folder) == result_of(uninterrupted)
