@@ -6,6 +6,7 @@ Raise `UserError` wherever the cause is something the user can mend: it ends as 
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # stopped early on request, with a checkpoint
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 

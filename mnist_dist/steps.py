@@ -7,7 +7,7 @@ real examples of the global batch. A row without an example (index `PADDING`) ha
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -254,9 +254,15 @@ class EvaluateProgram:
 
 
 class ReplicaCheck:
-    """Compares the training state of all replicas: they must not differ in a single bit."""
+    """Compares the training state of all replicas: they must not differ in a single bit.
 
-    def __init__(self, *, strategy: Strategy, state: TrainState) -> None:
+    With the digests travels whether a process was asked to stop, so that all of them stop after the same epoch.
+    """
+
+    def __init__(
+        self, *, strategy: Strategy, state: TrainState, wants_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._wants_to_stop = wants_to_stop
         self._strategy = strategy
         self._vectors = [state.weights, *state.slots]
         # Odd, so that multiplication loses nothing: any one changed bit changes the digest.
@@ -265,12 +271,16 @@ class ReplicaCheck:
         self._factors = strategy.replicate(generator.integers(0, 2**31, size, np.int64) * 2 + 1)
         self._compiled = tf.function(self._digests, autograph=False)
 
-    def run(self, epoch: int) -> None:
-        """Raise TrainingFailed, naming the replicas, if not all are the same; a collective."""
-        digests = self._compiled(self._factors).numpy().tolist()
+    def run(self, epoch: int) -> bool:
+        """Return whether any process wants to stop; raise TrainingFailed, naming the replicas, if not all are the same.
+
+        A collective; all processes return the same.
+        """
+        request = tf.constant(int(self._wants_to_stop()), tf.int64)
+        *digests, num_requests = self._compiled(self._factors, request).numpy().tolist()
         common, votes = Counter(digests).most_common(1)[0]
         if votes == len(digests):
-            return
+            return bool(num_requests)
         if votes == 1:
             which = f"no two of the {len(digests)} replicas have"
         else:
@@ -281,15 +291,16 @@ class ReplicaCheck:
             "wrongly, or the processes run different software; the results of earlier epochs are kept"
         )
 
-    def _digests(self, factors: tf.Tensor) -> tf.Tensor:
-        return self._strategy.run(self._digest_replica, factors)
+    def _digests(self, factors: tf.Tensor, request: tf.Tensor) -> tf.Tensor:
+        return self._strategy.run(self._digest_replica, factors, request)
 
-    def _digest_replica(self, factors: tf.Tensor) -> tf.Tensor:
-        """All replicas' digests, shape (num_replicas,): sums of the words times the factors, modulo 2**64."""
+    def _digest_replica(self, factors: tf.Tensor, request: tf.Tensor) -> tf.Tensor:
+        """All replicas' digests, which are sums of the words times the factors, modulo 2**64; then their requests."""
         bits = tf.bitcast(tf.concat([vector.read_value() for vector in self._vectors], axis=0), tf.int32)
         digest = tf.reduce_sum(tf.cast(bits, tf.int64) * factors)
         index, num_replicas = self._strategy.replica_index(), self._strategy.num_replicas
-        return self._strategy.all_reduce_sum(tf.one_hot(index, num_replicas, digest, tf.constant(0, tf.int64)))
+        own = tf.one_hot(index, num_replicas, digest, tf.constant(0, tf.int64))
+        return self._strategy.all_reduce_sum(tf.concat([own, [request]], axis=0))
 
 
 def gather_rows(data: DeviceArrays, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

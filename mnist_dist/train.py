@@ -17,10 +17,11 @@ from mnist_dist.config import TrainConfig, job_keys
 from mnist_dist.console import Console, progress
 from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
-from mnist_dist.errors import EXIT_OK, UserError
+from mnist_dist.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.gpus import own_uuids
 from mnist_dist.history import History
 from mnist_dist.metrics import weights_digest
+from mnist_dist.preemption import StopRequest
 from mnist_dist.reference import Reference, load_reference
 from mnist_dist.rendezvous import check_own_port
 from mnist_dist.resuming import check_same_batches, settle, start_or_resume
@@ -80,6 +81,8 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
             lambda: Checkpoint(replace(start, history=history), training.state.to_arrays()), keep=config.checkpoint.keep
         )
 
+    stop_request = StopRequest()
+    stop_request.listen()
     with progress("training") as show:
         trainer = training.create_trainer(
             actions=[
@@ -88,10 +91,16 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
                 EveryEpochs(save_checkpoint, every_epochs=config.checkpoint.every_epochs, num_epochs=num_epochs),
                 lambda history: show(len(history.epochs), num_epochs),
             ],
+            wants_to_stop=stop_request,
         )
         show(start.epoch, num_epochs)
         startup_s = time.perf_counter() - started
         history = trainer.fit(num_epochs=num_epochs, history=start.history)
+    if len(history.epochs) < num_epochs:
+        save_checkpoint(history)
+        log.info("Stopped on request after epoch %d; run the same command again to go on", len(history.epochs))
+        strategy.barrier()
+        return EXIT_PREEMPTED
 
     # The results.
     results = training.evaluate()

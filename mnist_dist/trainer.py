@@ -39,7 +39,7 @@ class Trainer:
         plan: BatchPlan,
         seed: int,
         learning_rate_at: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
-        check_replicas: Callable[[int], None] = lambda epoch: None,
+        check_replicas: Callable[[int], bool] = lambda epoch: False,
         digest_weights: Callable[[], str | None] = lambda: None,
         actions: Sequence[EpochAction] = (),
     ) -> None:
@@ -51,16 +51,19 @@ class Trainer:
         self._check_replicas = check_replicas
         self._digest_weights = digest_weights
         self._actions = actions
+        self._stops = False
 
     def fit(self, *, num_epochs: int, history: History = History()) -> History:  # noqa: B008 (a frozen value)
-        """Train until there are `num_epochs`, those of `history` included; raises TrainingFailed.
+        """Train until there are `num_epochs`, those of `history` included, or fewer if any process was asked to stop.
 
-        The state of the programs must be that after the last epoch of `history`.
+        Raises TrainingFailed. The state of the programs must be that after the last epoch of `history`.
         """
         for epoch in range(len(history.epochs) + 1, num_epochs + 1):
             history = history.append(self.run_epoch(epoch))
             for action in self._actions:
                 action(history)
+            if self._stops:
+                break
         return history
 
     def run_epoch(self, epoch: int) -> EpochMetrics:
@@ -78,7 +81,7 @@ class Trainer:
                 "kept. A smaller optimizer.learning_rate usually helps"
             )
         epoch_s = time.perf_counter() - start
-        self._check_replicas(epoch)
+        self._stops = self._check_replicas(epoch)
         return EpochMetrics(
             epoch=epoch,
             loss=sums.losses.sum(dtype=np.float64).item() / self._plan.num_examples,

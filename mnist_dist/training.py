@@ -1,6 +1,6 @@
 """The parts of a training run, put together: from configuration and data to a trainer that is ready to go."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import keras
@@ -43,7 +43,9 @@ class Training:
     state: TrainState
     learning_rate: LearningRate
 
-    def create_trainer(self, actions: Sequence[EpochAction] = ()) -> Trainer:
+    def create_trainer(
+        self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
+    ) -> Trainer:
         """The trainer, with its data on the devices."""
         dtype, config = self.network.compute_dtype, self.config
         is_exact = config.reproducibility == "exact"
@@ -62,7 +64,7 @@ class Training:
             strategy=self.strategy,
             split=place_split(self.splits.val, self.strategy, dtype=dtype),
         )
-        replica_check = ReplicaCheck(strategy=self.strategy, state=self.state)
+        replica_check = ReplicaCheck(strategy=self.strategy, state=self.state, wants_to_stop=wants_to_stop)
         return Trainer(
             train_epoch=train_program.run_epoch,
             validate=lambda: validation.run(self.state.weights),

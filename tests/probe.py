@@ -59,7 +59,7 @@ def flip_a_bit(in_epoch: int, replica: int, *, what: str) -> None:
             (training,) = trainings
             variable = training.state.weights if what == "weights" else training.state.slots[-1]
             flip_bit_of_replica(training.strategy, variable, replica)
-        check(self, epoch)
+        return check(self, epoch)
 
     ReplicaCheck.run = flip_then_check
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "mnist_dist"
 LAYERS = [
     ["__init__", "errors"],
     ["files", "history", "metrics", "topology", "reference"],
-    ["rendezvous", "gpus", "checkpoint"],
+    ["rendezvous", "gpus", "checkpoint", "preemption"],
     ["config", "console", "agreement"],
     ["data.formats"],
     ["data.sources", "data.digits"],

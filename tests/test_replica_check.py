@@ -24,6 +24,14 @@ def make_check(num_replicas: int, *overrides: str) -> tuple[Mirrored, TrainState
     return strategy, state, ReplicaCheck(strategy=strategy, state=state)
 
 
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_a_request_to_stop_reaches_all(num_replicas):
+    strategy, state, _ = make_check(num_replicas)
+    requests = iter([False, True])
+    check = ReplicaCheck(strategy=strategy, state=state, wants_to_stop=lambda: next(requests))
+    assert [check.run(1), check.run(2)] == [False, True]
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 7])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_equal_replicas_pass(num_replicas, optimizer):

@@ -167,6 +167,42 @@ def test_killed_at_random_moments(jobs, num_kills, seed, args, uninterrupted, st
     assert not list(folder.rglob(".*"))  # no temporary files
 
 
+def trainings(process: subprocess.Popen) -> list[int]:
+    """The processes of a job that train, in the order of their start."""
+    found = []
+    for pid in sorted(descendants(process.pid)):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            found += [pid] if words[1:3] == [b"-m", b"mnist_dist.train"] else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("job", "signals"),
+    [(SINGLE, ["SIGTERM"]), (MIRRORED, ["SIGINT", "SIGINT"]), (HOROVOD, ["SIGUSR2"])],
+    ids=lambda value: job_name(value) if isinstance(value, tuple) else " ".join(value),
+)
+def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
+    """Of several processes only the last one is asked."""
+    folder = tmp_path / "run"
+    more = [*args, f"run_dir={folder}", "checkpoint.every_epochs=1000"]
+    process = start(job, *more)
+    wait_for_epoch(process, folder, 2)
+    for name in signals:
+        os.kill(trainings(process)[-1], getattr(signal, name))
+    code = process.wait(timeout=120)
+    output = process.output.read_text()
+    assert code == (1 if job == HOROVOD else 75), output  # horovodrun's own
+    reached = len(history_of(folder).epochs)
+    log = (folder / "train.log").read_text()
+    assert log.endswith(f"\nStopped on request after epoch {reached}; run the same command again to go on\n")
+    assert "Traceback" not in output
+    process = start(job, *more)
+    assert process.wait(timeout=120) == 0, process.output.read_text()
+    assert summary_of(folder)["resumed_from_epochs"] == [reached]
+    assert result_of(folder) == result_of(uninterrupted)
+
+
 def copy_as_if_killed(uninterrupted: Path, folder: Path, *, epoch: int) -> Path:
     """The state of a run that was killed after `epoch` of its last three."""
     shutil.copytree(uninterrupted, folder)

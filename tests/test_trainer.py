@@ -4,7 +4,7 @@ import pytest
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.errors import TrainingFailed
 from mnist_dist.metrics import EpochSums, EvaluationSums
-from mnist_dist.trainer import LogEpoch, Trainer
+from mnist_dist.trainer import EveryEpochs, LogEpoch, Trainer
 
 PLAN = BatchPlan(10, 4)
 
@@ -65,6 +65,27 @@ def test_a_loss_that_is_no_number_stops_the_run(bad, shown):
     with pytest.raises(TrainingFailed, match=f"became {shown} at epoch 1, step 2 of 3"):
         trainer.fit(num_epochs=2)
     assert seen == []  # nothing was saved of the bad epoch
+
+
+def test_a_request_stops_after_the_epoch_and_the_rest_can_follow():
+    seen = []
+    trainer = make_trainer(
+        FakePrograms(), check_replicas=lambda epoch: epoch == 2, actions=[lambda history: seen.append(history)]
+    )
+    stopped = trainer.fit(num_epochs=4)
+    assert seen[-1] == stopped
+    assert [row.epoch for row in stopped.epochs] == [1, 2]
+    whole = trainer.fit(num_epochs=4, history=stopped)
+    assert [row.epoch for row in whole.epochs] == [1, 2, 3, 4]
+    assert whole.epochs[:2] == stopped.epochs
+    assert trainer.fit(num_epochs=4, history=whole) == whole
+
+
+def test_every_epochs_and_after_the_last_one():
+    seen = []
+    action = EveryEpochs(lambda history: seen.append(len(history.epochs)), every_epochs=3, num_epochs=7)
+    make_trainer(FakePrograms(), actions=[action]).fit(num_epochs=7)
+    assert seen == [3, 6, 7]
 
 
 def test_log_line_has_the_recipes_form(logged):
