@@ -300,11 +300,14 @@ class CheckpointConfig:
 
     every_epochs: int = MISSING
     """A checkpoint after so many epochs, and after the last one."""
+    every_s: float = MISSING
+    """And after the epoch that ends so many seconds after the last checkpoint, or later."""
     keep: int = MISSING
     """How many of the newest are kept; the best by validation accuracy is kept besides."""
 
     def __post_init__(self) -> None:
         _check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "must be at least 1")
+        _check(self.every_s >= 0, "checkpoint.every_s", self.every_s, "must be at least 0")
         _check(self.keep > 0, "checkpoint.keep", self.keep, "must be at least 1")
 
 

@@ -1,5 +1,6 @@
 """A signal becomes a flag, which the training reads between two epochs."""
 
+import os
 import signal
 from types import FrameType
 
@@ -7,19 +8,29 @@ from types import FrameType
 class StopRequest:
     """Whether somebody asked this process to stop: Ctrl-C, a batch system's SIGTERM or SIGUSR2."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-
     def __init__(self) -> None:
         self._came = False
+        self._signals: list[signal.Signals] = []
 
     def __call__(self) -> bool:
         """Whether a signal has come."""
         return self._came
 
-    def listen(self) -> None:
-        """From now on a signal is a request, until the process ends; a second one changes nothing."""
-        for number in self.SIGNALS:
+    def listen(self, *signals: signal.Signals) -> None:
+        """From now on these are requests; a second one changes nothing. For the main thread, as Python wants it."""
+        for number in signals:
             signal.signal(number, self._note)
+            # Libraries between two machines should not see their system calls end early.
+            signal.siginterrupt(number, False)
+            self._signals.append(number)
+
+    def close(self) -> None:
+        """Ignore them, as the process is ending by itself: else Python's own end makes them deadly again."""
+        for number in self._signals:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._came:
+            # Not through the log, which this may have interrupted in the middle of a line.
+            os.write(2, f"{signal.Signals(number).name}: stopping after this epoch\n".encode())
         self._came = True

@@ -286,9 +286,10 @@ class ReplicaCheck:
         else:
             others = [str(index) for index, digest in enumerate(digests) if digest != common]
             which = f"replica{'s' if len(others) > 1 else ''} {', '.join(others)} of {len(digests)} did not have"
+        when = f"after epoch {epoch}" if epoch else "before the first epoch"
         raise TrainingFailed(
-            f"after epoch {epoch} {which} the same weights and optimizer state: a device computes or transmits "
-            "wrongly, or the processes run different software; the results of earlier epochs are kept"
+            f"{when} {which} the same weights and optimizer state: a device computes or transmits wrongly, "
+            "or the processes run different software; the results of earlier epochs are kept"
         )
 
     def _digests(self, factors: tf.Tensor, request: tf.Tensor) -> tf.Tensor:

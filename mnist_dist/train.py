@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run wit
 def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     """Train, evaluate, save and plot one run; returns the exit code."""
     started = time.perf_counter()
+    stop_request = StopRequest()
+    stop_request.listen(signal.SIGTERM, signal.SIGUSR2)
     run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
     run_input = agree_on_input(config, topology, run_folder)
     if run_input is None:
@@ -51,7 +54,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
         from mnist_dist.strategy import list_gpus
-        from mnist_dist.trainer import EveryEpochs, LogEpoch
+        from mnist_dist.trainer import LogEpoch, Periodic
         from mnist_dist.training import build_training
 
         num_gpus = len(list_gpus())
@@ -81,14 +84,19 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
             lambda: Checkpoint(replace(start, history=history), training.state.to_arrays()), keep=config.checkpoint.keep
         )
 
-    stop_request = StopRequest()
-    stop_request.listen()
+    saving = Periodic(
+        save_checkpoint,
+        every_epochs=config.checkpoint.every_epochs,
+        every_s=config.checkpoint.every_s,
+        start_epoch=start.epoch,
+    )
+    stop_request.listen(signal.SIGINT)  # until here Ctrl-C had nothing to save
     with progress("training") as show:
         trainer = training.create_trainer(
             actions=[
                 LogEpoch(num_epochs=num_epochs),
                 run_folder.write_history,
-                EveryEpochs(save_checkpoint, every_epochs=config.checkpoint.every_epochs, num_epochs=num_epochs),
+                saving,
                 lambda history: show(len(history.epochs), num_epochs),
             ],
             wants_to_stop=stop_request,
@@ -96,10 +104,12 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         show(start.epoch, num_epochs)
         startup_s = time.perf_counter() - started
         history = trainer.fit(num_epochs=num_epochs, history=start.history)
+    saving.catch_up(history)
     if len(history.epochs) < num_epochs:
-        save_checkpoint(history)
-        log.info("Stopped on request after epoch %d; run the same command again to go on", len(history.epochs))
+        where = f"after epoch {len(history.epochs)}" if history.epochs else "before the first epoch"
+        log.info("Stopped on request %s; run the same command again to go on", where)
         strategy.barrier()
+        stop_request.close()
         return EXIT_PREEMPTED
 
     # The results.

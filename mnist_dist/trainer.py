@@ -51,19 +51,19 @@ class Trainer:
         self._check_replicas = check_replicas
         self._digest_weights = digest_weights
         self._actions = actions
-        self._stops = False
 
     def fit(self, *, num_epochs: int, history: History = History()) -> History:  # noqa: B008 (a frozen value)
         """Train until there are `num_epochs`, those of `history` included, or fewer if any process was asked to stop.
 
         Raises TrainingFailed. The state of the programs must be that after the last epoch of `history`.
         """
-        for epoch in range(len(history.epochs) + 1, num_epochs + 1):
-            history = history.append(self.run_epoch(epoch))
+        stops = len(history.epochs) < num_epochs and self._check_replicas(len(history.epochs))
+        while len(history.epochs) < num_epochs and not stops:
+            row = self.run_epoch(len(history.epochs) + 1)
+            stops = self._check_replicas(row.epoch)
+            history = history.append(row)
             for action in self._actions:
                 action(history)
-            if self._stops:
-                break
         return history
 
     def run_epoch(self, epoch: int) -> EpochMetrics:
@@ -81,7 +81,6 @@ class Trainer:
                 "kept. A smaller optimizer.learning_rate usually helps"
             )
         epoch_s = time.perf_counter() - start
-        self._stops = self._check_replicas(epoch)
         return EpochMetrics(
             epoch=epoch,
             loss=sums.losses.sum(dtype=np.float64).item() / self._plan.num_examples,
@@ -105,19 +104,36 @@ def _check_finite(losses: npt.NDArray[np.float32], *, epoch: int) -> None:
         )
 
 
-class EveryEpochs:
-    """Does something after every so many epochs, and after the last one."""
+class Periodic:
+    """Does something after every so many epochs, and earlier where these take longer than so many seconds."""
 
-    def __init__(self, action: EpochAction, *, every_epochs: int, num_epochs: int) -> None:
+    def __init__(
+        self,
+        action: EpochAction,
+        *,
+        every_epochs: int,
+        every_s: float,
+        start_epoch: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin to count after `start_epoch`."""
         self._action = action
         self._every_epochs = every_epochs
-        self._num_epochs = num_epochs
+        self._every_s = every_s
+        self._clock = clock
+        self._last_epoch, self._last_s = start_epoch, clock()
 
     def __call__(self, history: History) -> None:
         """Do it, if it is time to."""
+        if len(history.epochs) % self._every_epochs == 0 or self._clock() - self._last_s >= self._every_s:
+            self.catch_up(history)
+
+    def catch_up(self, history: History) -> None:
+        """Do it, unless it was done after the last epoch already."""
         epoch = len(history.epochs)
-        if epoch % self._every_epochs == 0 or epoch == self._num_epochs:
+        if epoch > self._last_epoch:
             self._action(history)
+            self._last_epoch, self._last_s = epoch, self._clock()
 
 
 class LogEpoch:

@@ -16,13 +16,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from mnist_dist.config import ThreadsConfig
 from mnist_dist.history import History, from_csv
 from mnist_dist.model import Network
+from mnist_dist.runtime import configure_tensorflow
+from mnist_dist.topology import Topology
 
 # Before anything starts TensorFlow's devices: as many logical CPUs as the largest `mirrored` test has replicas.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 7
 )
+# And the settings of a run, which cannot be made later.
+configure_tensorflow(ThreadsConfig("auto", "auto"), Topology(), num_shards=8, deterministic=False)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PROBE = CHECKOUT / "tests" / "probe.py"
@@ -62,17 +67,6 @@ def small_npz(small_arrays, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, **small_arrays)
     return path
-
-
-@pytest.fixture
-def graph_optimizer_as_in_a_run():
-    """What `runtime.configure_tensorflow` sets, as far as it can be set in a process that already computes."""
-    before = tf.config.optimizer.get_experimental_options()
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
-    yield
-    tf.config.optimizer.set_experimental_options(
-        {"arithmetic_optimization": before.get("arithmetic_optimization", True)}
-    )
 
 
 @pytest.fixture

@@ -485,7 +485,7 @@ def fake_run(ask, work, small_npz):
     folder.mkdir()
     (folder / "config.yaml").write_text(config)
     (folder / "model.keras").write_bytes(b"damaged")
-    (folder / "summary.json").write_text(json.dumps({"dataset": {"sha256": dataset.sha256}}))
+    (folder / "summary.json").write_text(json.dumps({"dataset": {"sha256": dataset.sha256}, "epochs_completed": 150}))
     return folder
 
 

@@ -57,7 +57,6 @@ def test_the_numbers_tell_orders_apart():
     assert (tree_sum(rows) != tree_sum(np.roll(rows, 1, axis=0))).mean() > 0.2
 
 
-@pytest.mark.usefixtures("graph_optimizer_as_in_a_run")
 @pytest.mark.parametrize(
     ("num_shards", "num_replicas"),
     [(1, 1), (2, 2), (7, 3), (7, 7), (8, 1), (8, 2), (8, 3), (8, 4), (8, 5), (8, 7), (13, 1), (13, 2), (13, 4)],

@@ -196,7 +196,7 @@ def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
     reached = len(history_of(folder).epochs)
     log = (folder / "train.log").read_text()
     assert log.endswith(f"\nStopped on request after epoch {reached}; run the same command again to go on\n")
-    assert "Traceback" not in output
+    assert output.count("Traceback") == (1 if job == HOROVOD else 0)  # horovodrun's own
     process = start(job, *more)
     assert process.wait(timeout=120) == 0, process.output.read_text()
     assert summary_of(folder)["resumed_from_epochs"] == [reached]

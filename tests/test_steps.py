@@ -200,7 +200,6 @@ def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
     np.testing.assert_array_equal(results[1][1].num_correct, results[0][1].num_correct)
 
 
-@pytest.mark.usefixtures("graph_optimizer_as_in_a_run")
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
 def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy):
     """Seven shards of three rows for batches of 20, so a row of padding in every batch; the last batch has 10."""

@@ -4,7 +4,7 @@ import pytest
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.errors import TrainingFailed
 from mnist_dist.metrics import EpochSums, EvaluationSums
-from mnist_dist.trainer import EveryEpochs, LogEpoch, Trainer
+from mnist_dist.trainer import LogEpoch, Periodic, Trainer
 
 PLAN = BatchPlan(10, 4)
 
@@ -69,8 +69,11 @@ def test_a_loss_that_is_no_number_stops_the_run(bad, shown):
 
 def test_a_request_stops_after_the_epoch_and_the_rest_can_follow():
     seen = []
+    checked = []
     trainer = make_trainer(
-        FakePrograms(), check_replicas=lambda epoch: epoch == 2, actions=[lambda history: seen.append(history)]
+        FakePrograms(),
+        check_replicas=lambda epoch: checked.append(epoch) or (checked.count(2) == 1 and epoch == 2),
+        actions=[lambda history: seen.append(history)],
     )
     stopped = trainer.fit(num_epochs=4)
     assert seen[-1] == stopped
@@ -81,11 +84,37 @@ def test_a_request_stops_after_the_epoch_and_the_rest_can_follow():
     assert trainer.fit(num_epochs=4, history=whole) == whole
 
 
-def test_every_epochs_and_after_the_last_one():
+def test_periodic():
+    """By epochs and by seconds, whichever is first; and once more at the end, unless it has just been done."""
+    seen, now = [], [0.0]
+    action = Periodic(
+        lambda history: seen.append(len(history.epochs)),
+        every_epochs=3,
+        every_s=10.0,
+        clock=lambda: now[0],
+    )
+    trainer = make_trainer(FakePrograms(), actions=[action])
+    history = trainer.fit(num_epochs=3)
+    now[0] = 9.0
+    history = trainer.fit(num_epochs=4, history=history)
+    now[0] = 11.0
+    history = trainer.fit(num_epochs=5, history=history)
+    now[0] = 19.0
+    history = trainer.fit(num_epochs=7, history=history)
+    assert seen == [3, 5, 6]
+    for _ in range(2):
+        action.catch_up(history)
+    assert seen == [3, 5, 6, 7]
+
+
+def test_periodic_after_a_restart():
     seen = []
-    action = EveryEpochs(lambda history: seen.append(len(history.epochs)), every_epochs=3, num_epochs=7)
-    make_trainer(FakePrograms(), actions=[action]).fit(num_epochs=7)
-    assert seen == [3, 6, 7]
+    action = Periodic(seen.append, every_epochs=100, every_s=100.0, start_epoch=2)
+    trainer = make_trainer(FakePrograms())
+    action.catch_up(trainer.fit(num_epochs=2))
+    assert seen == []  # that is where it started from
+    action.catch_up(trainer.fit(num_epochs=3))
+    assert len(seen) == 1
 
 
 def test_log_line_has_the_recipes_form(logged):
