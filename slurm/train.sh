@@ -11,7 +11,10 @@
 #SBATCH --output=runs/job-%j.log   # below the folder that sbatch was called in
 #SBATCH --open-mode=append         # a job that is started again goes on in the same file
 #SBATCH --signal=SIGUSR2@90        # the processes are warned 90 s before the time is up
-#SBATCH --requeue                  # preempted, or a node lost: back into the queue
+#SBATCH --requeue                  # the job may be put back into the queue
+# Stopped on request (preemption, the time is nearly up) or by the loss of a process, the job is put back into the queue
+# and goes on from its last checkpoint; but from one and the same checkpoint only so many times. 0: never.
+max_requeues=5
 set -euo pipefail
 
 fail() {
@@ -46,7 +49,7 @@ for argument in "$@"; do
     argument=${argument//%a/${SLURM_ARRAY_TASK_ID:-%a}} # seed=%a: the number of the array's task
     case $argument in
         strategy=*) strategy=${argument#*=} ;;
-        run_dir=* | +run_dir=* | ++run_dir=*) run_dir=given ;;
+        run_dir=* | +run_dir=* | ++run_dir=*) run_dir=${argument#*=} ;;
     esac
     arguments+=("$argument")
 done
@@ -79,12 +82,15 @@ per_task=$((cores >= per_node ? cores / per_node : 1))
 # The number of the job stays when it is put back into the queue.
 id=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-[[ -n $run_dir ]] || arguments+=("run_dir=runs/job-$id")
+[[ -n $run_dir ]] || arguments+=("run_dir=${run_dir:=runs/job-$id}")
 
 # --- go -----------------------------------------------------------------------
 
 echo "Job $id on $SLURM_JOB_NODELIST: $nodes node(s), $per_node process(es) on each with $per_task core(s)," \
     "$gpus GPU(s) on each, restarted ${SLURM_RESTART_COUNT:-0} time(s)"
+log=/proc/$$/fd/2 # where srun will say which process ended how
+[[ -f $log ]] || log=/dev/null
+log_size=$(stat --dereference --format=%s "$log")
 
 # No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/topology.py). When one fails, srun
 # ends the others.
@@ -92,4 +98,59 @@ export PYTHONUNBUFFERED=1 # each line goes into the log at once (srun --unbuffer
 srun --mpi=none --distribution=block --kill-on-bad-exit=1 \
     --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" --cpus-per-task="$per_task" \
     ${srun_options[@]+"${srun_options[@]}"} \
-    ${launcher[@]+"${launcher[@]}"} "$python" -m mnist_dist.train "${arguments[@]}"
+    ${launcher[@]+"${launcher[@]}"} "$python" -m mnist_dist.train "${arguments[@]}" &
+srun=$!
+# Slurm signals the processes and not this shell, but for --signal=B:..., scancel --batch and the like: pass it on.
+trap 'signalled=yes; kill -USR2 "$srun" 2>/dev/null || true' TERM USR2
+signalled=yes
+while [[ -n $signalled ]]; do # a signal ends the waiting
+    signalled='' code=0
+    wait "$srun" || code=$?
+done
+trap '' TERM USR2 # as sent to a job that is put back: the lines below shall reach the log
+((code != 0)) || exit 0
+
+# --- back into the queue, or not ----------------------------------------------
+
+# The highest of the exit codes, which is srun's, may be that of a process that was ended because of another one. What
+# tells the cause is the first line of "srun: error: node7: task 3: Killed", "tasks 0,2: Exited with exit code 75" ...
+ends=$(tail --bytes="+$((log_size + 1))" "$log" | grep -oE 'srun: error: [^ ]+: tasks? [-0-9,]+: .+' || true)
+first=${ends%%$'\n'*}
+case $first in
+    *" exit code "*) code=${first##* } ;;
+    *": Terminated"*) code=143 ;;
+    *": User defined signal 2"*) code=140 ;;
+esac
+# A process that failed by itself, and others that missed it and were faster.
+if ((code < 128)) && failed=$(grep -oE ' exit code [12]$' <<<"$ends"); then
+    code=${failed##* }
+fi
+case $code in
+    75 | 130 | 140 | 143) reason="stopped on request" ;; # the signals: before the processes listened to them
+    76) reason="a process of the job was lost" ;;
+    *)
+        # Wrong input or a failed training would come to the same end again, and so would too little memory.
+        ((code > 128)) && [[ $first != *"Out Of Memory"* ]] || exit "$code"
+        reason="a process was killed (exit code $code)"
+        ;;
+esac
+
+# Cancelled by the user, or put back by Slurm itself (preemption, a lost node)? Not once more.
+state=$(scontrol --oneliner show job "$id" | grep -oE 'JobState=[A-Z_]+' || true)
+[[ ${state:-JobState=RUNNING} == JobState=RUNNING ]] || exit "$code"
+
+checkpoints=("${run_dir//[\"\']/}"/checkpoints/epoch-*.ckpt)
+checkpoint="no checkpoint"
+[[ ! -e ${checkpoints[-1]} ]] || checkpoint=${checkpoints[-1]##*/}
+requeues=runs/job-$id.requeues # a line for each
+((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$requeues"
+count=$(grep -c ", $checkpoint\$" "$requeues" 2>/dev/null || true)
+if ((${count:-0} >= max_requeues)); then
+    why_not="it was $count time(s) already, with $checkpoint; max_requeues=$max_requeues in slurm/train.sh"
+elif why_not=$({ mkdir -p runs && echo "$(date '+%F %T') $reason, $checkpoint" >>"$requeues"; } 2>&1); then
+    echo "Job $id goes back into the queue: $reason; it will go on from $checkpoint"
+    ! why_not=$(scontrol requeue incomplete "$id" 2>&1) || exit "$code"
+fi
+echo "error: job $id is not put back into the queue: $reason, but ${why_not:-scontrol requeue did not work}." \
+    "To go on from $checkpoint, with the same options of sbatch: sbatch slurm/train.sh$(printf ' %q' "${arguments[@]}")" >&2
+exit "$code"

@@ -33,7 +33,7 @@ SlurmctldPort={ctld_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -48,7 +48,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1,sched_min_interval=0
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
@@ -57,7 +57,10 @@ MinJobAge=300
 KillWait=10
 GresTypes=gpu
 {nodes}
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE OverSubscribe=NO State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -144,7 +147,7 @@ def _configure(folder: Path) -> None:
 def _idle_nodes(environment: dict[str, str]) -> int:
     command = ["sinfo", "--noheader", "--Node", "--states=idle", "--responding", "--format=%N"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    return len(result.stdout.split())
+    return len(set(result.stdout.split()))  # of each partition
 
 
 def _num_jobs(environment: dict[str, str]) -> int:
