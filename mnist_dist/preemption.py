@@ -10,19 +10,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._came = False
-        self._signals: list[signal.Signals] = []
+        self._signals: set[signal.Signals] = set()
 
     def __call__(self) -> bool:
         """Whether a signal has come."""
         return self._came
 
     def listen(self, *signals: signal.Signals) -> None:
-        """From now on these are requests; a second one changes nothing. For the main thread, as Python wants it."""
+        """From now on these are requests, whoever had them before; a second one changes nothing.
+
+        For the main thread, as Python wants it.
+        """
         for number in signals:
             signal.signal(number, self._note)
             # Libraries between two machines should not see their system calls end early.
             signal.siginterrupt(number, False)
-            self._signals.append(number)
+        self._signals.update(signals)
 
     def close(self) -> None:
         """Ignore them, as the process is ending by itself: else Python's own end makes them deadly again."""

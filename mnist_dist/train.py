@@ -62,6 +62,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     log.info("Data: %s, %s", dataset.name, splits.describe())
     restored = checkpoint.state if checkpoint else None
     training = build_training(config, topology, splits, num_gpus=num_gpus, restored=restored)
+    stop_request.listen(signal.SIGTERM)  # again: TensorFlow's workers have put a handler of their own in its place
     config, strategy = training.config, training.strategy
     check_same_batches(reached, training)
 
