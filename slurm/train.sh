@@ -120,6 +120,7 @@ case $first in
     *" exit code "*) code=${first##* } ;;
     *": Terminated"*) code=143 ;;
     *": User defined signal 2"*) code=140 ;;
+    ?*) code=137 ;; # killed by another signal
 esac
 # A process that failed by itself, and others that missed it and were faster.
 if ((code < 128)) && failed=$(grep -oE ' exit code [12]$' <<<"$ends"); then
@@ -127,11 +128,10 @@ if ((code < 128)) && failed=$(grep -oE ' exit code [12]$' <<<"$ends"); then
 fi
 case $code in
     75 | 130 | 140 | 143) reason="stopped on request" ;; # the signals: before the processes listened to them
-    76) reason="a process of the job was lost" ;;
     *)
         # Wrong input or a failed training would come to the same end again, and so would too little memory.
-        ((code > 128)) && [[ $first != *"Out Of Memory"* ]] || exit "$code"
-        reason="a process was killed (exit code $code)"
+        ((code == 76 || code > 128)) && [[ $first != *"Out Of Memory"* ]] || exit "$code"
+        reason="a process of the job was lost"
         ;;
 esac
 

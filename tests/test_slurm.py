@@ -1,18 +1,22 @@
 """`sbatch slurm/train.sh` on a real Slurm: two nodes with two pretended GPUs each, on this machine."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from conftest import CHECKOUT, LAUNCHER_VARIABLES, horovodrun
-from slurm_cluster import missing_programs, run_cluster
+from slurm_cluster import NODES, missing_programs, run_cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -36,10 +40,73 @@ class Batch(NamedTuple):
     job_id: str
     log: str
     folder: Path
+    state: str
+    num_restarts: int
 
     @property
     def summary(self) -> dict:
         return json.loads((self.folder / "summary.json").read_text())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch job, or a task of an array; the call waits for its end."""
+
+    job_id: str
+    log: Path
+    folder: Path
+    ask: Callable[..., str]
+
+    def __call__(self) -> Batch:
+        # sbatch --wait would look every 32 s only.
+        wait_until(lambda: self.told("JobState") not in ("PENDING", "RUNNING", "COMPLETING"), self)
+        codes = [
+            int(code) for code in re.findall(r" ExitCode=(\d+):", self.ask("scontrol", "show", "job", self.job_id))
+        ]
+        state, restarts = self.told("JobState"), int(self.told("Restarts"))
+        return Batch(max(codes), self.job_id, self.text(), self.folder, state, restarts)
+
+    def told(self, key: str) -> str:
+        """What `scontrol show job` says of it."""
+        return re.findall(rf"\b{key}=(\S+)", self.ask("scontrol", "show", "job", self.job_id))[-1]
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def is_training(self, *, start: int) -> bool:
+        """Whether it has finished some epochs since it was put back for the `start`-th time."""
+        _, put_back, since = self.text().rpartition(f"restarted {start} time(s)\n")
+        return bool(put_back) and since.count("\nEpoch ") >= 3
+
+    def processes(self) -> list[int]:
+        """The process of each rank."""
+        step = f"{self.told('JobId')}.0"
+        found = {}
+        for node in NODES:
+            with contextlib.suppress(subprocess.CalledProcessError):  # a node without any
+                for line in self.ask("scontrol", "listpids", step, node).splitlines():
+                    pid, *_, rank = line.split()
+                    if rank.isdecimal():
+                        found.setdefault(int(rank), int(pid))
+        return [found[rank] for rank in sorted(found)]
+
+    def signal_one(self, rank: int, number: signal.Signals, *, start: int = 0) -> None:
+        """To one process only, in the middle of the training.
+
+        `scancel --signal` knows jobs and steps, and signals all tasks of a step. So Slurm is asked which process the
+        task is, as a user does who types `srun --jobid=... --overlap --nodelist=... kill -USR2 ...`.
+        """
+        wait_until(lambda: self.is_training(start=start), self)
+        os.kill(self.processes()[rank], number)
+
+
+def wait_until(condition: Callable[[], bool], job: Job, *, timeout_s: float = _JOB_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            told = job.ask("scontrol", "show", "job", job.job_id)
+            pytest.fail(f"waited {timeout_s} s in vain\n{told}\n{job.text() or 'no log'}")
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +129,7 @@ def small(small_npz, desk):
 
 @pytest.fixture(scope="module")
 def submit(cluster, desk):
-    """Start `sbatch OPTIONS slurm/train.sh ARGUMENTS`; the call of what it returns waits for the end."""
+    """Start `sbatch OPTIONS slurm/train.sh ARGUMENTS`; `site` is text for a site.sh of this job's own."""
     kept = {name: value for name, value in cluster.items() if not name.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     environment = {**kept, "PYTHONPATH": path, "SLURM_CONF": cluster["SLURM_CONF"]}
@@ -72,22 +139,14 @@ def submit(cluster, desk):
             command, cwd=desk, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
         ).stdout
 
-    def start(*arguments, options=(), log="job-{}.log"):
-        job_id = ask("sbatch", "--parsable", *options, "slurm/train.sh", *arguments).strip()
-
-        def wait() -> Batch:
-            path = desk / "runs" / log.format(job_id)
-            deadline = time.monotonic() + _JOB_S
-            # sbatch --wait would look every 32 s only.
-            while re.search(r"JobState=(PENDING|RUNNING|COMPLETING)", told := ask("scontrol", "show", "job", job_id)):
-                if time.monotonic() > deadline:
-                    pytest.fail(f"the job does not end\n{told}\n{path.read_text() if path.exists() else 'no log'}")
-                time.sleep(0.5)
-            codes = [int(code) for code in re.findall(r" ExitCode=(\d+):", told)]
-            text = path.read_text() if path.exists() else ""
-            return Batch(max(codes), job_id, text, desk / "runs" / f"job-{job_id}")
-
-        return wait
+    def start(*arguments, options=(), log="job-{}.log", task="", site="") -> Job:
+        if site:
+            path = desk / "slurm" / f"site-{len(list((desk / 'slurm').iterdir()))}.sh"
+            path.write_text((desk / "slurm" / "site.sh").read_text() + site + "\n")
+            options = [*options, f"--export=ALL,MNIST_DIST_SITE={path}"]
+        number = ask("sbatch", "--parsable", *options, "slurm/train.sh", *arguments).strip()
+        job_id = number + task
+        return Job(job_id, desk / "runs" / log.format(number), desk / "runs" / f"job-{job_id}", ask)
 
     return start
 
@@ -146,18 +205,19 @@ def test_two_jobs_at_one_time(submit, small, expected):
     assert first.folder != second.folder
 
 
-def test_an_array(submit, small, desk, expected):
+def test_an_array(submit, small, expected):
     """Its tasks have folders of their own, and %a stands for the number of each."""
     options = ["--array=0-1", "--output=runs/array-%A_%a.log"]
-    batch = submit(*small, "seed=%a", options=options, log="array-{}_0.log")()
-    assert batch.returncode == 0, batch.log
-    summaries = [
-        json.loads((desk / "runs" / f"job-{batch.job_id}_{task}" / "summary.json").read_text()) for task in range(2)
-    ]
-    assert [summary["seed"] for summary in summaries] == [0, 1]
-    assert summaries[0]["weights_sha256"] == expected
-    assert summaries[1]["weights_sha256"] != expected
-    assert f"Slurm: job {batch.job_id}_0 on" in batch.log
+    first = submit(*small, "seed=%a", options=options, log="array-{}_0.log", task="_0")
+    number = first.job_id.removesuffix("_0")
+    second = replace(first, job_id=f"{number}_1", folder=first.folder.with_name(f"job-{number}_1"))
+    batches = first(), second()
+    for batch in batches:
+        assert batch.returncode == 0, batch.log
+    assert [batch.summary["seed"] for batch in batches] == [0, 1]
+    assert batches[0].summary["weights_sha256"] == expected
+    assert batches[1].summary["weights_sha256"] != expected
+    assert f"Slurm: job {number}_0 on" in batches[0].log
 
 
 def test_the_users_run_dir_is_taken(submit, small, desk):
@@ -186,6 +246,179 @@ def test_what_does_not_fit_is_one_line(submit, small, arguments, options, fragme
     for fragment in fragments:
         assert fragment in line
     assert not batch.folder.exists()
+    assert batch.num_restarts == 0
+
+
+@pytest.fixture(scope="module")
+def long(small):
+    """The arguments of a training that is not over before somebody has looked at it."""
+    return [*small, "trainer.epochs=150"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_python, long, tmp_path_factory):
+    """The digest of the weights that the long training gives without Slurm."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    result = run_python("-m", "mnist_dist.train", *long, "strategy=single", f"run_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / "summary.json").read_text())["weights_sha256"]
+
+
+def check_put_back(batch: Batch, times: int, digest: str, *, reason: str) -> None:
+    """That the job was put back so often, went on each time from where it was, and ended as if nothing had happened."""
+    assert batch.returncode == 0, batch.log
+    assert batch.state == "COMPLETED"
+    assert batch.num_restarts == times, batch.log
+    assert batch.log.count(f"Job {batch.job_id} goes back into the queue: {reason}; it will go on from ") == times
+    assert re.findall(r"^Job .* restarted (\d+) time", batch.log, re.MULTILINE) == [str(n) for n in range(times + 1)]
+    resumed = [int(epoch) for epoch in re.findall(r"^Resuming after epoch (\d+) of", batch.log, re.MULTILINE)]
+    assert resumed == batch.summary["resumed_from_epochs"]
+    assert len(resumed) == times
+    assert batch.summary["weights_sha256"] == digest, batch.log
+
+
+def test_one_task_is_told_to_stop(submit, long, undisturbed):
+    """All stop after the same epoch, and the job is put back once."""
+    horovodrun()
+    job = submit(*long, "strategy=horovod", options=["--nodes=2", "--cpus-per-task=1"])
+    job.signal_one(1, signal.SIGUSR2)
+    batch = job()
+    check_put_back(batch, 1, undisturbed, reason="stopped on request")
+    assert batch.log.count("Stopped on request after epoch ") == 1
+    assert batch.log.count("SIGUSR2: stopping after this epoch") == 1
+    assert batch.summary["world_size"] == 2
+
+
+def test_an_arrays_task_is_preempted_twice(submit, long, undisturbed):
+    """By hand, as `scancel` does it: to all processes of this task of the array, and of no other."""
+    options = ["--array=0-1", "--output=runs/array-%A_%a.log"]
+    first = submit(*long, "strategy=single", "seed=%a", options=options, log="array-{}_0.log", task="_0")
+    number = first.job_id.removesuffix("_0")
+    second = replace(first, job_id=f"{number}_1", log=first.log.with_name(f"array-{number}_1.log"))
+    for start in range(2):
+        wait_until(lambda start=start: first.is_training(start=start), first)
+        first.ask("scancel", "--signal=USR2", first.job_id)
+    check_put_back(first(), 2, undisturbed, reason="stopped on request")
+    assert second().num_restarts == 0
+
+
+def test_slurm_preempts(submit, long, undisturbed):
+    """For a job of a partition with priority; until its time of grace is over the training has stopped by itself."""
+    options = ["--nodes=2", "--cpus-per-task=1"]
+    job = submit(*long, "strategy=multiworker", options=options)
+    wait_until(lambda: job.is_training(start=0), job)
+    urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    job.ask("sbatch", *urgent)
+    check_put_back(job(), 1, undisturbed, reason="stopped on request")
+
+
+def test_the_time_is_nearly_up(submit, long, undisturbed):
+    """Slurm looks every 30 s whether the time for the warning has come, and counts these 30 s as over then.
+
+    The training must not be over by then: its process is frozen until the signal waits for it. The next start gets more
+    time, so as not to be warned as well.
+    """
+    job = submit(*long, "strategy=single", options=["--time=1", "--signal=USR2@25"])
+    wait_until(lambda: job.is_training(start=0) or int(job.told("Restarts")) > 0, job)
+    for pid in job.processes() if int(job.told("Restarts")) == 0 else []:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # the warning was faster
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda pid=pid: is_pending(pid, signal.SIGUSR2), job)
+            os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: int(job.told("Restarts")) > 0, job)
+    job.ask("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=10")
+    batch = job()
+    assert batch.returncode == 0, batch.log
+    assert batch.num_restarts >= 1
+    assert batch.log.count("goes back into the queue: stopped on request;") == batch.num_restarts
+    assert "TIME LIMIT" not in batch.log
+    assert batch.summary["weights_sha256"] == undisturbed
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    masks = re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) & 1 << number - 1 for mask in masks)
+
+
+@pytest.mark.parametrize("strategy", ["horovod", "multiworker"])
+def test_a_process_is_lost(strategy, submit, long, undisturbed):
+    """First the last one, then the chief: each time the others end soon, and the job is put back."""
+    if strategy == "horovod":
+        horovodrun()
+    job = submit(*long, f"strategy={strategy}", options=["--nodes=2", "--cpus-per-task=1"])
+    for start, rank in enumerate([1, 0]):
+        job.signal_one(rank, signal.SIGKILL, start=start)
+        wait_until(lambda times=start + 1: job.text().count("goes back into the") == times, job, timeout_s=60)
+    check_put_back(job(), 2, undisturbed, reason="a process of the job was lost")
+
+
+def test_a_cancelled_job_does_not_come_back(submit, long):
+    """Though it has time enough to save a checkpoint, and to say that it was stopped."""
+    job = submit(*long, "strategy=single")
+    wait_until(lambda: job.is_training(start=0), job)
+    job.ask("scancel", job.job_id)
+    batch = job()
+    assert (batch.state, batch.num_restarts) == ("CANCELLED", 0), batch.log
+    assert "Stopped on request after epoch" in batch.log
+    assert "goes back" not in batch.log
+    assert "is not put back" not in batch.log
+
+
+def test_a_failed_training_does_not_come_back(submit, small):
+    job = submit(*small, "strategy=multiworker", "optimizer.learning_rate=1e30", options=["--nodes=2"])
+    batch = job()
+    assert (batch.state, batch.returncode, batch.num_restarts) == ("FAILED", 1, 0), batch.log
+    assert "goes back" not in batch.log
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ("exit 2", "sleep 60", 2),  # the second one is ended by srun, with SIGTERM: srun's own exit code is 143
+        ("exit 1", "trap '' TERM; sleep 1; kill -9 $$", 1),
+        ("trap '' TERM; sleep 0.5; exit 1", "exit 76", 1),  # the one that missed the other was faster
+        ("exit 127", "sleep 60", 127),
+    ],
+)
+def test_the_first_failure_counts(first, second, code, submit):
+    """Not what it does to the others. In place of Python there are two small shells."""
+    site = f"launcher=(bash -c 'if ((SLURM_PROCID)); then {quoted(second)}; else {quoted(first)}; fi')"
+    batch = submit(options=["--nodes=2"], site=site)()
+    assert (batch.state, batch.returncode, batch.num_restarts) == ("FAILED", code, 0), batch.log
+    assert "goes back" not in batch.log
+
+
+def quoted(command: str) -> str:
+    """For a place between single quotes."""
+    return command.replace("'", "'\\''")
+
+
+def test_not_for_ever(submit):
+    """Killed in each start before there is a checkpoint: after so many times that is the end, and a line says so."""
+    batch = submit("seed=3", "+x=a b", site="max_requeues=2; launcher=(bash -c 'kill -9 $$')")()
+    assert (batch.state, batch.num_restarts) == ("FAILED", 2), batch.log
+    assert batch.log.count("goes back into the queue: a process of the job was lost") == 2
+    (line,) = [line for line in batch.log.splitlines() if line.startswith("error: ")]
+    assert "it was 2 time(s) already, with no checkpoint; max_requeues=2 in slurm/train.sh" in line
+    assert line.endswith(rf"sbatch slurm/train.sh seed=3 +x=a\ b run_dir=runs/job-{batch.job_id}")
+
+
+def test_putting_back_is_not_allowed(submit):
+    """The line has Slurm's own words, and what to type."""
+    site = "launcher=(bash -c 'exit 75'); scontrol() { [[ $1 != requeue ]] || { echo 'Access denied' >&2; false; }; }"
+    batch = submit(site=site)()
+    assert (batch.state, batch.returncode, batch.num_restarts) == ("FAILED", 75, 0), batch.log
+    (line,) = [line for line in batch.log.splitlines() if line.startswith("error: ")]
+    assert "is not put back into the queue: stopped on request, but Access denied. To go on from no checkpoint" in line
+    assert line.endswith(f"sbatch slurm/train.sh run_dir=runs/job-{batch.job_id}")
+
+
+def test_a_signal_to_the_script(submit, long, undisturbed):
+    """`--signal=B:...` and `scancel --batch` signal it alone; it passes them on."""
+    job = submit(*long, "strategy=single")
+    wait_until(lambda: job.is_training(start=0), job)
+    job.ask("scancel", "--batch", "--signal=TERM", job.job_id)
+    check_put_back(job(), 1, undisturbed, reason="stopped on request")
 
 
 def test_outside_of_a_job(tmp_path):
