@@ -21,6 +21,8 @@ class Report:
     """Whether the run folder holds this run, finished; what the chief says counts."""
     progress: str = ""
     """The checkpoint that the run goes on from (`Progress.to_json`), if any; what the chief says counts."""
+    contact: str = ""
+    """Where it is to be watched (`peers.PeerWatch`); what the chief says counts."""
     error: str | None = None
     """Why it cannot take part."""
 

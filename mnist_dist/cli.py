@@ -7,6 +7,7 @@ the exit code that scripts rely on (`errors.py`).
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from mnist_dist.config import conf_dir, register_schemas, to_config
 from mnist_dist.console import Console
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
 from mnist_dist.explain import check_command_line, describe_choices, explain, opening_comment
+from mnist_dist.peers import end_at_once
 from mnist_dist.topology import Topology, read_topology
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,18 @@ def run(entry: Entry, *, config_name: str) -> NoReturn:
 
 def _run_in_console(entry: Entry, *, config_name: str) -> int:
     topology = read_topology()
-    with Console(rank=topology.rank, world_size=topology.world_size) as console:
-        # Here, where the log is open: errors belong into it, with the rank's number.
-        return _guarded(lambda: _compose_and_call(entry, topology, console, config_name=config_name))
+    try:
+        with Console(rank=topology.rank, world_size=topology.world_size) as console:
+            # Here, where the log is open: errors belong into it, with the rank's number.
+            code = _guarded(lambda: _compose_and_call(entry, topology, console, config_name=config_name))
+    except Exception:
+        if topology.world_size == 1:
+            raise
+        traceback.print_exc()
+        code = EXIT_FAILURE
+    if code != EXIT_OK and topology.world_size > 1:
+        end_at_once(code)
+    return code
 
 
 def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, config_name: str) -> int:

@@ -7,6 +7,7 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # stopped early on request, with a checkpoint
+EXIT_LOST_PEER = 76  # another process of the job is gone; a checkpoint is there from before
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 

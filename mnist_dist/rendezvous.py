@@ -14,7 +14,6 @@ import random
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from mnist_dist.errors import UserError
@@ -31,7 +30,7 @@ def exchange(text: str, *, topology: Topology, timeout_s: float, topic: str = "s
     It may be called again, by all ranks alike, with another topic; but not over horovodrun's store.
 
     Raises:
-        UserError: somebody did not come within `timeout_s` seconds; the message names who.
+        UserError: somebody did not come within `timeout_s` seconds, or has ended; the message names who.
     """
     if topology.world_size == 1:
         return [text]
@@ -44,8 +43,9 @@ def exchange(text: str, *, topology: Topology, timeout_s: float, topic: str = "s
         texts = _as_other(text, topology, deadline, timeout_s, job=_job_id(topology, topic))
     missing = [rank for rank in range(topology.world_size) if rank not in texts]
     if missing:
+        names = ", ".join(describe_rank(rank, topology) for rank in missing)
         raise UserError(
-            f"{', '.join(_name(rank, topology) for rank in missing)} did not come within {timeout_s:.0f} s; start all "
+            f"{names} did not come within {timeout_s:.0f} s; start all "
             f"{topology.world_size} processes, check that they can reach each other, or allow more time with "
             "strategy.start_timeout_s"
         )
@@ -63,17 +63,16 @@ def check_own_port(topology: Topology) -> None:
         raise UserError(f"{address}: cannot listen there ({error.strerror}); is another job running?") from error
 
 
-@contextlib.contextmanager
-def free_port() -> Iterator[int]:
-    """A port of this host that nobody listens on; nobody else gets it while the block runs."""
+def hold_free_port() -> socket.socket:
+    """A socket bound to a port of this host that nobody listens on, and nobody else gets until it is closed."""
     for port in random.SystemRandom().sample(_OWN_PORTS, 100):
-        with socket.socket() as held:
-            try:
-                held.bind(("", port))
-            except OSError:
-                continue
-            yield port
-            return
+        held = socket.socket()
+        try:
+            held.bind(("", port))
+        except OSError:
+            held.close()
+            continue
+        return held
     raise UserError(f"no free port from {_OWN_PORTS.start} to {_OWN_PORTS.stop - 1} on this machine")
 
 
@@ -81,9 +80,16 @@ def exchange_addresses(topology: Topology, *, timeout_s: float) -> list[str]:
     """`host:port` of all ranks, each with a port that is free now; to be used at once, before others take it."""
     if topology.addresses or topology.world_size == 1:
         return list(topology.addresses)
-    with free_port() as port:
-        own = f"{topology.hosts[topology.rank]}:{port}"
+    with hold_free_port() as held:
+        own = f"{topology.hosts[topology.rank]}:{held.getsockname()[1]}"
         return exchange(own, topology=topology, timeout_s=timeout_s, topic="addresses")
+
+
+def describe_rank(rank: int, topology: Topology, *, host: str = "") -> str:
+    """A rank and its place, in words; `host` where the launcher did not tell."""
+    places = topology.addresses or topology.hosts
+    place = places[rank] if places else host
+    return f"rank {rank} ({place})" if place else f"rank {rank}"
 
 
 def _over_store(text: str, topology: Topology, deadline: float) -> dict[int, str]:
@@ -153,37 +159,48 @@ def _first_contact(topology: Topology) -> socket.socket:
 
 
 def _as_other(text: str, topology: Topology, deadline: float, timeout_s: float, *, job: str) -> dict[int, str]:
-    """Other ranks: knock at rank 0 until it answers or the time is up."""
+    """Other ranks: knock at rank 0 until it answers or the time is up, then wait for what all have said."""
     contacts = _contacts(topology)
     for contact in itertools.cycle(contacts):
         try:
-            with (
-                socket.create_connection(_split(contact), timeout=_READ_TIMEOUT_S) as connection,
-                connection.makefile("rb") as stream,
-            ):
-                _send(connection, {"job": job, "rank": topology.rank, "text": text})
-                # Whoever listens there may be of another job, or no program of ours.
-                connection.settimeout(3 * _READ_TIMEOUT_S)
-                if _receive(stream)["job"] != job:
-                    raise ValueError("of another job")
-                # Rank 0 may have started later than this process by up to the same time, and then waits longer.
-                connection.settimeout(2 * timeout_s + _READ_TIMEOUT_S)
-                answer = _receive(stream)
-                return {int(rank): str(text) for rank, text in answer["texts"].items()}
+            connection = _greet(contact, text, topology, job=job)
         except (OSError, ValueError, KeyError, TypeError):
             if time.monotonic() > deadline:
                 # Nothing is known of the others but that rank 0, who would know, is not there.
                 break
             if contact == contacts[-1]:
                 time.sleep(_RETRY_S)
+            continue
+        # Rank 0 may have started later than this process by up to the same time, and then waits longer.
+        connection.settimeout(2 * timeout_s + _READ_TIMEOUT_S)
+        with connection, connection.makefile("rb") as stream:
+            try:
+                answer = _receive(stream)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{describe_rank(0, topology)} is gone: it ended before all had come") from error
+            return {int(rank): str(text) for rank, text in answer["texts"].items()}
     return dict.fromkeys(range(1, topology.world_size), "")
+
+
+def _greet(contact: str, text: str, topology: Topology, *, job: str) -> socket.socket:
+    """Hand in the text at `contact`; raises OSError, ValueError, KeyError or TypeError unless rank 0 is there."""
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(socket.create_connection(_split(contact), timeout=_READ_TIMEOUT_S))
+        _send(connection, {"job": job, "rank": topology.rank, "text": text})
+        # Whoever listens there may be of another job, or no program of ours.
+        connection.settimeout(3 * _READ_TIMEOUT_S)
+        with connection.makefile("rb", buffering=0) as stream:  # what comes after the greeting stays unread
+            if _receive(stream)["job"] != job:
+                raise ValueError("of another job")
+        stack.pop_all()
+        return connection
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(stream: BinaryIO) -> dict[str, Any]:
+def _receive(stream: BinaryIO | socket.SocketIO) -> dict[str, Any]:
     message = json.loads(stream.readline())
     if not isinstance(message, dict):
         raise ValueError("not a message of ours")
@@ -198,11 +215,6 @@ def _job_id(topology: Topology, topic: str) -> str:
 
 def _contacts(topology: Topology) -> tuple[str, ...]:
     return topology.contacts or topology.addresses[:1]
-
-
-def _name(rank: int, topology: Topology) -> str:
-    places = topology.addresses or topology.hosts
-    return f"rank {rank}" + (f" ({places[rank]})" if places else "")
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from mnist_dist.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.gpus import own_uuids
 from mnist_dist.history import History
 from mnist_dist.metrics import weights_digest
+from mnist_dist.peers import PeerWatch
 from mnist_dist.preemption import StopRequest
 from mnist_dist.reference import Reference, load_reference
 from mnist_dist.rendezvous import check_own_port
@@ -40,11 +41,26 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     stop_request = StopRequest()
     stop_request.listen(signal.SIGTERM, signal.SIGUSR2)
     run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
-    run_input = agree_on_input(config, topology, run_folder)
+    peers = PeerWatch(topology)
+    run_input = agree_on_input(config, topology, run_folder, contact=peers.contact)
     if run_input is None:
         log.info("%s holds this run, finished: nothing to do", run_folder.path)
         return EXIT_OK
-    config, dataset, reference, reached, checkpoint = run_input
+    with peers.watching(run_input.contact):
+        return train_on(run_input, topology, run_folder, console, stop_request=stop_request, started=started)
+
+
+def train_on(
+    run_input: "RunInput",
+    topology: Topology,
+    run_folder: RunFolder,
+    console: Console,
+    *,
+    stop_request: StopRequest,
+    started: float,
+) -> int:
+    """From the input to the results, or to a request to stop; returns the exit code."""
+    config, dataset, reference, reached, checkpoint, _ = run_input
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back. The other core
     # prepares the data meanwhile.
@@ -147,9 +163,11 @@ class RunInput(NamedTuple):
     """How far the run has come that goes on, if one does."""
     checkpoint: Checkpoint | None
     """That of `reached`, on the chief."""
+    contact: str
+    """Of the watch over all processes."""
 
 
-def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> RunInput | None:
+def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolder, *, contact: str) -> RunInput | None:
     """The input, once all processes of the job have it and have the same; None if the run is finished already.
 
     Raises:
@@ -166,7 +184,13 @@ def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolde
         run_folder.check_same_training(config, dataset_sha256=dataset.sha256, progress=reached)
         gpus = own_uuids(topology)
         facts = describe_training(config, dataset, num_gpus=len(gpus))
-        report = Report(facts=facts, gpus=gpus, is_finished=is_finished, progress=reached.to_json() if reached else "")
+        report = Report(
+            facts=facts,
+            gpus=gpus,
+            is_finished=is_finished,
+            progress=reached.to_json() if reached else "",
+            contact=contact,
+        )
     except UserError as error:
         with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
             agree(Report(error=str(error)), topology=topology, timeout_s=timeout_s)
@@ -175,7 +199,7 @@ def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolde
     if agreed.is_finished:
         return None
     reached = Progress.from_json(agreed.progress) if agreed.progress else None
-    return RunInput(settle(config, reached), dataset, reference, reached, checkpoint)
+    return RunInput(settle(config, reached), dataset, reference, reached, checkpoint, agreed.contact)
 
 
 def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> tuple[ImageDataset, Reference | None]:

@@ -133,15 +133,36 @@ def start_python(python_environment, tmp_path):
         process.communicate()
 
 
-@pytest.fixture(scope="session")
-def run_job(tmp_path_factory, python_environment):
-    """Train with several processes, as a user launches them; returns what each (horovodrun: what it) printed.
+class RunningJob(NamedTuple):
+    """The processes that a user launches for a job, and the files that take what they print."""
 
-    `run_job("horovod", 2, *args)` and `run_job("multiworker", 2, *args)`; `script` replaces `-m mnist_dist.train`, and
-    of single ranks of multiworker `per_rank` gives arguments, `delays_s` lets them start later, `ports` sets ports.
+    processes: list[subprocess.Popen]
+    outputs: list[tuple[Path, Path]]
+
+    def is_running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def output(self) -> str:
+        return "".join(path.read_text() for pair in self.outputs for path in pair)
+
+    def wait(self, timeout: float) -> list[int]:
+        return [process.wait(timeout=timeout) for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def launch_job(tmp_path_factory, python_environment):
+    """Start several processes that train together, as a user launches them.
+
+    `launch_job("horovod", 2, *args)` or `launch_job("multiworker", 2, *args)`; `script` replaces `-m mnist_dist.train`,
+    and of single ranks of multiworker `per_rank` gives arguments, `delays_s` lets them start later, `ports` sets ports.
     """
 
-    def run(
+    def launch(
         strategy,
         size,
         *args,
@@ -151,7 +172,7 @@ def run_job(tmp_path_factory, python_environment):
         delays_s=None,
         cwd=None,
         ports=None,
-    ):
+    ) -> RunningJob:
         command = [sys.executable, *script, f"strategy={strategy}", *map(str, args)]
         environment = {**python_environment, **(env or {})}
         if strategy == "horovod":
@@ -164,27 +185,49 @@ def run_job(tmp_path_factory, python_environment):
             tasks = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": n}} for n in range(size)]
             environments = [{**environment, "TF_CONFIG": json.dumps(task)} for task in tasks]
         folder = cwd or tmp_path_factory.mktemp("job")
-        outputs = [(folder / f"out{n}", folder / f"err{n}") for n in range(len(commands))]
-        processes = []
+        job = RunningJob([], [(folder / f"out{n}", folder / f"err{n}") for n in range(len(commands))])
+        for rank, (command, environment, (out, err)) in enumerate(
+            zip(commands, environments, job.outputs, strict=True)
+        ):
+            time.sleep((delays_s or {}).get(rank, 0))
+            job.processes.append(
+                subprocess.Popen(command, env=environment, cwd=folder, stdout=out.open("w"), stderr=err.open("w"))
+            )
+        return job
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def run_job(launch_job):
+    """As `launch_job`, and wait for the end; returns what each process (horovodrun: what it) printed."""
+
+    def run(*args, **kwargs):
+        job = launch_job(*args, **kwargs)
         try:
-            for rank, (command, environment, (out, err)) in enumerate(
-                zip(commands, environments, outputs, strict=True)
-            ):
-                time.sleep((delays_s or {}).get(rank, 0))
-                process = subprocess.Popen(
-                    command, env=environment, cwd=folder, stdout=out.open("w"), stderr=err.open("w")
-                )
-                processes.append(process)
-            codes = [process.wait(timeout=300) for process in processes]
+            codes = job.wait(timeout=300)
         finally:
-            for process in processes:
-                process.kill()
+            job.kill()
         return [
             subprocess.CompletedProcess(process.args, code, out.read_text(), err.read_text())
-            for process, code, (out, err) in zip(processes, codes, outputs, strict=True)
+            for process, code, (out, err) in zip(job.processes, codes, job.outputs, strict=True)
         ]
 
     return run
+
+
+@pytest.fixture
+def start_job(launch_job):
+    """As `launch_job`; what still runs when the test ends is killed."""
+    jobs = []
+
+    def start(*args, **kwargs) -> RunningJob:
+        jobs.append(launch_job(*args, **kwargs))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
 
 
 class Job(NamedTuple):

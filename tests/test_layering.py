@@ -13,7 +13,7 @@ LAYERS = [
     ["__init__", "errors"],
     ["files", "history", "metrics", "topology", "reference"],
     ["rendezvous", "gpus", "checkpoint", "preemption"],
-    ["config", "console", "agreement"],
+    ["config", "console", "agreement", "peers"],
     ["data.formats"],
     ["data.sources", "data.digits"],
     ["data.preprocess", "data.batches", "data.shards"],

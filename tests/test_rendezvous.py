@@ -1,3 +1,4 @@
+import json
 import socket
 import threading
 import time
@@ -7,7 +8,7 @@ from conftest import free_ports
 
 from mnist_dist import rendezvous
 from mnist_dist.errors import UserError
-from mnist_dist.rendezvous import check_own_port, exchange, exchange_addresses, free_port
+from mnist_dist.rendezvous import check_own_port, exchange, exchange_addresses, hold_free_port
 from mnist_dist.topology import Topology
 
 
@@ -138,6 +139,22 @@ def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
         check_outcomes(*start_under_slurm(2, contacts), job="7")
 
 
+def test_a_chief_that_ends_while_the_others_wait(addresses):
+    """It is not waited for any longer."""
+
+    def end_after_greeting(server):
+        connection, _ = server.accept()
+        with connection, connection.makefile("rb") as stream:
+            job = json.loads(stream.readline())["job"]
+            connection.sendall(json.dumps({"job": job}).encode() + b"\n")
+
+    topology = Topology("tf_config", 1, 2, addresses=tuple(addresses[:2]))
+    with socket.create_server(("127.0.0.1", int(addresses[0].rpartition(":")[2]))) as server:
+        threading.Thread(target=end_after_greeting, args=[server]).start()
+        with pytest.raises(UserError, match=rf"^rank 0 \({addresses[0]}\) is gone: it ended before all had come"):
+            exchange("x", topology=topology, timeout_s=300)
+
+
 def test_a_missing_rank_of_slurm_is_named_with_its_node(addresses):
     topology = Topology("slurm", 0, 2, hosts=("127.0.0.1", "far"), contacts=(addresses[0],), step="7")
     with pytest.raises(UserError, match=r"^rank 1 \(far\) did not come within 0 s"):
@@ -145,7 +162,8 @@ def test_a_missing_rank_of_slurm_is_named_with_its_node(addresses):
 
 
 def test_a_free_port_is_held_and_given_back():
-    with free_port() as port, pytest.raises(OSError):
+    with hold_free_port() as held, pytest.raises(OSError):
+        port = held.getsockname()[1]
         socket.create_server(("", port))
     socket.create_server(("", port)).close()
 

@@ -1,0 +1,237 @@
+"""Whether all processes of the job are alive, while they train together.
+
+The backends wait long for a process that is gone, or end with an error that names nobody. So every process has a
+connection to rank 0 besides, which says every few seconds that it is alive, and tells why it ends when it does. A
+connection that breaks, or stays silent, is a lost process: rank 0 tells all others, and each ends itself at once, in
+whatever collective it waits.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, TrainingFailed, UserError
+from mnist_dist.files import describe_os_error
+from mnist_dist.rendezvous import describe_rank, hold_free_port
+from mnist_dist.topology import Topology
+
+log = logging.getLogger(__name__)
+
+_ALIVE_EVERY_S = 2.0
+# A process whose machine is frozen or out of reach breaks no connection. Once a collective has failed less is enough.
+_SILENCE_S, _SUSPICIOUS_SILENCE_S = 30.0, 10.0
+_JOIN_S = 30.0
+# Whoever ends for a reason tells it; most often all processes have the same reason and say so themselves meanwhile.
+_GRACE_S = 5.0
+_FAREWELL_S = 2.0
+
+
+@dataclass
+class _Link:
+    """The connection to one other process."""
+
+    name: str
+    socket: socket.socket
+    heard_s: float = field(default_factory=time.monotonic)
+    unread: bytes = b""
+
+
+class PeerWatch:
+    """Watches the other processes of a job, from the block `watching` on; ends this one when another one is lost."""
+
+    def __init__(self, topology: Topology) -> None:
+        """On rank 0: begin to listen."""
+        self._topology = topology
+        self._token = secrets.token_hex(8)
+        self._links: list[_Link] = []
+        self._missing = set(range(1, topology.world_size)) if topology.is_chief else set()
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()
+        self._has_left, self._is_ending = threading.Event(), threading.Event()
+        self._silence_s = _SILENCE_S
+        self.contact = ""
+        """What the others have to know to come."""
+        if topology.world_size > 1 and topology.is_chief:
+            server = hold_free_port()
+            server.listen()
+            self._selector.register(server, selectors.EVENT_READ)
+            self.contact = f"{_own_host(topology)}:{server.getsockname()[1]}:{self._token}"
+
+    @contextlib.contextmanager
+    def watching(self, contact: str) -> Iterator[None]:
+        """While the block runs, no other process may end; `contact` is rank 0's.
+
+        If one does, this process ends: at once, with EXIT_LOST_PEER, if it is gone without a word; with its exit code
+        if it told why, unless this one leaves the block by itself first.
+
+        Raises:
+            UserError: rank 0 cannot be reached there.
+        """
+        if self._topology.world_size == 1:
+            yield
+            return
+        if not self._topology.is_chief:
+            self._connect(contact)
+        thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, (UserError, TrainingFailed, KeyboardInterrupt)):
+                # A collective that fails is how a lost process looks from here; then the other thread knows in a
+                # moment, and ends this process with a better message.
+                self._silence_s = _SUSPICIOUS_SILENCE_S
+                if self._is_ending.wait(_SUSPICIOUS_SILENCE_S + _ALIVE_EVERY_S):
+                    thread.join()
+            code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
+            self._leave({"failed": str(error)[:500] or type(error).__name__, "code": code})
+            raise
+        self._leave({"done": True})
+
+    def _connect(self, contact: str) -> None:
+        host, port, self._token = contact.rsplit(":", 2)
+        name = describe_rank(0, self._topology, host=host)
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=_JOIN_S)
+        except OSError as error:
+            raise UserError(
+                f"{name} cannot be reached at {host}:{port} ({describe_os_error(error)}): it has ended, or a firewall "
+                "is between"
+            ) from error
+        self._add(_Link(name, connection))
+        self._send({"token": self._token, "rank": self._topology.rank, "host": socket.gethostname()})
+
+    def _add(self, link: _Link) -> None:
+        link.socket.settimeout(_FAREWELL_S)
+        self._links.append(link)
+        self._selector.register(link.socket, selectors.EVENT_READ, link)
+
+    def _watch(self) -> None:
+        """The thread: listen to all, and say that this process is alive."""
+        started_s, said_s = time.monotonic(), 0.0
+        while not self._has_left.is_set():
+            for key, _ in self._selector.select(timeout=_ALIVE_EVERY_S / 4):
+                if key.data is None:
+                    self._accept(key.fileobj)
+                elif key.data in self._links:
+                    self._listen(key.data)
+            now = time.monotonic()
+            if now - said_s >= _ALIVE_EVERY_S:
+                self._send({})
+                said_s = now
+            for link in tuple(self._links):
+                if now - link.heard_s > self._silence_s:
+                    self._lose(link.name, f"silent for {self._silence_s:.0f} s")
+            if self._missing and now - started_s > _JOIN_S:
+                self._lose(describe_rank(min(self._missing), self._topology), "it came, and ended before all had come")
+
+    def _accept(self, server: Any) -> None:
+        """A newcomer: another rank, or a stranger."""
+        connection, _ = server.accept()
+        try:
+            connection.settimeout(_FAREWELL_S)
+            with connection.makefile("rb", buffering=0) as stream:
+                hello = json.loads(stream.readline(1000))
+            if hello["token"] != self._token:
+                raise ValueError("a stranger")
+            self._missing.remove(hello["rank"])
+            name = describe_rank(hello["rank"], self._topology, host=str(hello["host"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            connection.close()
+            return
+        self._add(_Link(name, connection))
+
+    def _listen(self, link: _Link) -> None:
+        """Read what has come from another process."""
+        try:
+            data = link.socket.recv(65536)
+        except TimeoutError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._lose(link.name, "its connection broke")
+        link.heard_s = time.monotonic()
+        *lines, link.unread = (link.unread + data).split(b"\n")
+        for message in map(json.loads, lines):
+            if "done" in message:
+                self._links.remove(link)
+                self._selector.unregister(link.socket)
+            elif "failed" in message:
+                self._end(f"{link.name} ended: {message['failed']}", message["code"], grace_s=_GRACE_S)
+            elif "end" in message:
+                self._end(message["end"], message["code"], grace_s=message["grace_s"])
+
+    def _lose(self, name: str, how: str) -> None:
+        self._end(
+            f"{name} is gone ({how}), so this process ends too; what was saved is kept, and the same command "
+            "goes on from there",
+            EXIT_LOST_PEER,
+            grace_s=0,
+        )
+
+    def _end(self, text: str, code: int, *, grace_s: float) -> None:
+        """End this process, and all others if this is rank 0; unless it ends by itself within `grace_s` seconds."""
+        if grace_s == 0 and not self._has_left.is_set():
+            self._is_ending.set()
+        self._send({"end": text, "code": code, "grace_s": grace_s})
+        if self._has_left.wait(grace_s):
+            return
+        log.error("error: %s", " ".join(text.splitlines()))
+        self._say_farewell()
+        end_at_once(code)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """To all that are connected: rank 0's word goes to all ranks, the others' to rank 0."""
+        with self._lock:
+            for link in tuple(self._links):
+                with contextlib.suppress(OSError):  # its end is seen where it is listened to
+                    link.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def _leave(self, message: dict[str, Any]) -> None:
+        self._has_left.set()
+        self._send(message)
+        self._say_farewell()
+
+    def _say_farewell(self) -> None:
+        """Close the connections so that what was sent last arrives: not while something unread lies here."""
+        deadline = time.monotonic() + _FAREWELL_S
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                link.socket.shutdown(socket.SHUT_WR)
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                while (left := deadline - time.monotonic()) > 0:
+                    link.socket.settimeout(left)
+                    if not link.socket.recv(65536):
+                        break
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process with nothing but its last lines: the backends' own ends would wait for the other processes."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _own_host(topology: Topology) -> str:
+    """The name or address under which the others reach this process's machine."""
+    if topology.local_size == topology.world_size:
+        return "127.0.0.1"
+    if places := topology.hosts or topology.addresses:
+        return places[topology.rank].rpartition(":")[0] or places[topology.rank]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(((topology.store or "localhost:1").rpartition(":")[0], 9))  # sends nothing
+        return str(probe.getsockname()[0])

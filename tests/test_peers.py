@@ -1,0 +1,224 @@
+"""A process of a job is lost, or ends for a reason: all others end too, at once, and say which it was."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import free_ports
+
+from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
+
+# A rank that agrees, watches, and then does what its argument says; no TensorFlow.
+PEER = """
+import json, os, signal, sys, time
+from mnist_dist import peers
+from mnist_dist.errors import TrainingFailed, UserError
+from mnist_dist.cli import _guarded
+from mnist_dist.rendezvous import exchange
+from mnist_dist.topology import read_topology
+
+topology = read_topology()
+peers._JOIN_S = 5.0
+peers._SILENCE_S, peers._SUSPICIOUS_SILENCE_S, peers._ALIVE_EVERY_S = 3.0, 2.0, 0.2
+watch = peers.PeerWatch(topology)
+
+def main():
+    contact = exchange(watch.contact, topology=topology, timeout_s=30)[0]
+    if "early" in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with watch.watching(contact):
+        print("watching", flush=True)
+        for word in sys.argv[1:]:
+            if word == "wait":
+                time.sleep(600)
+            elif word == "raise":
+                raise RuntimeError("collective failed")
+            elif word == "full":
+                raise TrainingFailed("run/history.csv cannot be written")
+            elif word == "user":
+                raise UserError("data.path=x: no such file")
+            elif word == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif word == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            else:
+                time.sleep(float(word))
+    return 0
+
+sys.exit(_guarded(main))
+"""
+
+
+@pytest.fixture
+def run_peers(python_environment, tmp_path):
+    """Start one rank for each list of words and wait for those that end by themselves; (exit code, errors) of each."""
+    processes: list[subprocess.Popen] = []
+
+    def run(*words, frozen=()):
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(words))]
+        for rank, own in enumerate(words):
+            task = f'{{"cluster": {{"worker": {addresses}}}, "task": {{"type": "worker", "index": {rank}}}}}'
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", PEER, *map(str, own)],
+                    env={**python_environment, "TF_CONFIG": task.replace("'", '"')},
+                    stdout=subprocess.DEVNULL,
+                    stderr=(tmp_path / f"err{rank}").open("w"),
+                )
+            )
+        waited = [process for rank, process in enumerate(processes) if rank not in frozen]
+        codes = [process.wait(timeout=60) for process in waited]
+        errors = [(tmp_path / f"err{rank}").read_text() for rank in range(len(words)) if rank not in frozen]
+        # The port is not part of what is compared.
+        return list(zip(codes, [re.sub(r"(127\.0\.0\.1):\d+", r"\1", error) for error in errors], strict=True))
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def gone(rank: int, how: str = "its connection broke") -> tuple[int, str]:
+    return (
+        EXIT_LOST_PEER,
+        f"error: rank {rank} (127.0.0.1) is gone ({how}), so this process ends too; what was saved is kept, and the "
+        "same command goes on from there\n",
+    )
+
+
+def test_all_end_in_peace(run_peers):
+    assert run_peers([0.5], [1], [0]) == [(EXIT_OK, "")] * 3
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_lost_rank_ends_all_others(lost, run_peers):
+    words = [["wait"], ["wait"], ["wait"]]
+    words[lost] = [0.5, "kill"]
+    ends = run_peers(*words)
+    assert ends.pop(lost) == (-signal.SIGKILL, "")
+    assert ends == [gone(lost)] * 2
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_rank_is_lost_before_it_watches(lost, run_peers):
+    words = [["wait"], ["wait"], ["wait"]]
+    words[lost] = ["early"]
+    ends = run_peers(*words)
+    assert ends.pop(lost) == (-signal.SIGKILL, "")
+    if lost == 2:
+        assert ends == [gone(2, "it came, and ended before all had come")] * 2
+    for code, error in ends:
+        assert code in (EXIT_LOST_PEER, EXIT_USER_ERROR)
+        assert error.startswith(f"error: rank {lost} (127.0.0.1) ")
+
+
+def test_a_collective_fails_first(run_peers):
+    """The backend's own error comes before the connection is seen to break: still the lost rank is what is told."""
+    assert run_peers(["wait"], [0.5, "kill"], [0.5, "raise"])[2] == gone(1)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_lost(frozen, run_peers):
+    words = [["wait"], ["wait"], ["wait"]]
+    words[frozen] = [0.5, "freeze"]
+    assert run_peers(*words, frozen=[frozen]) == [gone(frozen, "silent for 3 s")] * 2
+
+
+def test_a_frozen_rank_is_lost_sooner_once_a_collective_fails(run_peers):
+    ends = run_peers([1, "raise"], [0.5, "freeze"], frozen=[1])
+    assert ends == [gone(1, "silent for 2 s")]
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_rank_that_fails_tells_why(failed, run_peers):
+    words = [["wait"], ["wait"], ["wait"]]
+    words[failed] = [0.5, "full"]
+    ends = run_peers(*words)
+    assert ends.pop(failed) == (EXIT_FAILURE, "error: run/history.csv cannot be written\n")
+    assert ends == [(EXIT_FAILURE, f"error: rank {failed} (127.0.0.1) ended: run/history.csv cannot be written\n")] * 2
+
+
+def test_ranks_that_fail_together_each_say_it_themselves(run_peers):
+    ends = run_peers([0.5, "user"], [1, "user"], [1.5, "user"])
+    assert ends == [(EXIT_USER_ERROR, "error: data.path=x: no such file\n")] * 3
+
+
+def test_a_bug_shows_its_traceback_and_ends_the_others(run_peers):
+    (code, error), other = run_peers([0.5, "raise"], ["wait"])
+    assert code == 1
+    assert error.endswith("RuntimeError: collective failed\n")
+    assert other == (EXIT_FAILURE, "error: rank 0 (127.0.0.1) ended: collective failed\n")
+
+
+def test_strangers_are_not_heard(tmp_path, python_environment):
+    """Whoever connects without the word of this job, and then leaves."""
+    code = """
+import sys, threading, time
+from mnist_dist.peers import PeerWatch
+from mnist_dist.topology import Topology
+chief = PeerWatch(Topology("tf_config", 0, 2, 0, 2))
+print(chief.contact, flush=True)
+with chief.watching(chief.contact):
+    sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=python_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    host, port, _ = process.stdout.readline().split(":")
+    for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guess", "rank": 1, "host": ""}\n', b"[]\n", b"\xff\n"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(words)
+    time.sleep(1)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+
+
+def trainings(folder: Path) -> dict[int, int]:
+    """The processes that train with this run folder, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().decode().split("\0")
+            environment = dict(
+                entry.partition("=")[::2] for entry in (path / "environ").read_bytes().decode().split("\0") if entry
+            )
+        except OSError:
+            continue
+        if words[1:3] == ["-m", "mnist_dist.train"] and f"run_dir={folder}" in words:
+            task = re.search(r'"index": (\d+)', environment.get("TF_CONFIG", ""))
+            found[int(task[1] if task else environment["HOROVOD_RANK"])] = int(path.name)
+    return found
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(("strategy", "size"), [("horovod", 3), ("multiworker", 2)])
+def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, start_job, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ["data=npz", f"data.path={small_npz}", "trainer.epochs=100000", f"run_dir={folder}"]
+    job = start_job(strategy, size, *arguments)
+    history = folder / "history.csv"
+    while not (history.is_file() and history.read_text().count("\n") > 3):
+        assert job.is_running(), job.output()
+        time.sleep(0.05)
+    processes = trainings(folder)
+    assert sorted(processes) == list(range(size))
+    os.kill(processes[lost], signal.SIGKILL)
+    codes = job.wait(timeout=60)
+    output = job.output()
+    lines = [line for line in output.splitlines() if "is gone" in line]
+    assert len(lines) == size - 1, output
+    for line in lines:
+        assert f"error: rank {lost} (" in line
+    assert "Traceback" not in output.replace("horovodrun", "")[: output.find("is gone")]
+    if strategy == "multiworker":
+        assert sorted(codes) == [-signal.SIGKILL, EXIT_LOST_PEER]
+    else:
+        assert codes == [1]  # horovodrun's own
+    assert not trainings(folder)
