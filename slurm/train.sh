@@ -146,7 +146,7 @@ requeues=runs/job-$id.requeues # a line for each
 ((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$requeues"
 count=$(grep -c ", $checkpoint\$" "$requeues" 2>/dev/null || true)
 if ((${count:-0} >= max_requeues)); then
-    why_not="it was $count time(s) already, with $checkpoint; max_requeues=$max_requeues in slurm/train.sh"
+    why_not="it was ${count:-0} time(s) already, with $checkpoint; max_requeues=$max_requeues in slurm/train.sh"
 elif why_not=$({ mkdir -p runs && echo "$(date '+%F %T') $reason, $checkpoint" >>"$requeues"; } 2>&1); then
     echo "Job $id goes back into the queue: $reason; it will go on from $checkpoint"
     ! why_not=$(scontrol requeue incomplete "$id" 2>&1) || exit "$code"
