@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,21 +15,24 @@ _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step, flushed to disk, in a folder that exists; raises OSError."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    # All within the folder as it is opened here: if it is moved meanwhile, nothing goes to what takes its place.
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; others may read results as far as the user's umask lets them.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
+        temporary = f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        _flush_folder(folder)
+    finally:
+        os.close(folder)
 
 
 def is_temporary(path: Path) -> bool:
@@ -48,16 +52,13 @@ def make_folder(path: Path) -> None:
         path.mkdir()
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a new name in `folder` outlast a power failure; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush_folder(descriptor: int) -> None:
+    """Make a new name in an open folder outlast a power failure; raises OSError."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
             raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

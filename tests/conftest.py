@@ -233,10 +233,10 @@ def args(small_npz):
 
 @pytest.fixture(scope="session")
 def train(run_python, args):
-    """Train in a folder, on one device."""
+    """Train in a folder, on one device; `script` replaces `-m mnist_dist.train`."""
 
-    def run(folder, *more, env=None):
-        return run_python(*TRAIN, "strategy=single", *args, f"run_dir={folder}", *more, env=env)
+    def run(folder, *more, env=None, script=TRAIN):
+        return run_python(*script, "strategy=single", *args, f"run_dir={folder}", *more, env=env)
 
     return run
 
@@ -252,13 +252,16 @@ def uninterrupted(tmp_path_factory, train) -> Path:
 
 @pytest.fixture
 def start(python_environment, tmp_path):
-    """Start a job in a process group of its own; what still runs when the test ends is killed."""
+    """Start a job in a process group of its own; what still runs when the test ends is killed.
+
+    `script` replaces `-m mnist_dist.train`, and `prefix` are words before the whole command.
+    """
     processes = []
 
-    def begin(job, *args) -> subprocess.Popen:
+    def begin(job, *args, script=TRAIN, prefix=()) -> subprocess.Popen:
         log = (tmp_path / f"output-{len(processes)}").open("w+")
         process = subprocess.Popen(
-            command(job, *args),
+            [*prefix, *command(job, *args, script=script)],
             env=python_environment,
             cwd=tmp_path,
             stdout=log,

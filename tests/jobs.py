@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +58,11 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("epoch-*.ckpt"))
 
 
-def command(job, *args) -> list[str]:
+def command(job, *args, script=TRAIN) -> list[str]:
     strategy, size = job
     launcher = [horovodrun(), "-np", str(size)] if strategy == "horovod" else []
     replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
-    return [*launcher, sys.executable, *TRAIN, f"strategy={strategy}", *replicas, *map(str, args)]
+    return [*launcher, sys.executable, *map(str, script), f"strategy={strategy}", *replicas, *map(str, args)]
 
 
 def descendants(pid: int) -> list[int]:
@@ -89,3 +90,14 @@ def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
             if len(history_of(folder).epochs) >= epoch:
                 return
         time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def stopped_after(process: subprocess.Popen, folder: Path, epoch: int) -> Iterator[None]:
+    """Hold a job of one process still, somewhere after `epoch`, while the block runs."""
+    wait_for_epoch(process, folder, epoch)
+    process.send_signal(signal.SIGSTOP)
+    state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert state.si_code == os.CLD_STOPPED, process.output.read_text()
+    yield
+    process.send_signal(signal.SIGCONT)

@@ -242,42 +242,10 @@ def test_the_whole_state_goes_on(more, train, tmp_path):
     assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 10 MB in memory, which takes the rights of root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        reason = f"a tmpfs cannot be mounted: {mounted.stderr.strip()}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_the_disk_is_full_while_saving(small_disk, uninterrupted, train, start, args, tmp_path):
-    folder = small_disk / "run"
-    process = start(SINGLE, *args, f"run_dir={folder}")
-    wait_for_epoch(process, folder, 3)
-    free = os.statvfs(small_disk)
-    with contextlib.suppress(OSError):
-        (small_disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize))
-    assert process.wait(timeout=120) == 1
-    lines = process.output.read_text().splitlines()
-    (line,) = [
-        line
-        for line in lines
-        if not line.startswith(("Epoch ", "Data:", "Strategy:", "Run f", "Model:", "Dev", "Bat", "Rep"))
-    ]
-    assert line.startswith(f"error: {folder}/")
-    assert "cannot be written (No space left on device); what was written before is kept." in line
-    reached = len(history_of(folder).epochs)
-    assert 3 <= reached < NUM_EPOCHS
-    (small_disk / "filler").unlink()
-    result = train(folder)
-    assert result.returncode == 0, result.stderr
-    assert "cannot be used" not in result.stdout
-    assert f"Resuming after epoch {reached - 1} of" in result.stdout or f"epoch {reached} of" in result.stdout
-    assert result_of(folder) == result_of(uninterrupted)
+def test_seconds_make_it_save_earlier_than_epochs(train, tmp_path):
+    more = ["trainer.epochs=3", "checkpoint.every_epochs=1000"]
+    for every_s, epochs in ((0, [1, 2, 3]), (300, [3])):
+        folder = tmp_path / f"every {every_s} s"
+        result = train(folder, *more, f"checkpoint.every_s={every_s}")
+        assert result.returncode == 0, result.stderr
+        assert [path.name for path in checkpoints_of(folder)] == [f"epoch-0000{epoch}.ckpt" for epoch in epochs]
