@@ -1,52 +1,64 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Writing files so that a reader, or a crash, never meets half of one; locks between processes."""
 
 import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 _TEMPORARY = ".tmp"
+_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step, flushed to disk; creates the folder; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    """Replace `path` by `content` in one step, flushed to disk, in a folder that exists; raises OSError."""
+    # All within the folder as it is opened here: if it is moved meanwhile, nothing goes to what takes its place.
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; others may read results as far as the user's umask lets them.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
+        temporary = f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        _flush_folder(folder)
+    finally:
+        os.close(folder)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` has the name of what `write_atomically` leaves when its process is killed."""
+    return path.name.startswith(".") and path.suffix == _TEMPORARY
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what `write_atomically` leaves in `folder` when its process is killed; for the only writer there."""
-    for path in folder.glob(f".*{_TEMPORARY}"):
+    for path in filter(is_temporary, folder.glob(".*")):
         path.unlink(missing_ok=True)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a new name in `folder` outlast a power failure; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def make_folder(path: Path) -> None:
+    """Make the folder `path` if there is none, but nothing that it lies in; raises OSError."""
+    with contextlib.suppress(FileExistsError):  # a file of this name is refused by whoever writes into it
+        path.mkdir()
+
+
+def _flush_folder(descriptor: int) -> None:
+    """Make a new name in an open folder outlast a power failure; raises OSError."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
             raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -56,6 +68,31 @@ def file_lock(path: Path) -> Iterator[None]:
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
         yield
+
+
+def open_locked(path: Path) -> int:
+    """Open the file `path` (created if needed, else not changed) with an exclusive lock; returns the descriptor.
+
+    The lock ends when the descriptor is closed or the process dies in any way. On a file system that has no locks the
+    file is open without one. Raises BlockingIOError if another process has the lock, and OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # for writing: NFS locks nothing else
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HAS_NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether `path` is still the file that is open, not removed, moved or replaced since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError as error:
+        # Of any other error nothing follows; who writes there next will meet it.
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def check_writable(folder: Path) -> None:

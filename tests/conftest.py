@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from jobs import NUM_EPOCHS, TRAIN, command, horovodrun, kill
 
 from mnist_dist.config import ThreadsConfig
 from mnist_dist.history import History, from_csv
@@ -267,6 +268,58 @@ def run_probe(run_python, run_job):
     return run
 
 
+@pytest.fixture(scope="session")
+def args(small_npz):
+    """What all runs on the small data set have in common (see `jobs.NUM_EPOCHS`)."""
+    return ("data=npz", f"data.path={small_npz}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
+
+
+@pytest.fixture(scope="session")
+def train(run_python, args):
+    """Train in a folder, on one device; `script` replaces `-m mnist_dist.train`."""
+
+    def run(folder, *more, env=None, script=TRAIN):
+        return run_python(*script, "strategy=single", *args, f"run_dir={folder}", *more, env=env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, train) -> Path:
+    """The folder of a run that nothing happened to; not to be changed."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def start(python_environment, tmp_path):
+    """Start a job in a process group of its own; what still runs when the test ends is killed.
+
+    `script` replaces `-m mnist_dist.train`, and `prefix` are words before the whole command.
+    """
+    processes = []
+
+    def begin(job, *args, script=TRAIN, prefix=()) -> subprocess.Popen:
+        log = (tmp_path / f"output-{len(processes)}").open("w+")
+        process = subprocess.Popen(
+            [*prefix, *command(job, *args, script=script)],
+            env=python_environment,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        process.output = Path(log.name)
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        kill(process)
+
+
 @pytest.fixture(scope="module")
 def train_with(tmp_path_factory, run_probe):
     """Train, once for each set of arguments, and look into every process."""
@@ -284,15 +337,6 @@ def train_with(tmp_path_factory, run_probe):
         return done[key]
 
     return train
-
-
-def horovodrun() -> str:
-    """The launcher; without Horovod the test is skipped, but fails where nothing may be skipped (CI)."""
-    path = Path(sys.executable).with_name("horovodrun")
-    if not path.is_file():
-        reason = "Horovod is not installed: make horovod"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return str(path)
 
 
 def free_ports(number: int) -> list[int]:

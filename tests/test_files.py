@@ -8,11 +8,11 @@ import time
 import pytest
 
 from mnist_dist import files
-from mnist_dist.files import check_writable, file_lock, remove_temporaries, write_atomically
+from mnist_dist.files import check_writable, file_lock, is_open_as, open_locked, remove_temporaries, write_atomically
 
 
 def test_writes_and_replaces(tmp_path):
-    path = tmp_path / "new" / "folder" / "a.txt"
+    path = tmp_path / "a.txt"
     write_atomically(path, b"one")
     assert path.read_bytes() == b"one"
     write_atomically(path, b"2")
@@ -30,12 +30,12 @@ def test_the_old_content_stays_while_the_new_is_written(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("function", ["fsync", "umask"])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_failure_leaves_the_old_content_and_no_temporary_file(function, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_atomically(path, b"old")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(files.os, function, fail)
@@ -62,7 +62,7 @@ def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path, monke
     write_atomically(tmp_path / "a.txt", b"kept")
     (tmp_path / ".hidden").touch()
     with monkeypatch.context() as killed:  # kill -9: nobody cleans up
-        killed.setattr(files.Path, "replace", lambda *_: None)
+        killed.setattr(files.os, "replace", lambda *_, **__: None)
         write_atomically(tmp_path / "a.txt", b"lost")
     assert len(list(tmp_path.iterdir())) == 3
     remove_temporaries(tmp_path)
@@ -156,3 +156,84 @@ def test_a_lock_ends_with_its_process(tmp_path, start_python):
     process.kill()
     with file_lock(tmp_path / "lock"):
         pass  # would wait for ever
+
+
+def test_a_folder_that_is_moved_away_while_it_is_written_to(tmp_path, monkeypatch):
+    """What takes its place is left alone."""
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    write_atomically(folder / "a.txt", b"old")
+    fsync, moves = os.fsync, iter([True])
+
+    def move(descriptor):
+        if next(moves, False):
+            folder.rename(elsewhere)
+            folder.mkdir()
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", move)
+    write_atomically(folder / "a.txt", b"new")
+    assert list(folder.iterdir()) == []
+    assert (elsewhere / "a.txt").read_bytes() == b"new"
+
+
+def test_a_lock_that_is_taken_is_refused(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"a line\n")
+    first = open_locked(path)
+    with pytest.raises(BlockingIOError):
+        open_locked(path)
+    assert path.read_bytes() == b"a line\n"
+    os.close(first)
+    os.close(open_locked(path))
+
+
+def test_a_started_program_does_not_inherit_the_lock(tmp_path, start_python):
+    code = (
+        "import subprocess, time; from pathlib import Path; from mnist_dist.files import open_locked\n"
+        "open_locked(Path('lock')); null = subprocess.DEVNULL\n"
+        "subprocess.Popen(['sleep', '10'], close_fds=False, stdout=null, stderr=null)\n"
+        "print('started', flush=True); time.sleep(600)"
+    )
+    process = start_python("-c", code)
+    assert process.stdout.readline() == "started\n"
+    process.kill()
+    process.wait()
+    os.close(open_locked(tmp_path / "lock"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    for descriptor in [open_locked(tmp_path / "log") for _ in range(2)]:
+        assert is_open_as(descriptor, tmp_path / "log")
+        os.close(descriptor)
+
+
+def test_other_errors_of_a_lock_are_raised(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        open_locked(tmp_path / "log")
+
+
+def test_whether_a_file_is_still_in_its_place(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    path = folder / "log"
+    descriptor = open_locked(path)
+    assert is_open_as(descriptor, path)
+    folder.rename(elsewhere)
+    assert not is_open_as(descriptor, path)
+    folder.write_bytes(b"")
+    assert not is_open_as(descriptor, path)
+    assert is_open_as(descriptor, elsewhere / "log")
+    (elsewhere / "log").unlink()
+    (elsewhere / "log").write_bytes(b"")
+    assert not is_open_as(descriptor, elsewhere / "log")
+    os.close(descriptor)

@@ -1,138 +1,31 @@
 """Stopping a run in any way and going on with the same command: the same bits as if nothing had happened."""
 
 import contextlib
-import dataclasses
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import horovodrun, job_name
-
-from mnist_dist.history import EpochMetrics, History, from_csv
-
-NUM_EPOCHS = 40
-SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
-TRAIN = ("-m", "mnist_dist.train")
-
-
-class Result(NamedTuple):
-    """What must not depend on interruptions."""
-
-    weights_sha256: str
-    num_correct: tuple[int, ...]
-    rows: tuple[EpochMetrics, ...]
-
-
-def result_of(folder: Path) -> Result:
-    summary = json.loads((folder / "summary.json").read_text())
-    rows = tuple(dataclasses.replace(row, epoch_s=0.0, images_per_s=0.0) for row in history_of(folder).epochs)
-    return Result(
-        summary["weights_sha256"], tuple(summary[name]["num_correct"] for name in ("train", "val", "test")), rows
-    )
-
-
-def summary_of(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def history_of(folder: Path) -> History:
-    return from_csv((folder / "history.csv").read_text())
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("epoch-*.ckpt"))
-
-
-def command(job, *args) -> list[str]:
-    strategy, size = job
-    launcher = [horovodrun(), "-np", str(size)] if strategy == "horovod" else []
-    replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
-    return [*launcher, sys.executable, *TRAIN, f"strategy={strategy}", *replicas, *map(str, args)]
-
-
-@pytest.fixture(scope="module")
-def args(small_npz):
-    """What all runs here have in common."""
-    return ("data=npz", f"data.path={small_npz}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
-
-
-@pytest.fixture(scope="module")
-def train(run_python, args):
-    """Train in a folder, on one device."""
-
-    def run(folder, *more, env=None):
-        return run_python(*TRAIN, "strategy=single", *args, f"run_dir={folder}", *more, env=env)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, train) -> Path:
-    """The folder of a run that nothing happened to; not to be changed."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    result = train(folder)
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-@pytest.fixture
-def start(python_environment, tmp_path):
-    """Start a job in a process group of its own; what still runs when the test ends is killed."""
-    processes = []
-
-    def begin(job, *args) -> subprocess.Popen:
-        log = (tmp_path / f"output-{len(processes)}").open("w+")
-        process = subprocess.Popen(
-            command(job, *args),
-            env=python_environment,
-            cwd=tmp_path,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        process.output = Path(log.name)
-        processes.append(process)
-        return process
-
-    yield begin
-    for process in processes:
-        kill(process)
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all that it has started, whatever session they are in (horovodrun gives each its own)."""
-    children = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            children += [int(word) for word in path.read_text().split()]
-    return [pid, *(process for child in children for process in descendants(child))]
-
-
-def kill(process: subprocess.Popen) -> None:
-    """kill -9 the process and all that it has started."""
-    if process.poll() is None:
-        for pid in descendants(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
-    """Wait until `history.csv` has so many epochs, or the job has ended."""
-    while process.poll() is None:
-        with contextlib.suppress(OSError, ValueError):
-            if len(history_of(folder).epochs) >= epoch:
-                return
-        time.sleep(0.002)
+from conftest import job_name
+from jobs import (
+    HOROVOD,
+    MIRRORED,
+    NUM_EPOCHS,
+    SINGLE,
+    checkpoints_of,
+    command,
+    descendants,
+    history_of,
+    kill,
+    result_of,
+    summary_of,
+    wait_for_epoch,
+)
 
 
 @pytest.mark.parametrize(
@@ -349,42 +242,10 @@ def test_the_whole_state_goes_on(more, train, tmp_path):
     assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 10 MB in memory, which takes the rights of root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        reason = f"a tmpfs cannot be mounted: {mounted.stderr.strip()}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_the_disk_is_full_while_saving(small_disk, uninterrupted, train, start, args, tmp_path):
-    folder = small_disk / "run"
-    process = start(SINGLE, *args, f"run_dir={folder}")
-    wait_for_epoch(process, folder, 3)
-    free = os.statvfs(small_disk)
-    with contextlib.suppress(OSError):
-        (small_disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize))
-    assert process.wait(timeout=120) == 1
-    lines = process.output.read_text().splitlines()
-    (line,) = [
-        line
-        for line in lines
-        if not line.startswith(("Epoch ", "Data:", "Strategy:", "Run f", "Model:", "Dev", "Bat", "Rep"))
-    ]
-    assert line.startswith(f"error: {folder}/")
-    assert "cannot be written (No space left on device); what was written before is kept." in line
-    reached = len(history_of(folder).epochs)
-    assert 3 <= reached < NUM_EPOCHS
-    (small_disk / "filler").unlink()
-    result = train(folder)
-    assert result.returncode == 0, result.stderr
-    assert "cannot be used" not in result.stdout
-    assert f"Resuming after epoch {reached - 1} of" in result.stdout or f"epoch {reached} of" in result.stdout
-    assert result_of(folder) == result_of(uninterrupted)
+def test_seconds_make_it_save_earlier_than_epochs(train, tmp_path):
+    more = ["trainer.epochs=3", "checkpoint.every_epochs=1000"]
+    for every_s, epochs in ((0, [1, 2, 3]), (300, [3])):
+        folder = tmp_path / f"every {every_s} s"
+        result = train(folder, *more, f"checkpoint.every_s={every_s}")
+        assert result.returncode == 0, result.stderr
+        assert [path.name for path in checkpoints_of(folder)] == [f"epoch-0000{epoch}.ckpt" for epoch in epochs]

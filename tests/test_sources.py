@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import logging
+import os
 import pickle
 import socket
 import threading
@@ -288,6 +289,16 @@ def test_failed_download_names_the_ways_out(handle, reason, fake_mnist, create_c
         assert way_out in message
     # Nothing half-written: the lock, and the note for those that wait for it.
     assert {p.name for p in path.parent.iterdir()} <= {"mnist.lock", "mnist.failed"}
+
+
+def test_a_failure_noted_by_a_clock_that_was_ahead(fake_mnist, small_arrays, create_config, tmp_path, serve):
+    """It is an old one all the same."""
+    note = tmp_path / "keras" / "datasets" / "mnist.failed"
+    note.parent.mkdir(parents=True)
+    note.write_text("there was no network")
+    os.utime(note, (time.time() + 10**6,) * 2)
+    serve(send(fake_mnist))
+    assert_arrays(load_dataset(create_config("mnist")), small_arrays)
 
 
 @pytest.mark.parametrize("stage", ["before the answer", "within the answer"])

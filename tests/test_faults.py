@@ -1,0 +1,308 @@
+"""What can happen to a run folder while a run is going: one clear line, nothing saved is lost, and the run goes on.
+
+And at which moments a run can be killed: the moments are certain here, in `test_resume.py` they are random.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT
+from jobs import (
+    HOROVOD,
+    MIRRORED,
+    NUM_EPOCHS,
+    SINGLE,
+    checkpoints_of,
+    history_of,
+    kill,
+    result_of,
+    stopped_after,
+    summary_of,
+    wait_for_epoch,
+)
+
+from mnist_dist.checkpoint import Checkpoint
+
+KILL_AT = CHECKOUT / "tests" / "kill_at.py"
+BACKWARD_CLOCK = CHECKOUT / "tests" / "backward_clock.py"
+LOG_LINES = ("Epoch ", "Data: ", "Strategy: ", "Run folder: ", "Model: ", "Devices: ", "Batch: ", "Reproducibility: ")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, with their content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return list(folder.rglob(".*"))
+
+
+def failure_of(process: subprocess.Popen) -> str:
+    """The one line that a run says beside its log when it cannot go on."""
+    code = process.wait(timeout=120)
+    output = process.output.read_text()
+    assert code == 1, output
+    (line,) = [line for line in output.splitlines() if not line.startswith(LOG_LINES)]
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def check_saved(folder: Path, before: dict[str, bytes]) -> None:
+    """All checkpoints are intact, and those of `before` that have not had to make room are the same."""
+    after = contents(folder)
+    names = [name for name in after if name.startswith("checkpoints/epoch-")]
+    assert names
+    for name in names:
+        Checkpoint.from_bytes(after[name])  # compares its checksum
+        assert after[name] == before.get(name, after[name])
+
+
+def check_goes_on(train, folder: Path, uninterrupted: Path) -> None:
+    """The same command ends as if nothing had happened."""
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    assert "cannot be used" not in result.stdout
+    assert result_of(folder) == result_of(uninterrupted)
+    assert not temporaries(folder)
+
+
+def mount(*args) -> None:
+    """Mount something, or skip the test where that is not allowed; but fail where nothing may be skipped (CI)."""
+    mounted = subprocess.run(["mount", *map(str, args)], capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        reason = f"mount: {mounted.stderr.strip()}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 10 MB in memory, which takes the rights of root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount("-t", "tmpfs", "-o", "size=10m", "tmpfs", folder)
+    yield folder
+    unmount(folder)
+
+
+@pytest.mark.parametrize("share_left", [0, 0.5], ids=["nothing is left", "half a checkpoint fits"])
+def test_the_disk_is_full_while_saving(share_left, small_disk, uninterrupted, train, start, args):
+    folder = small_disk / "run"
+    process = start(SINGLE, *args, f"run_dir={folder}")
+    with stopped_after(process, folder, 3):
+        before = contents(folder)
+        free = os.statvfs(small_disk)
+        left = int(share_left * checkpoints_of(folder)[0].stat().st_size)
+        with contextlib.suppress(OSError):
+            (small_disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - left))
+    line = failure_of(process)
+    assert line.startswith(f"{folder}/")
+    assert "cannot be written (No space left on device); what was written before is kept." in line
+    check_saved(folder, before)
+    assert not temporaries(folder)
+    assert 3 <= len(history_of(folder).epochs) < NUM_EPOCHS
+    (small_disk / "filler").unlink()
+    check_goes_on(train, folder, uninterrupted)
+    assert len(summary_of(folder)["resumed_from_epochs"]) == 1
+
+
+GONE = "is not this run's folder any more"
+
+
+def test_the_folder_is_removed(uninterrupted, train, start, args, tmp_path):
+    folder = tmp_path / "run"
+    process = start(SINGLE, *args, f"run_dir={folder}")
+    with stopped_after(process, folder, 3):
+        shutil.rmtree(folder)
+    assert failure_of(process).startswith(f"{folder} {GONE}")
+    assert not folder.exists()
+    check_goes_on(train, folder, uninterrupted)
+
+
+def test_the_folder_is_moved_away(uninterrupted, train, start, args, tmp_path):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    process = start(SINGLE, *args, f"run_dir={folder}")
+    with stopped_after(process, folder, 3):
+        before = contents(folder)
+        folder.rename(elsewhere)
+    assert failure_of(process).startswith(f"{folder} {GONE}")
+    assert not folder.exists()
+    check_saved(elsewhere, before)
+    elsewhere.rename(folder)
+    check_goes_on(train, folder, uninterrupted)
+    assert len(summary_of(folder)["resumed_from_epochs"]) == 1
+
+
+def test_another_folder_takes_its_place(uninterrupted, train, start, args, tmp_path):
+    """As when the folder is removed and the run is begun anew, while the first job is still training."""
+    folder = tmp_path / "run"
+    # Few checkpoints, so that none is just being made room for.
+    process = start(SINGLE, *args, f"run_dir={folder}", "checkpoint.every_epochs=10")
+    with stopped_after(process, folder, 11):
+        folder.rename(tmp_path / "elsewhere")
+        shutil.copytree(tmp_path / "elsewhere", folder)
+        before = contents(folder)
+    assert failure_of(process).startswith(f"{folder} {GONE}")
+    assert contents(folder) == before
+    check_goes_on(train, folder, uninterrupted)
+
+
+def test_the_file_system_becomes_read_only(uninterrupted, train, start, args, tmp_path):
+    folder = tmp_path / "run"
+    process = start(SINGLE, *args, f"run_dir={folder}")
+    with stopped_after(process, folder, 3):
+        before = contents(folder)
+        # A mount of its own over it, since what is being written to cannot be remounted.
+        mount("--bind", folder, folder)
+        try:
+            mount("-o", "remount,bind,ro", folder)
+        except BaseException:
+            unmount(folder)
+            raise
+    try:
+        line = failure_of(process)
+        assert line.startswith(f"{folder}/")
+        assert "cannot be written (Read-only file system); what was written before is kept." in line
+        result = train(folder)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"error: run_dir={folder}: cannot be written: Read-only file system\n"
+        check_saved(folder, before)
+    finally:
+        unmount(folder)
+    check_goes_on(train, folder, uninterrupted)
+    assert len(summary_of(folder)["resumed_from_epochs"]) == 1
+
+
+def test_the_right_to_write_is_taken_away(uninterrupted, train, start, args, tmp_path):
+    folder = tmp_path / "run"
+    # To root modes mean nothing, so root's run goes without what makes them mean nothing.
+    prefix = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    process = start(SINGLE, *args, f"run_dir={folder}", prefix=prefix)
+    with stopped_after(process, folder, 3):
+        before = contents(folder)
+        folder.chmod(0o555)
+    line = failure_of(process)
+    assert line.startswith(f"{folder}/")
+    assert "cannot be written (Permission denied); what was written before is kept." in line
+    check_saved(folder, before)
+    folder.chmod(0o755)
+    check_goes_on(train, folder, uninterrupted)
+    assert len(summary_of(folder)["resumed_from_epochs"]) == 1
+
+
+def test_checkpoints_is_replaced_by_a_file(uninterrupted, train, start, args, tmp_path):
+    folder = tmp_path / "run"
+    process = start(SINGLE, *args, f"run_dir={folder}")
+    with stopped_after(process, folder, 3):
+        before = contents(folder)
+        (folder / "checkpoints").rename(tmp_path / "checkpoints")
+        (folder / "checkpoints").write_bytes(b"not a folder")
+    line = failure_of(process)
+    assert line.startswith(f"{folder}/checkpoints cannot be written (Not a directory); ")
+    after = contents(folder)
+    result = train(folder)  # not as if there were no checkpoints
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: run_dir={folder}: checkpoints cannot be read: Not a directory\n"
+    assert contents(folder) == after
+    (folder / "checkpoints").unlink()
+    (tmp_path / "checkpoints").rename(folder / "checkpoints")
+    check_saved(folder, before)
+    check_goes_on(train, folder, uninterrupted)
+    assert len(summary_of(folder)["resumed_from_epochs"]) == 1
+
+
+def test_the_clock_goes_backwards(uninterrupted, train, start, args, tmp_path):
+    """In both parts of a run, and between them: the newer a checkpoint is, the older its file."""
+    folder = tmp_path / "run"
+    more = ["checkpoint.every_epochs=1000", "checkpoint.every_s=0"]
+    process = start(SINGLE, *args, *more, f"run_dir={folder}", script=[BACKWARD_CLOCK])
+    wait_for_epoch(process, folder, 6)
+    kill(process)
+    paths = checkpoints_of(folder)
+    assert len(paths) >= 3
+    for number, path in enumerate(paths):
+        os.utime(path, (10**9 - 3600 * number,) * 2)
+    newest = int(paths[-1].stem.removeprefix("epoch-"))
+    result = train(folder, *more, script=[BACKWARD_CLOCK])
+    assert result.returncode == 0, result.stderr
+    assert f"Resuming after epoch {newest} of {NUM_EPOCHS}\n" in result.stdout
+    assert result_of(folder) == result_of(uninterrupted)
+    assert all(row.epoch_s > 0 for row in history_of(folder).epochs)
+    assert min(summary_of(folder)["timing"].values()) > 0
+
+
+# The arguments of kill_at.py, and the epoch after which the next command goes on.
+KILLS = [
+    ("half", "config.yaml", 1, None),  # the first file of all
+    ("renamed", "history.csv", 1, None),  # an epoch without a checkpoint
+    ("half", "epoch-00005.ckpt", 1, 4),
+    ("flushed", "epoch-00009.ckpt", 1, 8),
+    ("renamed", "epoch-00013.ckpt", 1, 13),  # before older ones are removed
+    ("renamed", "history.csv", 4, 15),  # 13 again, 14, 15 and 16: it is ahead of the checkpoints
+    ("flushed", "summary.json", 1, NUM_EPOCHS),  # after the last checkpoint
+]
+
+
+def test_killed_at_certain_moments(uninterrupted, train, tmp_path):
+    """One run, killed again and again, until the plain command ends it."""
+    folder, resumed = tmp_path / "run", []
+    for moment, name, number, epoch in KILLS:
+        before = contents(folder)
+        result = train(folder, script=[KILL_AT, moment, name, number])
+        assert result.returncode == -signal.SIGKILL, result.stdout + result.stderr
+        assert [path.name.startswith(f".{name}.") for path in temporaries(folder)] == (
+            [] if moment == "renamed" else [True]
+        )
+        lines = [line for line in result.stdout.splitlines() if line.startswith("Resuming")]
+        assert lines == [f"Resuming after epoch {epoch} of {NUM_EPOCHS}" for epoch in resumed[-1:]]
+        if epoch is not None:
+            check_saved(folder, before)
+            resumed.append(epoch)
+        if name == "epoch-00013.ckpt":
+            epochs = [int(path.stem.removeprefix("epoch-")) for path in checkpoints_of(folder)]
+            assert epochs[-4:] == [10, 11, 12, 13]
+    check_goes_on(train, folder, uninterrupted)
+    assert summary_of(folder)["resumed_from_epochs"] == sorted(set(resumed))  # noted with each new checkpoint
+
+
+def test_a_second_job_is_refused(uninterrupted, train, start, args, tmp_path):
+    """Before it changes anything; and as soon as the first is dead, even by kill -9, the folder is free."""
+    folder = tmp_path / "run"
+    line = f"error: run_dir={folder}: another job is training here (it holds the lock on train.log); stop it or wait"
+    first = start(SINGLE, *args, f"run_dir={folder}")
+    with stopped_after(first, folder, 3):
+        before = contents(folder)
+        second = train(folder)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert second.stderr.startswith(line)
+        assert second.stderr.count("\n") == 1
+        assert contents(folder) == before
+        kill(first)
+    third = start(MIRRORED, *args, f"run_dir={folder}")
+    with stopped_after(third, folder, 10):
+        before = contents(folder)
+        fourth = start(HOROVOD, *args, f"run_dir={folder}")
+        assert fourth.wait(timeout=120) == 1  # horovodrun's own
+        assert line in fourth.output.read_text()
+        assert contents(folder) == before
+    assert third.wait(timeout=120) == 0, third.output.read_text()
+    assert result_of(folder) == result_of(uninterrupted)
+
+
+def test_of_two_jobs_started_at_once_one_trains(uninterrupted, start, args, tmp_path):
+    folder = tmp_path / "run"
+    jobs = [start(SINGLE, *args, f"run_dir={folder}") for _ in range(2)]
+    codes = [job.wait(timeout=120) for job in jobs]
+    assert sorted(codes) == [0, 2], [job.output.read_text() for job in jobs]
+    lines = jobs[codes.index(2)].output.read_text().splitlines()
+    assert lines[-1].startswith(f"error: run_dir={folder}: another job ")
+    assert result_of(folder) == result_of(uninterrupted)
+    assert (folder / "train.log").read_text().count("Run folder: ") == 1
