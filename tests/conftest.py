@@ -1,10 +1,8 @@
 """Fixtures that all tests share: data sets, and Python in a process of its own."""
 
-import contextlib
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from jobs import CHECKOUT, free_ports, horovodrun, kill, start_job
+from jobs import python_environment as clean_environment
 
 from mnist_dist.config import ThreadsConfig
 from mnist_dist.history import History, from_csv
@@ -29,10 +29,7 @@ tf.config.set_logical_device_configuration(
 # And the settings of a run, which cannot be made later.
 configure_tensorflow(ThreadsConfig("auto", "auto"), Topology(), num_shards=8, deterministic=False)
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 PROBE = CHECKOUT / "tests" / "probe.py"
-# What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
-LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture(scope="session")
@@ -87,9 +84,7 @@ def logged():
 @pytest.fixture(scope="session")
 def python_environment() -> dict[str, str]:
     """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path}
+    return clean_environment()
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +126,21 @@ def start_python(python_environment, tmp_path):
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def start(python_environment, tmp_path):
+    """Start a job in a process group of its own; what still runs when the test ends is killed."""
+    processes = []
+
+    def begin(job, *args) -> subprocess.Popen:
+        output = tmp_path / f"output-{len(processes)}"
+        processes.append(start_job(job, *args, output=output, env=python_environment, cwd=tmp_path))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        kill(process)
 
 
 @pytest.fixture(scope="session")
@@ -206,11 +216,6 @@ class Job(NamedTuple):
         return Network(keras.models.load_model(self.folder / "model.keras")).get_weights()
 
 
-def job_name(job) -> str:
-    """How a job, (strategy, processes or replicas), is called in the list of tests."""
-    return f"{job[0]} x{job[1]}"
-
-
 @pytest.fixture(scope="session")
 def run_probe(run_python, run_job):
     """Run `probe.py` with a strategy and so many processes or replicas; returns the finished processes."""
@@ -241,19 +246,3 @@ def train_with(tmp_path_factory, run_probe):
         return done[key]
 
     return train
-
-
-def horovodrun() -> str:
-    """The launcher; without Horovod the test is skipped, but fails where nothing may be skipped (CI)."""
-    path = Path(sys.executable).with_name("horovodrun")
-    if not path.is_file():
-        reason = "Horovod is not installed: make horovod"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return str(path)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [server.getsockname()[1] for server in servers]

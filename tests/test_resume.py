@@ -1,62 +1,36 @@
 """Stopping a run in any way and going on with the same command: the same bits as if nothing had happened."""
 
 import contextlib
-import dataclasses
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import horovodrun, job_name
-
-from mnist_dist.history import EpochMetrics, History, from_csv
+from jobs import (
+    HOROVOD,
+    MIRRORED,
+    SINGLE,
+    TRAIN,
+    command,
+    history_of,
+    job_name,
+    kill,
+    result_of,
+    summary_of,
+    trainings,
+    wait_for_epoch,
+)
 
 NUM_EPOCHS = 40
-SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
-TRAIN = ("-m", "mnist_dist.train")
-
-
-class Result(NamedTuple):
-    """What must not depend on interruptions."""
-
-    weights_sha256: str
-    num_correct: tuple[int, ...]
-    rows: tuple[EpochMetrics, ...]
-
-
-def result_of(folder: Path) -> Result:
-    summary = json.loads((folder / "summary.json").read_text())
-    rows = tuple(dataclasses.replace(row, epoch_s=0.0, images_per_s=0.0) for row in history_of(folder).epochs)
-    return Result(
-        summary["weights_sha256"], tuple(summary[name]["num_correct"] for name in ("train", "val", "test")), rows
-    )
-
-
-def summary_of(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def history_of(folder: Path) -> History:
-    return from_csv((folder / "history.csv").read_text())
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("epoch-*.ckpt"))
-
-
-def command(job, *args) -> list[str]:
-    strategy, size = job
-    launcher = [horovodrun(), "-np", str(size)] if strategy == "horovod" else []
-    replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
-    return [*launcher, sys.executable, *TRAIN, f"strategy={strategy}", *replicas, *map(str, args)]
 
 
 @pytest.fixture(scope="module")
@@ -82,57 +56,6 @@ def uninterrupted(tmp_path_factory, train) -> Path:
     result = train(folder)
     assert result.returncode == 0, result.stderr
     return folder
-
-
-@pytest.fixture
-def start(python_environment, tmp_path):
-    """Start a job in a process group of its own; what still runs when the test ends is killed."""
-    processes = []
-
-    def begin(job, *args) -> subprocess.Popen:
-        log = (tmp_path / f"output-{len(processes)}").open("w+")
-        process = subprocess.Popen(
-            command(job, *args),
-            env=python_environment,
-            cwd=tmp_path,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        process.output = Path(log.name)
-        processes.append(process)
-        return process
-
-    yield begin
-    for process in processes:
-        kill(process)
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all that it has started, whatever session they are in (horovodrun gives each its own)."""
-    children = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            children += [int(word) for word in path.read_text().split()]
-    return [pid, *(process for child in children for process in descendants(child))]
-
-
-def kill(process: subprocess.Popen) -> None:
-    """kill -9 the process and all that it has started."""
-    if process.poll() is None:
-        for pid in descendants(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
-    """Wait until `history.csv` has so many epochs, or the job has ended."""
-    while process.poll() is None:
-        with contextlib.suppress(OSError, ValueError):
-            if len(history_of(folder).epochs) >= epoch:
-                return
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +88,6 @@ def test_killed_at_random_moments(jobs, num_kills, seed, args, uninterrupted, st
     assert f"Resuming after epoch {resumed[-1]} of {NUM_EPOCHS}\n" in log
     assert log.count("Run folder: ") == num_kills + 1  # appended, each time
     assert not list(folder.rglob(".*"))  # no temporary files
-
-
-def trainings(process: subprocess.Popen) -> list[int]:
-    """The processes of a job that train, in the order of their start."""
-    found = []
-    for pid in sorted(descendants(process.pid)):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found += [pid] if words[1:3] == [b"-m", b"mnist_dist.train"] else []
-    return found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Jobs in processes of their own: to start, to kill, and what they leave. Without TensorFlow, for scripts too."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mnist_dist.history import EpochMetrics, History, from_csv
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+# What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
+LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
+SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
+TRAIN = ("-m", "mnist_dist.train")
+
+
+def job_name(job) -> str:
+    """How a job, (strategy, processes or replicas), is called in the list of tests."""
+    return f"{job[0]} x{job[1]}"
+
+
+def horovodrun() -> str:
+    """The launcher; without Horovod the test is skipped, but fails where nothing may be skipped (CI)."""
+    path = Path(sys.executable).with_name("horovodrun")
+    if not path.is_file():
+        reason = "Horovod is not installed: make horovod"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return str(path)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [server.getsockname()[1] for server in servers]
+
+
+def python_environment() -> dict[str, str]:
+    """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path}
+
+
+def command(job, *args) -> list[str]:
+    strategy, size = job
+    launcher = [horovodrun(), "-np", str(size)] if strategy == "horovod" else []
+    replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
+    return [*launcher, sys.executable, *TRAIN, f"strategy={strategy}", *replicas, *map(str, args)]
+
+
+def start_job(job, *args, output: Path, env: dict[str, str], cwd: Path) -> subprocess.Popen:
+    """Start a job in a process group of its own; all that it prints goes to the file `output`."""
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            command(job, *args), env=env, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    process.output = output
+    return process
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it has started, whatever session they are in (horovodrun gives each its own)."""
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += [int(word) for word in path.read_text().split()]
+    return [pid, *(process for child in children for process in descendants(child))]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9 the process and all that it has started."""
+    if process.poll() is None:
+        for pid in descendants(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
+    """Wait until `history.csv` has so many epochs, or the job has ended."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError, ValueError):
+            if len(history_of(folder).epochs) >= epoch:
+                return
+        time.sleep(0.002)
+
+
+def trainings(process: subprocess.Popen) -> list[int]:
+    """The processes of a job that train, in the order of their start."""
+    found = []
+    for pid in sorted(descendants(process.pid)):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            found += [pid] if words[1:3] == [b"-m", b"mnist_dist.train"] else []
+    return found
+
+
+class Result(NamedTuple):
+    """What must not depend on interruptions."""
+
+    weights_sha256: str
+    num_correct: tuple[int, ...]
+    rows: tuple[EpochMetrics, ...]
+
+
+def result_of(folder: Path) -> Result:
+    summary = summary_of(folder)
+    rows = tuple(dataclasses.replace(row, epoch_s=0.0, images_per_s=0.0) for row in history_of(folder).epochs)
+    return Result(
+        summary["weights_sha256"], tuple(summary[name]["num_correct"] for name in ("train", "val", "test")), rows
+    )
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def history_of(folder: Path) -> History:
+    return from_csv((folder / "history.csv").read_text())
