@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from jobs import CHECKOUT, free_ports, horovodrun, kill, start_job
+from jobs import CHECKOUT, free_ports, horovodrun, kill, start_job, tf_configs
 from jobs import python_environment as clean_environment
+from small_data import create_small_arrays
 
 from mnist_dist.config import ThreadsConfig
 from mnist_dist.history import History, from_csv
@@ -46,16 +47,8 @@ def mnist_path() -> Path:
 
 @pytest.fixture(scope="session")
 def small_arrays() -> dict[str, np.ndarray]:
-    """600 training and 120 test images of 8x8 pixels in 4 classes: each class lights its own quarter of the image."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, num_images in (("train", 600), ("test", 120)):
-        labels = generator.permutation(np.arange(num_images) % 4).astype(np.uint8)
-        images = generator.integers(0, 120, (num_images, 8, 8))
-        quarters = images.reshape(num_images, 2, 4, 2, 4)  # a view: (image, upper or lower, row, left or right, column)
-        quarters[np.arange(num_images), labels // 2, :, labels % 2, :] += 60
-        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": labels}
-    return arrays
+    """Images of 8x8 pixels in 4 classes; not to be changed."""
+    return create_small_arrays()
 
 
 @pytest.fixture(scope="session")
@@ -171,8 +164,7 @@ def run_job(tmp_path_factory, python_environment):
             free = free_ports(size)
             addresses = [f"127.0.0.1:{(ports or {}).get(rank, free[rank])}" for rank in range(size)]
             commands = [[*command, *(per_rank or {}).get(rank, [])] for rank in range(size)]
-            tasks = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": n}} for n in range(size)]
-            environments = [{**environment, "TF_CONFIG": json.dumps(task)} for task in tasks]
+            environments = [{**environment, "TF_CONFIG": text} for text in tf_configs(addresses)]
         folder = cwd or tmp_path_factory.mktemp("job")
         outputs = [(folder / f"out{n}", folder / f"err{n}") for n in range(len(commands))]
         processes = []

@@ -21,6 +21,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
 SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
 TRAIN = ("-m", "mnist_dist.train")
+HELD = (str(CHECKOUT / "tests" / "held.py"),)
 
 
 def job_name(job) -> str:
@@ -44,6 +45,14 @@ def free_ports(number: int) -> list[int]:
         return [server.getsockname()[1] for server in servers]
 
 
+def tf_configs(addresses) -> list[str]:
+    """TF_CONFIG for each worker of `multiworker`."""
+    cluster = {"worker": list(addresses)}
+    return [
+        json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}) for index in range(len(addresses))
+    ]
+
+
 def python_environment() -> dict[str, str]:
     """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
@@ -51,11 +60,11 @@ def python_environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": path}
 
 
-def command(job, *args) -> list[str]:
+def command(job, *args, script=TRAIN) -> list[str]:
     strategy, size = job
     launcher = [horovodrun(), "-np", str(size)] if strategy == "horovod" else []
     replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
-    return [*launcher, sys.executable, *TRAIN, f"strategy={strategy}", *replicas, *map(str, args)]
+    return [*launcher, sys.executable, *script, f"strategy={strategy}", *replicas, *map(str, args)]
 
 
 def start_job(job, *args, output: Path, env: dict[str, str], cwd: Path) -> subprocess.Popen:
@@ -77,12 +86,46 @@ def descendants(pid: int) -> list[int]:
     return [pid, *(process for child in children for process in descendants(child))]
 
 
+def freeze(process: subprocess.Popen) -> list[int]:
+    """Stop the process and all that it has started, those too that are only just being started; returns all of them."""
+    frozen: set[int] = set()
+    while new := set(descendants(process.pid)) - frozen:
+        send(new, signal.SIGSTOP)
+        frozen |= new
+        while any(may_start_processes(pid) for pid in new):
+            time.sleep(0.001)
+    return sorted(frozen)
+
+
+def may_start_processes(pid: int) -> bool:
+    """Whether a process that was told to stop still runs. If it waits in the kernel, it stops before it does more."""
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[0] in "RS":
+                return True
+    return False
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, and not only its exit code, which nobody has asked for yet."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def send(pids, number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def kill(process: subprocess.Popen) -> None:
     """kill -9 the process and all that it has started."""
     if process.poll() is None:
-        for pid in descendants(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        pids = freeze(process)
+        send(pids, signal.SIGKILL)
+        while any(is_alive(pid) for pid in pids):
+            time.sleep(0.001)
     process.wait()
 
 
@@ -100,8 +143,8 @@ def trainings(process: subprocess.Popen) -> list[int]:
     found = []
     for pid in sorted(descendants(process.pid)):
         with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found += [pid] if words[1:3] == [b"-m", b"mnist_dist.train"] else []
+            words = tuple(Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"))
+            found += [pid] if words[1:3] == TRAIN or words[1:2] == HELD else []
     return found
 
 
