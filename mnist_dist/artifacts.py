@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import json
+import os
 import platform
 import statistics
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,7 +23,16 @@ from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
 from mnist_dist.config import DataConfig, TrainConfig, training_keys
 from mnist_dist.data.preprocess import SplitName
 from mnist_dist.errors import TrainingFailed, UserError
-from mnist_dist.files import check_writable, describe_os_error, remove_temporaries, write_atomically
+from mnist_dist.files import (
+    check_writable,
+    describe_os_error,
+    is_open_as,
+    is_temporary,
+    make_folder,
+    open_locked,
+    remove_temporaries,
+    write_atomically,
+)
 from mnist_dist.history import History, to_csv
 from mnist_dist.metrics import EvaluationSums
 
@@ -42,6 +53,8 @@ class RunFolder:
         self.path = path
         self._is_writer = is_writer
         self._is_new = is_new
+        self._found_run = False
+        self._lock: int | None = None  # the descriptor of train.log, once this job has the folder for itself
 
     @classmethod
     def from_config(cls, run_dir: str | None, *, is_writer: bool = True) -> "RunFolder":
@@ -74,7 +87,7 @@ class RunFolder:
         if not self._is_writer:
             return
         try:
-            if self.path.is_dir() and any(self.path.iterdir()) and not self._path("config.yaml").is_file():
+            if self.path.is_dir() and not self._path("config.yaml").is_file() and self._holds_other_things():
                 raise UserError(
                     f"run_dir={self.path}: this folder is not empty and is not a run folder; name another one"
                 )
@@ -86,15 +99,29 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror or error}") from error
 
+    def claim(self) -> None:
+        """Keep other jobs out of a folder that holds a run, from before it is read until this process ends.
+
+        A folder without a run is left as it is until `create`. Raises UserError if another job is training there.
+        """
+        self._found_run = self._is_started
+        if self._found_run and self.log_path.exists():  # a command that is refused must not make the file
+            self._take_lock()
+
     def load_checkpoint(self, *, num_epochs: int) -> Checkpoint | None:
         """The newest intact checkpoint, None if there is none; a warning names those that are damaged.
 
         Raises:
-            UserError: it has more than `num_epochs`, or there is none of a finished run, which is not trained again.
+            UserError: it has more than `num_epochs`, or there is none of a finished run, which is not trained again;
+                or `checkpoints` cannot be read.
         """
         if not self._is_writer:
             return None
-        checkpoint = self.checkpoints.load_newest()
+        try:
+            checkpoint = self.checkpoints.load_newest()
+        except OSError as error:
+            reason = f"{self.checkpoints.path.name} cannot be read: {describe_os_error(error)}"
+            raise UserError(f"run_dir={self.path}: {reason}") from error
         if checkpoint is not None and checkpoint.progress.epoch > num_epochs:
             raise UserError(
                 f"trainer.epochs={num_epochs}: the run in {self.path} has {checkpoint.progress.epoch} already; "
@@ -159,11 +186,24 @@ class RunFolder:
         return str(self._read_summary("dataset", "sha256"))
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder and write `config.yaml`, which composes to the same run when it is passed back."""
+        """Make the folder and write `config.yaml`, which composes to the same run when it is passed back.
+
+        Raises UserError, before anything changes, if another job is training here or has begun a run meanwhile.
+        """
         if not self._is_writer:
             return
-        self.reserve()
-        remove_temporaries(self.path)  # of a run that was killed
+        with self._failing_in_words():
+            self.reserve()
+        if self._lock is None:
+            self._take_lock()
+            if self._is_started and not self._found_run:
+                raise UserError(
+                    f"run_dir={self.path}: another job has begun a run here meanwhile; run the same command again to "
+                    "go on with it, or name another run_dir"
+                )
+        with self._failing_in_words():
+            for folder in (self.path, self.checkpoints.path, self._path("plots")):
+                remove_temporaries(folder)  # of a run that was killed
         # The choices first, so that Hydra finds their schemas; then every value.
         defaults = [
             "schema/train@_global_",
@@ -213,6 +253,8 @@ class RunFolder:
     def write_plots(self, pictures: Iterable[tuple[str, bytes]]) -> None:
         """Write pictures below `plots/`, each with its name; those drawn lazily are drawn on the chief only."""
         if self._is_writer:
+            with self._failing_in_words("plots"):
+                make_folder(self._path("plots"))
             for name, png in pictures:
                 self._write(f"plots/{name}", png)
 
@@ -220,10 +262,10 @@ class RunFolder:
         """Write `model.keras`."""
         if not self._is_writer:
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with self._failing_in_words(self.model_path.name), tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / self.model_path.name
             model.save(saved)
-            self._write(self.model_path.name, saved.read_bytes())
+            write_atomically(self.model_path, saved.read_bytes())
 
     def _path(self, name: str) -> Path:
         return self.path / name
@@ -231,6 +273,31 @@ class RunFolder:
     @property
     def _is_started(self) -> bool:
         return self._is_writer and self._path("config.yaml").is_file()
+
+    def _holds_other_things(self) -> bool:
+        """Whether there is more than a run leaves that was killed before it wrote `config.yaml`."""
+        return any(
+            not is_temporary(path) and not (path == self.log_path and path.stat().st_size == 0)
+            for path in self.path.iterdir()
+        )
+
+    def _take_lock(self) -> None:
+        """Lock `train.log`, which is open until this process ends anyway; raises UserError if another job has it."""
+        try:
+            self._lock = open_locked(self.log_path)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run_dir={self.path}: another job is training here (it holds the lock on {self.log_path.name}); stop "
+                "it or wait for its end, or name another run_dir"
+            ) from error
+        except OSError as error:
+            reason = f"{self.log_path.name} cannot be written: {describe_os_error(error)}"
+            raise UserError(f"run_dir={self.path}: {reason}") from error
+        weakref.finalize(self, os.close, self._lock).atexit = False  # at the process's end the kernel does it, last
+
+    def _is_ours(self) -> bool:
+        """Whether this is still the folder that was locked; where none was (`evaluate`), there is nothing to tell."""
+        return self._lock is None or is_open_as(self._lock, self.log_path)
 
     def _num_finished_epochs(self) -> int:
         """Epochs of the run that came to its end here; 0 if none did."""
@@ -256,11 +323,23 @@ class RunFolder:
                 write_atomically(self._path(name), content)
 
     @contextlib.contextmanager
-    def _failing_in_words(self, name: str) -> Iterator[None]:
-        """Turn an OSError, of a disk that is full for example, into TrainingFailed."""
+    def _failing_in_words(self, name: str = "") -> Iterator[None]:
+        """Write `name` in the block: an OSError, of a disk that is full for example, becomes TrainingFailed.
+
+        So does a folder that is not the one of this run any more: to write what comes next into the place of a folder
+        that was removed, or into that of another job, would leave what looks like a run and is none.
+        """
         try:
+            if not self._is_ours():
+                raise FileNotFoundError(self.log_path)
             yield
         except OSError as error:
+            if not self._is_ours():
+                raise TrainingFailed(
+                    f"{self.path} is not this run's folder any more: it, or the {self.log_path.name} in it, was "
+                    "removed, moved or replaced. Nothing more was written there. Put it back and run the same command "
+                    "again to go on; without it that begins anew"
+                ) from error
             raise TrainingFailed(
                 f"{self._path(name)} cannot be written ({describe_os_error(error)}); what was written before is kept. "
                 "Mend this, then run the same command again"

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.files import describe_os_error, remove_temporaries, write_atomically
+from mnist_dist.files import describe_os_error, make_folder, remove_temporaries, write_atomically
 from mnist_dist.history import History, best_of, from_csv, to_csv
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ Array = npt.NDArray[Any]
 
 _MAGIC = b"mnist_dist checkpoint 1 sha256 "
 _PROGRESS = "progress"
-_SUFFIX = ".ckpt"
+_FILE_NAME = re.compile(r"epoch-([0-9]+)\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,19 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoint files of one run, `epoch-00007.ckpt`: the newest ones, and the best by validation accuracy."""
+    """The checkpoint files of one run, `epoch-00007.ckpt`: the newest ones, and the best by validation accuracy.
+
+    Which is the newest is in the names; the times of the files play no part, as clocks may go backwards.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Use the folder `path`, which need not exist."""
+        """Use the folder `path`, which need not exist, but what it lies in must when something is saved."""
         self.path = path
 
     def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
         """Write a checkpoint, then remove all but the `keep` newest and the best; raises OSError, then removes none."""
         progress = checkpoint.progress
+        make_folder(self.path)
         write_atomically(self._file(progress.epoch), checkpoint.to_bytes())
         epochs = self._epochs()
         rows = [row for row in progress.history.epochs if row.epoch in epochs]
@@ -112,7 +117,10 @@ class CheckpointFolder:
         remove_temporaries(self.path)
 
     def load_newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is intact, or None; a warning names each newer file that is not."""
+        """The newest checkpoint that is intact, or None; a warning names each newer file that is not.
+
+        Raises OSError if the folder is there but cannot be read: what is in it must not be trained once more.
+        """
         for epoch in reversed(self._epochs()):
             path = self._file(epoch)
             try:
@@ -129,10 +137,11 @@ class CheckpointFolder:
 
     def _epochs(self) -> list[int]:
         """The epochs of which there are files, in order."""
-        numbers = (
-            path.name.removeprefix("epoch-").removesuffix(_SUFFIX) for path in self.path.glob(f"epoch-*{_SUFFIX}")
-        )
-        return sorted(int(number) for number in numbers if number.isdecimal())
+        try:
+            matches = [_FILE_NAME.fullmatch(path.name) for path in self.path.iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for match in matches if match)
 
     def _file(self, epoch: int) -> Path:
-        return self.path / f"epoch-{epoch:05d}{_SUFFIX}"
+        return self.path / f"epoch-{epoch:05d}.ckpt"

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Writing files so that a reader, or a crash, never meets half of one; locks between processes."""
 
 import contextlib
 import errno
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _TEMPORARY = ".tmp"
+_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step, flushed to disk; creates the folder; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace `path` by `content` in one step, flushed to disk, in a folder that exists; raises OSError."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -31,10 +31,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     _flush_folder(path.parent)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether `path` has the name of what `write_atomically` leaves when its process is killed."""
+    return path.name.startswith(".") and path.suffix == _TEMPORARY
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what `write_atomically` leaves in `folder` when its process is killed; for the only writer there."""
-    for path in folder.glob(f".*{_TEMPORARY}"):
+    for path in filter(is_temporary, folder.glob(".*")):
         path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path` if there is none, but nothing that it lies in; raises OSError."""
+    with contextlib.suppress(FileExistsError):  # a file of this name is refused by whoever writes into it
+        path.mkdir()
 
 
 def _flush_folder(folder: Path) -> None:
@@ -56,6 +67,31 @@ def file_lock(path: Path) -> Iterator[None]:
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
         yield
+
+
+def open_locked(path: Path) -> int:
+    """Open the file `path` (created if needed, else not changed) with an exclusive lock; returns the descriptor.
+
+    The lock ends when the descriptor is closed or the process dies in any way. On a file system that has no locks the
+    file is open without one. Raises BlockingIOError if another process has the lock, and OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # for writing: NFS locks nothing else
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HAS_NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether `path` is still the file that is open, not removed, moved or replaced since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError as error:
+        # Of any other error nothing follows; who writes there next will meet it.
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def check_writable(folder: Path) -> None:

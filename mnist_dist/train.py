@@ -181,6 +181,7 @@ def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -
     """The data and the reference curves; raises UserError for whatever of the input can be seen to be wrong here."""
     check_own_port(topology)
     run_folder.check_usable(may_resume=config.resume == "auto")
+    run_folder.claim()
     reference = load_reference(config.plots.reference)
     dataset = load_dataset(config.data)
     check_val_fraction(len(dataset.x_train), config.data.val_fraction)

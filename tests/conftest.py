@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from jobs import CHECKOUT, free_ports, horovodrun, kill, start_job, tf_configs
+from jobs import CHECKOUT, NUM_EPOCHS, TRAIN, free_ports, horovodrun, kill, start_job, tf_configs
 from jobs import python_environment as clean_environment
 from small_data import create_small_arrays
 
@@ -219,6 +219,31 @@ def run_probe(run_python, run_job):
         return [run_python(PROBE, f"strategy={strategy}", *replicas, *args, env=env)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def args(small_npz):
+    """What all runs on the small data set have in common (see `jobs.NUM_EPOCHS`)."""
+    return ("data=npz", f"data.path={small_npz}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
+
+
+@pytest.fixture(scope="session")
+def train(run_python, args):
+    """Train in a folder, on one device."""
+
+    def run(folder, *more, env=None):
+        return run_python(*TRAIN, "strategy=single", *args, f"run_dir={folder}", *more, env=env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, train) -> Path:
+    """The folder of a run that nothing happened to; not to be changed."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = train(folder)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from mnist_dist.history import EpochMetrics, History, from_csv
 CHECKOUT = Path(__file__).resolve().parent.parent
 # What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
 LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
+NUM_EPOCHS = 40
 SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
 TRAIN = ("-m", "mnist_dist.train")
 HELD = (str(CHECKOUT / "tests" / "held.py"),)
@@ -170,3 +171,7 @@ def summary_of(folder: Path) -> dict:
 
 def history_of(folder: Path) -> History:
     return from_csv((folder / "history.csv").read_text())
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("epoch-*.ckpt"))

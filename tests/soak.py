@@ -23,6 +23,7 @@ from jobs import (
     HELD,
     HOROVOD,
     MIRRORED,
+    NUM_EPOCHS,
     SINGLE,
     TRAIN,
     Result,
@@ -42,9 +43,10 @@ from jobs import (
 from small_data import create_small_arrays
 
 MULTIWORKER = ("multiworker", 2)
-NUM_EPOCHS = 40
 MAX_END_S = 60
 """How long the other processes may take to end after one was killed; far more than they should."""
+START_TIMEOUT = "strategy.start_timeout_s=30"
+"""How long a rank waits for one that was killed before it came: less than `MAX_END_S`."""
 MAX_WAIT_S = 180
 """How long a job may take to come to a moment, or to its end, on a busy machine."""
 
@@ -142,7 +144,7 @@ class Attempt:
         self.temporaries_before = temporaries(folder)
         self.epoch_before = newest_epoch(folder)
         self._started = time.monotonic()
-        words = command(job, *args, f"run_dir={folder}", script=HELD if hold else TRAIN)
+        words = command(job, *args, START_TIMEOUT, f"run_dir={folder}", script=HELD if hold else TRAIN)
         environment = {**python_environment(), **(hold.environment() if hold else {})}
         environments = [environment]
         if job[0] == "multiworker":
@@ -398,17 +400,6 @@ def check_result(folder: Path, expected: Result) -> None:
         raise Difference(f"temporary files are left: {sorted(map(str, left))}")
 
 
-def training_args(data: Path) -> tuple[str, ...]:
-    """What all runs here have in common."""
-    return (
-        "data=npz",
-        f"data.path={data}",
-        "batch.global_size=64",
-        f"trainer.epochs={NUM_EPOCHS}",
-        "strategy.start_timeout_s=30",  # a rank that is killed before it comes: less than MAX_END_S
-    )
-
-
 def run_undisturbed(args, folder: Path) -> Result:
     """The result to compare with."""
     attempt = Attempt(SINGLE, args, folder, output=folder.parent / "output")
@@ -445,7 +436,8 @@ def main() -> int:
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="soak-"))
     np.savez(root / "small.npz", **create_small_arrays())
-    args, kills, hangs, began = training_args(root / "small.npz"), [], [], time.monotonic()
+    args = ("data=npz", f"data.path={root / 'small.npz'}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
+    kills, hangs, began = [], [], time.monotonic()
     (root / "undisturbed").mkdir()
     expected = run_undisturbed(args, root / "undisturbed" / "run")
     failed = False

@@ -12,7 +12,7 @@ from mnist_dist.files import check_writable, file_lock, remove_temporaries, writ
 
 
 def test_writes_and_replaces(tmp_path):
-    path = tmp_path / "new" / "folder" / "a.txt"
+    path = tmp_path / "a.txt"
     write_atomically(path, b"one")
     assert path.read_bytes() == b"one"
     write_atomically(path, b"2")

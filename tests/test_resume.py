@@ -12,8 +12,9 @@ import pytest
 from jobs import (
     HOROVOD,
     MIRRORED,
+    NUM_EPOCHS,
     SINGLE,
-    TRAIN,
+    checkpoints_of,
     command,
     history_of,
     job_name,
@@ -22,37 +23,6 @@ from jobs import (
     trainings,
     wait_for_epoch,
 )
-
-NUM_EPOCHS = 40
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("epoch-*.ckpt"))
-
-
-@pytest.fixture(scope="module")
-def args(small_npz):
-    """What all runs here have in common."""
-    return ("data=npz", f"data.path={small_npz}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
-
-
-@pytest.fixture(scope="module")
-def train(run_python, args):
-    """Train in a folder, on one device."""
-
-    def run(folder, *more, env=None):
-        return run_python(*TRAIN, "strategy=single", *args, f"run_dir={folder}", *more, env=env)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, train) -> Path:
-    """The folder of a run that nothing happened to; not to be changed."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    result = train(folder)
-    assert result.returncode == 0, result.stderr
-    return folder
 
 
 @pytest.mark.parametrize(

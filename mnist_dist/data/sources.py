@@ -10,7 +10,6 @@ import http.client
 import io
 import logging
 import threading
-import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,12 +126,13 @@ def _download_mnist(path: Path) -> None:
         f"files), or put mnist.npz at {path}, or say data=digits"
     )
     failure = path.with_suffix(".failed")
-    started = time.time()
+    earlier = _mtime_ns(failure)
     try:
         with file_lock(path.with_suffix(".lock")):
             if path.is_file():  # another process was faster
                 return
-            if failure.is_file() and failure.stat().st_mtime > started:  # another process has tried meanwhile
+            # Compared for being another one, not a later one: the clock may have gone backwards since.
+            if _mtime_ns(failure) not in (None, earlier):  # another process has tried meanwhile
                 raise OSError(failure.read_text())
             log.info("downloading MNIST to %s", path)
             try:
@@ -145,6 +145,13 @@ def _download_mnist(path: Path) -> None:
             write_atomically(path, content)
     except OSError as error:
         raise UserError("data=mnist: " + way_out.format(describe_os_error(error))) from error
+
+
+def _mtime_ns(path: Path) -> int | None:
+    """When a file was last written; None if there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
 
 
 def _fetch(url: str) -> bytes:
