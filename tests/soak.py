@@ -5,16 +5,18 @@
 
 import argparse
 import contextlib
-import os
+import itertools
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,10 +62,6 @@ class Difference(AssertionError):
     """A run did not go on as it should have."""
 
 
-class Hang(Difference):
-    """Processes of a job that lost one did not end."""
-
-
 class Scenario(NamedTuple):
     """Who is killed."""
 
@@ -97,19 +95,22 @@ class Kill:
     after_s: float
     """Since the command was given."""
     epoch: int
-    """The last one with a checkpoint; the next start must go on after it."""
+    """The last one with a checkpoint."""
     rank: int | None
     """None: all processes."""
     temporary: str | None
-    """The half-written file that it left."""
+    """A file that was half written."""
     end_s: float | None = None
     """How long the survivors took to end."""
+    hangs: bool = False
+    """They did not."""
 
     def __str__(self) -> str:
         who = "" if self.rank is None else f" rank {self.rank}"
-        left = f", left {self.temporary}" if self.temporary else ""
+        writing = f", writing {self.temporary}" if self.temporary else ""
         ended = "" if self.end_s is None else f", others ended in {self.end_s:.1f} s"
-        return f"{self.stage}{who} at {self.after_s:.1f} s after epoch {self.epoch}{left}{ended}"
+        hangs = f", OTHERS DID NOT END IN {MAX_END_S} s" if self.hangs else ""
+        return f"{self.stage}{who} at {self.after_s:.1f} s with epoch {self.epoch} saved{writing}{ended}{hangs}"
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Hold:
 
     file: str
     after: str
-    signs: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="held-")))
+    signs: Path
 
     @property
     def is_reached(self) -> bool:
@@ -141,8 +142,8 @@ class Attempt:
     def __init__(self, job, args, folder: Path, *, output: Path, hold: Hold | None = None) -> None:
         self.job, self.folder, self.output, self.hold = job, folder, output, hold
         self._log_begin = log_size(folder)
-        self.temporaries_before = temporaries(folder)
-        self.epoch_before = newest_epoch(folder)
+        self._temporaries_before = temporaries(folder)
+        self._epoch_before = newest_epoch(folder)
         self._started = time.monotonic()
         words = command(job, *args, START_TIMEOUT, f"run_dir={folder}", script=HELD if hold else TRAIN)
         environment = {**python_environment(), **(hold.environment() if hold else {})}
@@ -188,6 +189,10 @@ class Attempt:
     def is_trained(self) -> bool:
         return f"Epoch {NUM_EPOCHS}/" in self.log or self.resumed == NUM_EPOCHS
 
+    def new_temporaries(self) -> list[str]:
+        """The half-written files that are not of an earlier attempt."""
+        return sorted(path.name for path in temporaries(self.folder) - self._temporaries_before)
+
     def ranks(self) -> dict[int, int]:
         """The processes that train, by rank."""
         if self.job[0] != "horovod":
@@ -210,9 +215,8 @@ class Attempt:
         """Where the (stopped) processes are."""
         if self.hold and self.hold.is_reached:
             return self.hold.stage
-        new = temporaries(self.folder) - self.temporaries_before
-        for path in new:
-            return stage_of_file(path.name[1:])
+        if new := self.new_temporaries():
+            return stage_of_file(new[0].removeprefix("."))
         if self.is_trained:
             return "results"
         if not has_tensorflow(self.ranks().get(0)):
@@ -222,13 +226,17 @@ class Attempt:
         return "epoch" if "Epoch " in self.log else "tracing"
 
     def kill(self, rank: int | None, *, after_s: float) -> Kill | None:
-        """Kill that rank (None: all), see the others end; None if the job had ended before. Raises Hang."""
+        """Kill that rank (None: all), and see the others end; None if there was nothing left to kill.
+
+        Raises Difference if the job has failed before.
+        """
         time.sleep(after_s)
         if not self.is_running:
+            self.finish()
             return None
         frozen = [pid for process in self._processes if process.poll() is None for pid in freeze(process)]
         victims = frozen if rank is None else [pid for pid in frozen if pid == self.ranks().get(rank)]
-        new = sorted(path.name for path in temporaries(self.folder) - self.temporaries_before)
+        new = self.new_temporaries()
         made = Kill(
             stage=self.stage(),
             job=job_name(self.job),
@@ -244,10 +252,11 @@ class Attempt:
         send(frozen, signal.SIGCONT)
         while any(is_alive(pid) for pid in frozen) or self.is_running:
             if time.monotonic() - killed > MAX_END_S:
-                self.close()
-                raise Hang(f"killed: {made}; the others still ran after {MAX_END_S} s:\n{self.output.read_text()}")
+                send(frozen, signal.SIGKILL)  # also those whose launcher has ended
+                made.hangs = True
             time.sleep(0.005)
-        made.end_s = None if rank is None else time.monotonic() - killed
+        if rank is not None and not made.hangs:
+            made.end_s = time.monotonic() - killed
         return made if victims else None
 
     def finish(self) -> None:
@@ -262,10 +271,9 @@ class Attempt:
         output = self.output.read_text(errors="replace")
         if "cannot be used" in output:
             raise Difference(f"a kill damaged a checkpoint:\n{output}")
-        if self.is_training and "Reproducibility: " in self.log:
-            went_on = self.resumed or "Epoch " in self.log  # else it may have been killed before it says so
-            if went_on and self.resumed != self.epoch_before:
-                raise Difference(f"went on after epoch {self.resumed}, not {self.epoch_before}:\n{output}")
+        has_begun = self.resumed or "Epoch " in self.log  # else it may have been killed before it said so
+        if has_begun and self.resumed != self._epoch_before:
+            raise Difference(f"went on after epoch {self.resumed}, not {self._epoch_before}:\n{output}")
 
     def close(self) -> None:
         """Let nothing run on."""
@@ -351,40 +359,43 @@ def wait_for(attempt: Attempt, target: Target, *, epoch: int) -> float:
     return longest_s * target.delay
 
 
-def run_round(
-    scenario: Scenario, stages, *, seed: int, args, expected: Result, folder: Path, allow_hangs: bool = False
-) -> tuple[list[Kill], list[Hang]]:
+def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, folder: Path) -> Iterator[Kill]:
     """Give a run's command again and again, kill it at each of `stages`, and once not; raises Difference."""
-    kills: list[Kill] = []
-    hangs: list[Hang] = []
-    for number, stage in enumerate(stages):
+    for number, stage in enumerate([*stages, None]):
         job = scenario.jobs[number % len(scenario.jobs)]
+        output = folder.parent / f"output-{number}"
+        if stage is None:
+            run_to_end(job, args, folder, output=output)
+            break
         target = draw_target(scenario, stage, job[1], seed=f"{seed} {number}")
         # Not so far ahead that nothing is left for the kills to come.
         num_ahead = sum(later in ("epoch", "save") for later in stages[number:])
         reached = newest_epoch(folder)
         epoch = reached + 1 + int(target.ahead * max(0, NUM_EPOCHS - 2 - reached) / max(1, num_ahead))
-        hold = Hold(target.file.format(epoch), target.after) if target.file else None
-        attempt = Attempt(job, args, folder, output=folder.parent / f"output-{number}", hold=hold)
+        hold = None
+        if target.file:
+            hold = Hold(target.file.format(epoch), target.after, folder.parent / f"signs-{number}")
+            hold.signs.mkdir()
+        attempt = Attempt(job, args, folder, output=output, hold=hold)
         try:
-            after_s = wait_for(attempt, target, epoch=epoch)
-            kills += filter(None, [attempt.kill(target.rank, after_s=after_s)])
-        except Hang as hang:
-            if not allow_hangs:
-                raise
-            hangs.append(hang)
+            made = attempt.kill(target.rank, after_s=wait_for(attempt, target, epoch=epoch))
         finally:
             attempt.close()
         attempt.check()
-    job = scenario.jobs[len(stages) % len(scenario.jobs)]
-    attempt = Attempt(job, args, folder, output=folder.parent / f"output-{len(stages)}")
+        if made is not None:
+            yield made
+    check_result(folder, expected)
+
+
+def run_to_end(job, args, folder: Path, *, output: Path) -> Result:
+    """Give the command and leave it in peace; raises Difference."""
+    attempt = Attempt(job, args, folder, output=output)
     try:
         attempt.finish()
     finally:
         attempt.close()
     attempt.check()
-    check_result(folder, expected)
-    return kills, hangs
+    return result_of(folder)
 
 
 def check_result(folder: Path, expected: Result) -> None:
@@ -393,26 +404,19 @@ def check_result(folder: Path, expected: Result) -> None:
     for name in Result._fields:
         if getattr(found, name) != getattr(expected, name):
             raise Difference(f"{name} is {getattr(found, name)}, not {getattr(expected, name)}")
-    resumed = summary_of(folder)["resumed_from_epochs"]
-    if resumed != sorted(resumed):
+    if (resumed := resumed_after(folder)) != sorted(resumed):
         raise Difference(f"resumed_from_epochs is {resumed}")
     if left := temporaries(folder):
         raise Difference(f"temporary files are left: {sorted(map(str, left))}")
 
 
-def run_undisturbed(args, folder: Path) -> Result:
-    """The result to compare with."""
-    attempt = Attempt(SINGLE, args, folder, output=folder.parent / "output")
-    try:
-        attempt.finish()
-    finally:
-        attempt.close()
-    return result_of(folder)
+def resumed_after(folder: Path) -> list[int]:
+    return summary_of(folder)["resumed_from_epochs"]
 
 
 def describe(kills) -> str:
     """How many kills hit which stage, in all and by scenario's job, and the longest end."""
-    rows = {"all": kills}
+    rows: dict[str, list[Kill]] = {"all": kills}
     for made in kills:
         rows.setdefault(made.job + ("" if made.rank is None else ", one rank"), []).append(made)
     lines = [f"{'':24}{'kills':>6}" + "".join(f"{stage:>10}" for stage in STAGES)]
@@ -421,59 +425,60 @@ def describe(kills) -> str:
         lines.append(f"{name:24}{len(made):6}" + "".join(f"{counts[stage]:10}" for stage in STAGES))
     if ends := [one.end_s for one in kills if one.end_s is not None]:
         lines.append(f"The last survivor ended at most {max(ends):.1f} s after a kill of one rank.")
-    lines.append(f"Kills that left a half-written file: {sum(one.temporary is not None for one in kills)}.")
+    lines.append(f"Survivors that did not end: those of {sum(one.hangs for one in kills)} kills.")
+    lines.append(f"Kills while a file was half written: {sum(one.temporary is not None for one in kills)}.")
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=0, help="number of runs to kill; by default no end")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more runs after that")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next ones count up")
-    parser.add_argument("--kills", type=int, default=8, help="kills in a run")
-    parser.add_argument("--without", nargs="*", default=[], metavar="STRATEGY", help="strategies to leave out")
-    parser.add_argument("--allow-hangs", action="store_true", help="survivors that do not end are counted, no failure")
-    options = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="soak-"))
+def soak(options: argparse.Namespace, root: Path) -> tuple[list[Kill], Path | None]:
+    """Run round after round; returns the kills, and the folder of the run that went wrong, if one did."""
     np.savez(root / "small.npz", **create_small_arrays())
     args = ("data=npz", f"data.path={root / 'small.npz'}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
-    kills, hangs, began = [], [], time.monotonic()
-    (root / "undisturbed").mkdir()
-    expected = run_undisturbed(args, root / "undisturbed" / "run")
-    failed = False
-    seed = options.seed
-    while time.monotonic() - began < 60 * options.minutes and seed - options.seed < (options.rounds or sys.maxsize):
+    expected = run_to_end(SINGLE, args, root / "undisturbed", output=root / "output")
+    kills: list[Kill] = []
+    end = time.monotonic() + 60 * options.minutes
+    for seed in itertools.count(options.seed):
+        if time.monotonic() > end or (options.rounds and seed == options.seed + options.rounds):
+            break
         scenario = SCENARIOS[seed % len(SCENARIOS)]
         if any(job[0] in options.without for job in scenario.jobs):
-            seed += 1
             continue
         folder = root / f"seed-{seed}" / "run"
         folder.parent.mkdir()
         stages = draw_stages(seed, options.kills)
         print(f"seed {seed}, {scenario}:", end=" ", flush=True)
         try:
-            made, hung = run_round(
-                scenario,
-                stages,
-                seed=seed,
-                args=args,
-                expected=expected,
-                folder=folder,
-                allow_hangs=options.allow_hangs,
-            )
+            for made in run_round(scenario, stages, seed=seed, args=args, expected=expected, folder=folder):
+                print(made, end="; ", flush=True)
+                kills.append(made)
+                if made.hangs and not options.allow_hangs:
+                    raise Difference(f"the processes that were not killed did not end within {MAX_END_S} s")
         except Difference as difference:
-            print(f"{type(difference).__name__}: {difference}\nThe run: {folder}; again: make soak SEED={seed} N=1")
-            failed = True
-            break
-        kills += made
-        hangs += hung
-        print("; ".join(map(str, made)), *(f"; HANG: {str(hang).partition(chr(10))[0]}" for hang in hung), flush=True)
-        seed += 1
-    print(f"{seed - options.seed} runs in {(time.monotonic() - began) / 60:.1f} min; {len(hangs)} hangs")
-    print(describe(kills))
-    return int(failed)
+            print(f"DIFFERENCE: {difference}\nOnce more: make soak SEED={seed} N=1", flush=True)
+            return kills, folder
+        print("went on after", *resumed_after(folder), "and ended the same", flush=True)
+        shutil.rmtree(folder.parent)
+    return kills, None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=0, help="number of runs to kill; 0: no end")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next ones count up")
+    parser.add_argument("--kills", type=int, default=len(STAGES), help="kills in a run, at least those of all stages")
+    parser.add_argument("--without", nargs="*", default=[], metavar="STRATEGY", help="strategies to leave out")
+    parser.add_argument("--allow-hangs", action="store_true", help="survivors that do not end are only counted")
+    root = Path(tempfile.mkdtemp(prefix="soak-"))
+    began = time.monotonic()
+    kills, failed = soak(parser.parse_args(), root)
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes", describe(kills), sep="\n")
+    if failed:
+        print(f"The run that went wrong, with the output of each command: {failed.parent}")
+        return 1
+    shutil.rmtree(root)
+    return 0
 
 
 if __name__ == "__main__":
-    os.chdir(tempfile.gettempdir())
     sys.exit(main())

@@ -21,7 +21,8 @@ def test_kills(scenario, args, uninterrupted, tmp_path, record_property):
         horovodrun()
     stages, seed = CASES[scenario]
     expected = result_of(uninterrupted)
-    kills, _ = soak.run_round(scenario, stages, seed=seed, args=args, expected=expected, folder=tmp_path / "run")
+    kills = list(soak.run_round(scenario, stages, seed=seed, args=args, expected=expected, folder=tmp_path / "run"))
+    assert not any(made.hangs for made in kills)
     print(*kills, soak.describe(kills), sep="\n")
     record_property("kills", "; ".join(map(str, kills)))
     assert len(kills) == len(stages)
