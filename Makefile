@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-N ?= 0 # no end but MINUTES
-MINUTES ?= 30
+N ?=
+MINUTES ?= $(if $(N),inf,30)
 SEED ?= 0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -39,7 +39,7 @@ slurm-test: $(VENV)/.installed-dev ## Train on a cluster of two nodes on this ma
 
 soak: $(VENV)/.installed-dev ## Kill runs at random moments and compare; for example: make soak MINUTES=60 or N=10 SEED=7
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
-	$(BIN)/python tests/soak.py --rounds $(N) --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+	$(BIN)/python tests/soak.py --rounds $(or $(N),0) --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check format, lint and types; changes nothing
 	$(BIN)/ruff format --check .
