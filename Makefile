@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+N ?=
+MINUTES ?= $(if $(N),inf,30)
+SEED ?= 0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda horovod train evaluate test slurm-test check format clean
+.PHONY: help setup cuda horovod train evaluate test slurm-test soak check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -33,6 +36,10 @@ test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k h
 slurm-test: $(VENV)/.installed-dev ## Train on a cluster of two nodes on this machine; needs Debian's slurm-wlm and munge
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
 	CI=true $(BIN)/python -m pytest -m slurm $(ARGS)
+
+soak: $(VENV)/.installed-dev ## Kill runs at random moments and compare; for example: make soak MINUTES=60 or N=10 SEED=7
+	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
+	$(BIN)/python tests/soak.py --rounds $(or $(N),0) --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check format, lint and types; changes nothing
 	$(BIN)/ruff format --check .

@@ -1,10 +1,8 @@
 """Fixtures that all tests share: data sets, and Python in a process of its own."""
 
-import contextlib
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from jobs import NUM_EPOCHS, TRAIN, command, horovodrun, kill
+from jobs import CHECKOUT, NUM_EPOCHS, TRAIN, free_ports, horovodrun, kill, start_job, tf_configs
+from jobs import python_environment as clean_environment
+from small_data import create_small_arrays
 
 from mnist_dist.config import ThreadsConfig
 from mnist_dist.history import History, from_csv
@@ -30,10 +30,7 @@ tf.config.set_logical_device_configuration(
 # And the settings of a run, which cannot be made later.
 configure_tensorflow(ThreadsConfig("auto", "auto"), Topology(), num_shards=8, deterministic=False)
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 PROBE = CHECKOUT / "tests" / "probe.py"
-# What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
-LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture(scope="session")
@@ -50,16 +47,8 @@ def mnist_path() -> Path:
 
 @pytest.fixture(scope="session")
 def small_arrays() -> dict[str, np.ndarray]:
-    """600 training and 120 test images of 8x8 pixels in 4 classes: each class lights its own quarter of the image."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, num_images in (("train", 600), ("test", 120)):
-        labels = generator.permutation(np.arange(num_images) % 4).astype(np.uint8)
-        images = generator.integers(0, 120, (num_images, 8, 8))
-        quarters = images.reshape(num_images, 2, 4, 2, 4)  # a view: (image, upper or lower, row, left or right, column)
-        quarters[np.arange(num_images), labels // 2, :, labels % 2, :] += 60
-        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": labels}
-    return arrays
+    """Images of 8x8 pixels in 4 classes; not to be changed."""
+    return create_small_arrays()
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +77,7 @@ def logged():
 @pytest.fixture(scope="session")
 def python_environment() -> dict[str, str]:
     """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path}
+    return clean_environment()
 
 
 @pytest.fixture(scope="session")
@@ -183,8 +170,7 @@ def launch_job(tmp_path_factory, python_environment):
             free = free_ports(size)
             addresses = [f"127.0.0.1:{(ports or {}).get(rank, free[rank])}" for rank in range(size)]
             commands = [[*command, *(per_rank or {}).get(rank, [])] for rank in range(size)]
-            tasks = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": n}} for n in range(size)]
-            environments = [{**environment, "TF_CONFIG": json.dumps(task)} for task in tasks]
+            environments = [{**environment, "TF_CONFIG": text} for text in tf_configs(addresses)]
         folder = cwd or tmp_path_factory.mktemp("job")
         job = RunningJob([], [(folder / f"out{n}", folder / f"err{n}") for n in range(len(commands))])
         for rank, (command, environment, (out, err)) in enumerate(
@@ -218,15 +204,15 @@ def run_job(launch_job):
 
 
 @pytest.fixture
-def start_job(launch_job):
+def launch(launch_job):
     """As `launch_job`; what still runs when the test ends is killed."""
     jobs = []
 
-    def start(*args, **kwargs) -> RunningJob:
+    def begin(*args, **kwargs) -> RunningJob:
         jobs.append(launch_job(*args, **kwargs))
         return jobs[-1]
 
-    yield start
+    yield begin
     for job in jobs:
         job.kill()
 
@@ -248,11 +234,6 @@ class Job(NamedTuple):
 
     def weights(self) -> np.ndarray:
         return Network(keras.models.load_model(self.folder / "model.keras")).get_weights()
-
-
-def job_name(job) -> str:
-    """How a job, (strategy, processes or replicas), is called in the list of tests."""
-    return f"{job[0]} x{job[1]}"
 
 
 @pytest.fixture(scope="session")
@@ -295,25 +276,13 @@ def uninterrupted(tmp_path_factory, train) -> Path:
 
 @pytest.fixture
 def start(python_environment, tmp_path):
-    """Start a job in a process group of its own; what still runs when the test ends is killed.
-
-    `script` replaces `-m mnist_dist.train`, and `prefix` are words before the whole command.
-    """
+    """Start a job in a process group of its own (`jobs.start_job`); what still runs at the end is killed."""
     processes = []
 
-    def begin(job, *args, script=TRAIN, prefix=()) -> subprocess.Popen:
-        log = (tmp_path / f"output-{len(processes)}").open("w+")
-        process = subprocess.Popen(
-            [*prefix, *command(job, *args, script=script)],
-            env=python_environment,
-            cwd=tmp_path,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        process.output = Path(log.name)
-        processes.append(process)
-        return process
+    def begin(job, *args, **kwargs) -> subprocess.Popen:
+        output = tmp_path / f"output-{len(processes)}"
+        processes.append(start_job(job, *args, output=output, env=python_environment, cwd=tmp_path, **kwargs))
+        return processes[-1]
 
     yield begin
     for process in processes:
@@ -337,10 +306,3 @@ def train_with(tmp_path_factory, run_probe):
         return done[key]
 
     return train
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [server.getsockname()[1] for server in servers]

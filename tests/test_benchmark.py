@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import horovodrun
+from jobs import horovodrun
 
 from mnist_dist.benchmark.contenders import default_texts, parse
 from mnist_dist.benchmark.machine import Bystanders

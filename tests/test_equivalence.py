@@ -8,7 +8,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import horovodrun, job_name
+from jobs import horovodrun, job_name
 
 from mnist_dist.config import compose_config
 from mnist_dist.data.preprocess import preprocess

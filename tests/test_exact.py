@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import Job, job_name
+from conftest import Job
+from jobs import job_name
 
 SINGLE = ("single", 1)
 JOBS = [

@@ -11,8 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT
 from jobs import (
+    CHECKOUT,
     HOROVOD,
     MIRRORED,
     NUM_EPOCHS,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, free_ports, horovodrun
+from jobs import CHECKOUT, free_ports, horovodrun
 
 TRAIN = ("-m", "mnist_dist.train")
 

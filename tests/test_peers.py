@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import free_ports
+from jobs import free_ports
 
 from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
 
@@ -199,10 +199,10 @@ def trainings(folder: Path) -> dict[int, int]:
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize(("strategy", "size"), [("horovod", 3), ("multiworker", 2)])
-def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, start_job, tmp_path):
+def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, launch, tmp_path):
     folder = tmp_path / "run"
     arguments = ["data=npz", f"data.path={small_npz}", "trainer.epochs=100000", f"run_dir={folder}"]
-    job = start_job(strategy, size, *arguments)
+    job = launch(strategy, size, *arguments)
     history = folder / "history.csv"
     while not (history.is_file() and history.read_text().count("\n") > 3):
         assert job.is_running(), job.output()

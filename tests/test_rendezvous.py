@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from conftest import free_ports
+from jobs import free_ports
 
 from mnist_dist import rendezvous
 from mnist_dist.errors import UserError

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import job_name
 from faults import flip_bit_of_replica
+from jobs import job_name
 
 from mnist_dist.config import compose_config
 from mnist_dist.errors import TrainingFailed

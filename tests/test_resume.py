@@ -1,17 +1,12 @@
-"""Stopping a run in any way and going on with the same command: the same bits as if nothing had happened."""
+"""Stopping a run and going on with the same command: the same bits as if nothing had happened; kills: test_kills.py."""
 
-import contextlib
 import os
-import random
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import job_name
 from jobs import (
     HOROVOD,
     MIRRORED,
@@ -19,55 +14,13 @@ from jobs import (
     SINGLE,
     checkpoints_of,
     command,
-    descendants,
     history_of,
-    kill,
+    job_name,
     result_of,
     summary_of,
+    trainings,
     wait_for_epoch,
 )
-
-
-@pytest.mark.parametrize(
-    ("jobs", "num_kills", "seed"),
-    [
-        ([SINGLE], 3, 0),
-        ([MIRRORED], 2, 1),
-        ([HOROVOD], 2, 2),
-        ([MIRRORED, SINGLE], 1, 3),
-        ([HOROVOD, SINGLE, MIRRORED], 2, 4),
-    ],
-    ids=lambda value: ", ".join(job_name(job) for job in value) if isinstance(value, list) else None,
-)
-def test_killed_at_random_moments(jobs, num_kills, seed, args, uninterrupted, start, tmp_path):
-    """Each time at another epoch and another moment of it, `jobs` in turn."""
-    generator, folder = random.Random(seed), tmp_path / "run"
-    moments = sorted(generator.sample(range(1, NUM_EPOCHS), num_kills))
-    for number, epoch in enumerate(moments):
-        process = start(jobs[number % len(jobs)], *args, f"run_dir={folder}")
-        wait_for_epoch(process, folder, epoch)
-        time.sleep(generator.uniform(0, 0.05))
-        kill(process)
-    process = start(jobs[len(moments) % len(jobs)], *args, f"run_dir={folder}")
-    assert process.wait(timeout=120) == 0, process.output.read_text()
-    assert result_of(folder) == result_of(uninterrupted)
-    resumed = summary_of(folder)["resumed_from_epochs"]
-    assert resumed == sorted(resumed)
-    assert len(resumed) >= 1
-    log = (folder / "train.log").read_text()
-    assert f"Resuming after epoch {resumed[-1]} of {NUM_EPOCHS}\n" in log
-    assert log.count("Run folder: ") == num_kills + 1  # appended, each time
-    assert not list(folder.rglob(".*"))  # no temporary files
-
-
-def trainings(process: subprocess.Popen) -> list[int]:
-    """The processes of a job that train, in the order of their start."""
-    found = []
-    for pid in sorted(descendants(process.pid)):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found += [pid] if words[1:3] == [b"-m", b"mnist_dist.train"] else []
-    return found
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import CHECKOUT, LAUNCHER_VARIABLES, horovodrun
+from jobs import CHECKOUT, LAUNCHER_VARIABLES, horovodrun
 from slurm_cluster import NODES, missing_programs, run_cluster
 
 pytestmark = pytest.mark.slurm

@@ -1,0 +1,16 @@
+"""A data set that trains in milliseconds. Without TensorFlow, for scripts too."""
+
+import numpy as np
+
+
+def create_small_arrays() -> dict[str, np.ndarray]:
+    """600 training and 120 test images of 8x8 pixels in 4 classes: each class lights its own quarter of the image."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, num_images in (("train", 600), ("test", 120)):
+        labels = generator.permutation(np.arange(num_images) % 4).astype(np.uint8)
+        images = generator.integers(0, 120, (num_images, 8, 8))
+        quarters = images.reshape(num_images, 2, 4, 2, 4)  # a view: (image, upper or lower, row, left or right, column)
+        quarters[np.arange(num_images), labels // 2, :, labels % 2, :] += 60
+        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": labels}
+    return arrays

@@ -1,0 +1,484 @@
+"""Kills runs at random moments, repeats their command to the end, and compares the result with an undisturbed run's.
+
+`test_kills.py` does this with fixed seeds, `make soak` with as many as one likes (`python tests/soak.py --help`).
+"""
+
+import argparse
+import contextlib
+import itertools
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jobs import (
+    HELD,
+    HOROVOD,
+    MIRRORED,
+    NUM_EPOCHS,
+    SINGLE,
+    TRAIN,
+    Result,
+    command,
+    free_ports,
+    freeze,
+    is_alive,
+    job_name,
+    kill,
+    python_environment,
+    result_of,
+    send,
+    summary_of,
+    tf_configs,
+    trainings,
+)
+from small_data import create_small_arrays
+
+MULTIWORKER = ("multiworker", 2)
+MAX_END_S = 60
+"""How long the other processes may take to end after one was killed; far more than they should."""
+START_TIMEOUT = "strategy.start_timeout_s=30"
+"""How long a rank waits for one that was killed before it came: less than `MAX_END_S`."""
+MAX_WAIT_S = 180
+"""How long a job may take to come to a moment, or to its end, on a busy machine."""
+
+STAGES = ("config", "start-up", "import", "tracing", "epoch", "history", "save", "results")
+"""The first file; before TensorFlow; its import; the first epoch; a later one; what is written after each; the end."""
+FILES = {"config": "config.yaml", "history": "history.csv", "save": "epoch-{:05d}.ckpt"}
+RESULTS = ("model.keras", "accuracy.png", "loss.png", "confusion_matrix.png", "summary.json")
+
+
+class Difference(AssertionError):
+    """A run did not go on as it should have."""
+
+
+class Scenario(NamedTuple):
+    """Who is killed."""
+
+    jobs: tuple[tuple[str, int], ...]
+    """Each time the command is given it is for the next of these, and again from the first one."""
+    one_rank: bool = False
+    """Only one process, picked at random, is killed; the others end by themselves."""
+
+    def __str__(self) -> str:
+        return ", then ".join(job_name(job) for job in self.jobs) + (", one rank" if self.one_rank else "")
+
+
+SCENARIOS = (
+    Scenario((SINGLE,)),
+    Scenario((MIRRORED,)),
+    Scenario((HOROVOD,)),
+    Scenario((HOROVOD,), one_rank=True),
+    Scenario((HOROVOD, SINGLE, MIRRORED)),
+    Scenario((MULTIWORKER,)),
+    Scenario((MULTIWORKER,), one_rank=True),
+)
+
+
+@dataclass
+class Kill:
+    """What was killed, and what came of it."""
+
+    stage: str
+    """As the stopped processes and their files show, whatever was aimed at."""
+    job: str
+    after_s: float
+    """Since the command was given."""
+    epoch: int
+    """The last one with a checkpoint."""
+    rank: int | None
+    """None: all processes."""
+    temporary: str | None
+    """A file that was half written."""
+    end_s: float | None = None
+    """How long the survivors took to end."""
+    hangs: bool = False
+    """They did not."""
+
+    def __str__(self) -> str:
+        who = "" if self.rank is None else f" rank {self.rank}"
+        writing = f", writing {self.temporary}" if self.temporary else ""
+        ended = "" if self.end_s is None else f", others ended in {self.end_s:.1f} s"
+        hangs = f", OTHERS DID NOT END IN {MAX_END_S} s" if self.hangs else ""
+        return f"{self.stage}{who} at {self.after_s:.1f} s with epoch {self.epoch} saved{writing}{ended}{hangs}"
+
+
+@dataclass
+class Hold:
+    """Where `held.py` is to stop and wait; see there."""
+
+    file: str
+    after: str
+    signs: Path
+
+    @property
+    def is_reached(self) -> bool:
+        return (self.signs / "held").exists()
+
+    @property
+    def stage(self) -> str:
+        return stage_of_file(self.file)
+
+    def release(self) -> None:
+        (self.signs / "go").touch()
+
+    def environment(self) -> dict[str, str]:
+        return {"HOLD_FILE": self.file, "HOLD_AFTER": self.after, "HOLD_SIGNS": str(self.signs)}
+
+
+class Attempt:
+    """The command, given once: for each process that a user starts one `Popen`."""
+
+    def __init__(self, job, args, folder: Path, *, output: Path, hold: Hold | None = None) -> None:
+        self.job, self.folder, self.output, self.hold = job, folder, output, hold
+        self._log_begin = log_size(folder)
+        self._temporaries_before = temporaries(folder)
+        self._epoch_before = newest_epoch(folder)
+        self._started = time.monotonic()
+        words = command(job, *args, START_TIMEOUT, f"run_dir={folder}", script=HELD if hold else TRAIN)
+        environment = {**python_environment(), **(hold.environment() if hold else {})}
+        environments = [environment]
+        if job[0] == "multiworker":
+            configs = tf_configs([f"127.0.0.1:{port}" for port in free_ports(job[1])])
+            environments = [{**environment, "TF_CONFIG": text} for text in configs]
+        with output.open("w") as stream:
+            self._processes = [
+                subprocess.Popen(
+                    words, env=env, cwd=folder.parent, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                for env in environments
+            ]
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.poll() is None for process in self._processes)
+
+    @property
+    def log(self) -> str:
+        """What this attempt has written to `train.log`."""
+        with contextlib.suppress(FileNotFoundError), (self.folder / "train.log").open() as stream:
+            stream.seek(self._log_begin)
+            return stream.read()
+        return ""
+
+    @property
+    def resumed(self) -> int:
+        """The epoch after which it went on."""
+        match = re.search(rf"^Resuming after epoch (\d+) of {NUM_EPOCHS}$", self.log, re.MULTILINE)
+        return int(match[1]) if match else 0
+
+    @property
+    def is_training(self) -> bool:
+        return "Run folder: " in self.log
+
+    @property
+    def is_trained(self) -> bool:
+        return f"Epoch {NUM_EPOCHS}/" in self.log or self.resumed == NUM_EPOCHS
+
+    def new_temporaries(self) -> list[str]:
+        """The half-written files that are not of an earlier attempt."""
+        return sorted(path.name for path in temporaries(self.folder) - self._temporaries_before)
+
+    def ranks(self) -> dict[int, int]:
+        """The processes that train, by rank."""
+        if self.job[0] != "horovod":
+            return {rank: pid for rank, process in enumerate(self._processes) for pid in trainings(process)}
+        found = {}
+        for pid in trainings(self._processes[0]):
+            with contextlib.suppress(OSError):
+                if match := re.search(rb"\0HOROVOD_RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes()):
+                    found[int(match[1])] = pid
+        return found
+
+    def wait_until(self, condition) -> None:
+        """Wait until it is true, or the job has ended; raises Difference."""
+        while self.is_running and not condition():
+            if self.seconds > MAX_WAIT_S:
+                raise Difference(f"{job_name(self.job)} hangs:\n{self.output.read_text()}")
+            time.sleep(0.005)
+
+    def stage(self) -> str:
+        """Where the (stopped) processes are."""
+        if self.hold and self.hold.is_reached:
+            return self.hold.stage
+        if new := self.new_temporaries():
+            return stage_of_file(new[0].removeprefix("."))
+        if self.is_trained:
+            return "results"
+        if not has_tensorflow(self.ranks().get(0)):
+            return "start-up"
+        if not self.is_training:
+            return "import"
+        return "epoch" if "Epoch " in self.log else "tracing"
+
+    def kill(self, rank: int | None, *, after_s: float) -> Kill | None:
+        """Kill that rank (None: all), and see the others end; None if there was nothing left to kill.
+
+        Raises Difference if the job has failed before.
+        """
+        time.sleep(after_s)
+        if not self.is_running:
+            self.finish()
+            return None
+        frozen = [pid for process in self._processes if process.poll() is None for pid in freeze(process)]
+        victims = frozen if rank is None else [pid for pid in frozen if pid == self.ranks().get(rank)]
+        new = self.new_temporaries()
+        made = Kill(
+            stage=self.stage(),
+            job=job_name(self.job),
+            after_s=self.seconds,
+            epoch=newest_epoch(self.folder),
+            rank=rank,
+            temporary=new[0] if new else None,
+        )
+        killed = time.monotonic()
+        send(victims, signal.SIGKILL)
+        if self.hold:
+            self.hold.release()
+        send(frozen, signal.SIGCONT)
+        while any(is_alive(pid) for pid in frozen) or self.is_running:
+            if time.monotonic() - killed > MAX_END_S:
+                send(frozen, signal.SIGKILL)  # also those whose launcher has ended
+                made.hangs = True
+            time.sleep(0.005)
+        if rank is not None and not made.hangs:
+            made.end_s = time.monotonic() - killed
+        return made if victims else None
+
+    def finish(self) -> None:
+        """Wait for the end; raises Difference unless it is a good one."""
+        self.wait_until(lambda: False)
+        codes = [process.wait() for process in self._processes]
+        if any(codes):
+            raise Difference(f"{job_name(self.job)} ended with {codes}:\n{self.output.read_text()}")
+
+    def check(self) -> None:
+        """Raise Difference unless this attempt went on after the newest checkpoint that was there."""
+        output = self.output.read_text(errors="replace")
+        if "cannot be used" in output:
+            raise Difference(f"a kill damaged a checkpoint:\n{output}")
+        has_begun = self.resumed or "Epoch " in self.log  # else it may have been killed before it said so
+        if has_begun and self.resumed != self._epoch_before:
+            raise Difference(f"went on after epoch {self.resumed}, not {self._epoch_before}:\n{output}")
+
+    def close(self) -> None:
+        """Let nothing run on."""
+        for process in self._processes:
+            kill(process)
+
+
+def stage_of_file(name: str) -> str:
+    """When a file of a run folder is written, told by how its name (or that of its temporary) begins."""
+    begins = {file.partition("{")[0]: stage for stage, file in FILES.items()}
+    return next((stage for begin, stage in begins.items() if name.startswith(begin)), "results")
+
+
+def log_size(folder: Path) -> int:
+    path = folder / "train.log"
+    return path.stat().st_size if path.exists() else 0
+
+
+def temporaries(folder: Path) -> set[Path]:
+    return set(folder.rglob(".*.tmp"))
+
+
+def newest_epoch(folder: Path) -> int:
+    """That of the newest checkpoint."""
+    return max((int(path.stem.removeprefix("epoch-")) for path in folder.glob("checkpoints/epoch-*.ckpt")), default=0)
+
+
+def has_tensorflow(pid: int | None) -> bool:
+    with contextlib.suppress(OSError):
+        return pid is not None and "libtensorflow" in Path(f"/proc/{pid}/maps").read_text()
+    return False
+
+
+class Target(NamedTuple):
+    """What to kill, and when; drawn before anything runs, so that a seed means the same on every machine."""
+
+    stage: str
+    rank: int | None
+    file: str | None
+    """The kill comes while this file is written; None: when the clock says so."""
+    after: str
+    """Where in its writing (`held.py`)."""
+    ahead: float
+    """Which of the epochs to come, from 0 to 1."""
+    delay: float
+    """How long after the stage began, from 0 to 1 of what it may be."""
+
+
+def draw_stages(seed: int, number: int) -> list[str]:
+    """All stages, then any more, in random order; but what comes after the last epoch comes last."""
+    generator = random.Random(seed)
+    drawn = [*STAGES, *generator.choices(STAGES, k=max(0, number - len(STAGES)))]
+    generator.shuffle(drawn)
+    return sorted(drawn, key=lambda stage: stage == "results")
+
+
+def draw_target(scenario: Scenario, stage: str, size: int, *, seed: str) -> Target:
+    """The moment in a stage, and who is killed, of so many processes."""
+    generator = random.Random(seed)
+    file = FILES.get(stage)
+    if stage == "results" and generator.random() < 0.7:
+        file = generator.choice(RESULTS)
+    part = f"{generator.random():.3f}"
+    after = generator.choice([part, part, "1", "rename"])
+    rank = generator.randrange(size) if scenario.one_rank else None
+    return Target(stage, rank, file, after, generator.random(), generator.random())
+
+
+def wait_for(attempt: Attempt, target: Target, *, epoch: int) -> float:
+    """Wait until the stage begins; returns how many seconds into it the kill is to come."""
+    if attempt.hold:
+        attempt.wait_until(lambda: attempt.hold.is_reached)
+        return 0.0
+    num_processes = 1 if attempt.job[0] == "mirrored" else attempt.job[1]
+    begins, longest_s = {
+        "start-up": (lambda: len(attempt.ranks()) == num_processes, 0.5),
+        "import": (lambda: has_tensorflow(attempt.ranks().get(0)), 1.5),
+        "tracing": (lambda: attempt.is_training, 0.4),
+        "epoch": (lambda: f"Epoch {epoch}/" in attempt.log, 0.05),
+        "results": (lambda: attempt.is_training and attempt.is_trained, 0.8),
+    }[target.stage]
+    attempt.wait_until(begins)
+    return longest_s * target.delay
+
+
+def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, folder: Path) -> Iterator[Kill]:
+    """Give a run's command again and again, kill it at each of `stages`, and once not; raises Difference."""
+    for number, stage in enumerate([*stages, None]):
+        job = scenario.jobs[number % len(scenario.jobs)]
+        output = folder.parent / f"output-{number}"
+        if stage is None:
+            run_to_end(job, args, folder, output=output)
+            break
+        target = draw_target(scenario, stage, job[1], seed=f"{seed} {number}")
+        # Not so far ahead that nothing is left for the kills to come.
+        num_ahead = sum(later in ("epoch", "save") for later in stages[number:])
+        reached = newest_epoch(folder)
+        epoch = reached + 1 + int(target.ahead * max(0, NUM_EPOCHS - 2 - reached) / max(1, num_ahead))
+        hold = None
+        if target.file:
+            hold = Hold(target.file.format(epoch), target.after, folder.parent / f"signs-{number}")
+            hold.signs.mkdir()
+        attempt = Attempt(job, args, folder, output=output, hold=hold)
+        try:
+            made = attempt.kill(target.rank, after_s=wait_for(attempt, target, epoch=epoch))
+        finally:
+            attempt.close()
+        attempt.check()
+        if made is not None:
+            yield made
+    check_result(folder, expected)
+
+
+def run_to_end(job, args, folder: Path, *, output: Path) -> Result:
+    """Give the command and leave it in peace; raises Difference."""
+    attempt = Attempt(job, args, folder, output=output)
+    try:
+        attempt.finish()
+    finally:
+        attempt.close()
+    attempt.check()
+    return result_of(folder)
+
+
+def check_result(folder: Path, expected: Result) -> None:
+    """Raise Difference unless the run has ended as if nothing had happened."""
+    found = result_of(folder)
+    for name in Result._fields:
+        if getattr(found, name) != getattr(expected, name):
+            raise Difference(f"{name} is {getattr(found, name)}, not {getattr(expected, name)}")
+    if (resumed := resumed_after(folder)) != sorted(resumed):
+        raise Difference(f"resumed_from_epochs is {resumed}")
+    if left := temporaries(folder):
+        raise Difference(f"temporary files are left: {sorted(map(str, left))}")
+
+
+def resumed_after(folder: Path) -> list[int]:
+    return summary_of(folder)["resumed_from_epochs"]
+
+
+def describe(kills) -> str:
+    """How many kills hit which stage, in all and by scenario's job, and the longest end."""
+    rows: dict[str, list[Kill]] = {"all": kills}
+    for made in kills:
+        rows.setdefault(made.job + ("" if made.rank is None else ", one rank"), []).append(made)
+    lines = [f"{'':24}{'kills':>6}" + "".join(f"{stage:>10}" for stage in STAGES)]
+    for name, made in rows.items():
+        counts = Counter(one.stage for one in made)
+        lines.append(f"{name:24}{len(made):6}" + "".join(f"{counts[stage]:10}" for stage in STAGES))
+    if ends := [one.end_s for one in kills if one.end_s is not None]:
+        lines.append(f"The last survivor ended at most {max(ends):.1f} s after a kill of one rank.")
+    lines.append(f"Survivors that did not end: those of {sum(one.hangs for one in kills)} kills.")
+    lines.append(f"Kills while a file was half written: {sum(one.temporary is not None for one in kills)}.")
+    return "\n".join(lines)
+
+
+def soak(options: argparse.Namespace, root: Path) -> tuple[list[Kill], Path | None]:
+    """Run round after round; returns the kills, and the folder of the run that went wrong, if one did."""
+    np.savez(root / "small.npz", **create_small_arrays())
+    args = ("data=npz", f"data.path={root / 'small.npz'}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
+    expected = run_to_end(SINGLE, args, root / "undisturbed", output=root / "output")
+    kills: list[Kill] = []
+    end = time.monotonic() + 60 * options.minutes
+    for seed in itertools.count(options.seed):
+        if time.monotonic() > end or (options.rounds and seed == options.seed + options.rounds):
+            break
+        scenario = SCENARIOS[seed % len(SCENARIOS)]
+        if any(job[0] in options.without for job in scenario.jobs):
+            continue
+        folder = root / f"seed-{seed}" / "run"
+        folder.parent.mkdir()
+        stages = draw_stages(seed, options.kills)
+        print(f"seed {seed}, {scenario}:", end=" ", flush=True)
+        try:
+            for made in run_round(scenario, stages, seed=seed, args=args, expected=expected, folder=folder):
+                print(made, end="; ", flush=True)
+                kills.append(made)
+                if made.hangs and not options.allow_hangs:
+                    raise Difference(f"the processes that were not killed did not end within {MAX_END_S} s")
+        except Difference as difference:
+            print(f"DIFFERENCE: {difference}\nOnce more: make soak SEED={seed} N=1", flush=True)
+            return kills, folder
+        print("went on after", *resumed_after(folder), "and ended the same", flush=True)
+        shutil.rmtree(folder.parent)
+    return kills, None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=0, help="number of runs to kill; 0: no end")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next ones count up")
+    parser.add_argument("--kills", type=int, default=len(STAGES), help="kills in a run, at least those of all stages")
+    parser.add_argument("--without", nargs="*", default=[], metavar="STRATEGY", help="strategies to leave out")
+    parser.add_argument("--allow-hangs", action="store_true", help="survivors that do not end are only counted")
+    root = Path(tempfile.mkdtemp(prefix="soak-"))
+    began = time.monotonic()
+    kills, failed = soak(parser.parse_args(), root)
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes", describe(kills), sep="\n")
+    if failed:
+        print(f"The run that went wrong, with the output of each command: {failed.parent}")
+        return 1
+    shutil.rmtree(root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Runs that are killed at any moment end as if nothing had happened; `soak.py` is the killer."""
+
+import pytest
+import soak
+from jobs import HOROVOD, MIRRORED, SINGLE, horovodrun, result_of
+from soak import STAGES, Scenario
+
+# 31 kills, each with the seed that draws its moments.
+CASES = {
+    Scenario((SINGLE,)): (STAGES, 4),
+    Scenario((MIRRORED,)): (STAGES, 22),
+    Scenario((HOROVOD,)): (STAGES, 10),
+    Scenario((HOROVOD,), one_rank=True): (("start-up", "tracing", "epoch", "save", "results"), 0),
+    Scenario((HOROVOD, SINGLE, MIRRORED)): (("epoch", "save"), 0),
+}
+
+
+@pytest.mark.parametrize("scenario", CASES, ids=str)
+def test_kills(scenario, args, uninterrupted, tmp_path, record_property):
+    if HOROVOD in scenario.jobs:
+        horovodrun()
+    stages, seed = CASES[scenario]
+    expected = result_of(uninterrupted)
+    kills = list(soak.run_round(scenario, stages, seed=seed, args=args, expected=expected, folder=tmp_path / "run"))
+    assert not any(made.hangs for made in kills)
+    print(*kills, soak.describe(kills), sep="\n")
+    record_property("kills", "; ".join(map(str, kills)))
+    assert len(kills) == len(stages)
+    # A file's writing waits for its kill, so these are certain.
+    assert {"config", "history", "save", "results"} & set(stages) <= {made.stage for made in kills}
+    if not scenario.one_rank:
+        assert any(".ckpt." in (made.temporary or "") for made in kills)
