@@ -120,7 +120,7 @@ class RunFolder:
         try:
             checkpoint = self.checkpoints.load_newest()
         except OSError as error:
-            reason = f"{self.checkpoints.path.name} cannot be read: {describe_os_error(error)}"
+            reason = f"{error.filename} cannot be read: {describe_os_error(error)}"
             raise UserError(f"run_dir={self.path}: {reason}") from error
         if checkpoint is not None and checkpoint.progress.epoch > num_epochs:
             raise UserError(

@@ -3,6 +3,7 @@
 A file is a line of text with the SHA-256 of the rest, and the rest, an uncompressed NumPy archive.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -119,7 +120,7 @@ class CheckpointFolder:
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is intact, or None; a warning names each newer file that is not.
 
-        Raises OSError if the folder is there but cannot be read: what is in it must not be trained once more.
+        Raises OSError if what is there, and not damaged, cannot be read: it must not be trained once more.
         """
         for epoch in reversed(self._epochs()):
             path = self._file(epoch)
@@ -128,6 +129,8 @@ class CheckpointFolder:
                 if checkpoint.progress.epoch != epoch:
                     raise ValueError(f"it is that of epoch {checkpoint.progress.epoch}")
             except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.EISDIR, errno.EIO):
+                    raise  # it may be readable tomorrow, or for another user
                 log.warning("%s cannot be used (%s); trying an earlier checkpoint", path, describe_os_error(error))
             except ValueError as error:
                 log.warning("%s cannot be used: %s; trying an earlier checkpoint", path, error)

@@ -7,7 +7,6 @@ the exit code that scripts rely on (`errors.py`).
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -36,15 +35,13 @@ def run(entry: Entry, *, config_name: str) -> NoReturn:
 
 def _run_in_console(entry: Entry, *, config_name: str) -> int:
     topology = read_topology()
-    try:
-        with Console(rank=topology.rank, world_size=topology.world_size) as console:
-            # Here, where the log is open: errors belong into it, with the rank's number.
+    with Console(rank=topology.rank, world_size=topology.world_size) as console:
+        # Here, where the log is open: errors belong into it, with the rank's number.
+        try:
             code = _guarded(lambda: _compose_and_call(entry, topology, console, config_name=config_name))
-    except Exception:
-        if topology.world_size == 1:
-            raise
-        traceback.print_exc()
-        code = EXIT_FAILURE
+        except Exception:
+            log.exception("error: a bug, or a failure that nobody has thought of")
+            code = EXIT_FAILURE
     if code != EXIT_OK and topology.world_size > 1:
         end_at_once(code)
     return code

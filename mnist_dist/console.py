@@ -12,23 +12,35 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import rich.console
 import rich.progress
 
-_terminal = rich.console.Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+class _Terminal(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Say nothing more: whoever reads it has ended (`| head`, `| tee` and Ctrl-C), and the run shall not."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_terminal = _Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)
 _logger = logging.getLogger("mnist_dist")
+# Where errors go while file descriptor 2 leads elsewhere.
+_errors: TextIO | None = None
 
 
 class _TerminalHandler(logging.Handler):
     """Lines to standard output, errors to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR:
-            sys.stderr.write(self.format(record) + "\n")
-            return
-        style = "bold yellow" if record.levelno == logging.WARNING else None
-        _terminal.print(self.format(record), style=style)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            if record.levelno >= logging.ERROR:
+                print(self.format(record), file=_errors or sys.stderr, flush=True)
+                return
+            style = "bold yellow" if record.levelno == logging.WARNING else None
+            _terminal.print(self.format(record), style=style)
 
 
 class _LogFile(logging.FileHandler):
@@ -96,12 +108,13 @@ class Console:
 
 @contextlib.contextmanager
 def _held_back_messages() -> Iterator[None]:
-    """Show what TensorFlow writes while the block runs only if the block fails."""
+    """Show what TensorFlow writes while the block runs only if the block fails; our own errors at once."""
+    global _errors
     # Read by TensorFlow's C++ side when it is first imported: 2 leaves errors only.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     # But until its logging is set up it writes to file descriptor 2 regardless.
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
+    with tempfile.TemporaryFile() as kept, os.fdopen(stderr, "w") as _errors:
         os.dup2(kept.fileno(), 2)
         try:
             yield
@@ -111,7 +124,7 @@ def _held_back_messages() -> Iterator[None]:
             raise
         finally:
             os.dup2(stderr, 2)
-            os.close(stderr)
+            _errors = None
 
 
 @contextlib.contextmanager

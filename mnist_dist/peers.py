@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, TrainingFailed, UserError
+from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_USER_ERROR, TrainingFailed, UserError
 from mnist_dist.files import describe_os_error
 from mnist_dist.rendezvous import describe_rank, hold_free_port
 from mnist_dist.topology import Topology
@@ -68,8 +68,10 @@ class PeerWatch:
             self.contact = f"{_own_host(topology)}:{server.getsockname()[1]}:{self._token}"
 
     @contextlib.contextmanager
-    def watching(self, contact: str) -> Iterator[None]:
+    def watching(self, contact: str, *, start_silence_s: float = _SILENCE_S) -> Iterator[None]:
         """While the block runs, no other process may end; `contact` is rank 0's.
+
+        Until `started` a process may be silent for `start_silence_s` seconds: what it loads may stop all its threads.
 
         If one does, this process ends: at once, with EXIT_LOST_PEER, if it is gone without a word; with its exit code
         if it told why, unless this one leaves the block by itself first.
@@ -80,6 +82,7 @@ class PeerWatch:
         if self._topology.world_size == 1:
             yield
             return
+        self._silence_s = start_silence_s
         if not self._topology.is_chief:
             self._connect(contact)
         thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -93,10 +96,13 @@ class PeerWatch:
                 self._silence_s = _SUSPICIOUS_SILENCE_S
                 if self._is_ending.wait(_SUSPICIOUS_SILENCE_S + _ALIVE_EVERY_S):
                     thread.join()
-            code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
-            self._leave({"failed": str(error)[:500] or type(error).__name__, "code": code})
+            self._leave(_last_words(error))
             raise
         self._leave({"done": True})
+
+    def started(self) -> None:
+        """All processes have loaded what they need."""
+        self._silence_s = min(self._silence_s, _SILENCE_S)
 
     def _connect(self, contact: str) -> None:
         host, port, self._token = contact.rsplit(":", 2)
@@ -118,14 +124,20 @@ class PeerWatch:
 
     def _watch(self) -> None:
         """The thread: listen to all, and say that this process is alive."""
-        started_s, said_s = time.monotonic(), 0.0
+        started_s = now = time.monotonic()
+        said_s = 0.0
         while not self._has_left.is_set():
             for key, _ in self._selector.select(timeout=_ALIVE_EVERY_S / 4):
                 if key.data is None:
-                    self._accept(key.fileobj)
+                    self._accept(key.fileobj)  # type: ignore[arg-type]
                 elif key.data in self._links:
                     self._listen(key.data)
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if now - before > _ALIVE_EVERY_S:
+                # This process itself was held, most likely with all others (a suspended job): their silence says
+                # nothing.
+                for link in self._links:
+                    link.heard_s = now
             if now - said_s >= _ALIVE_EVERY_S:
                 self._send({})
                 said_s = now
@@ -135,13 +147,14 @@ class PeerWatch:
             if self._missing and now - started_s > _JOIN_S:
                 self._lose(describe_rank(min(self._missing), self._topology), "it came, and ended before all had come")
 
-    def _accept(self, server: Any) -> None:
-        """A newcomer: another rank, or a stranger."""
-        connection, _ = server.accept()
+    def _accept(self, server: socket.socket) -> None:
+        """A newcomer: another rank, or a stranger. Once all have come, nobody is let in."""
         try:
-            connection.settimeout(_FAREWELL_S)
-            with connection.makefile("rb", buffering=0) as stream:
-                hello = json.loads(stream.readline(1000))
+            connection, _ = server.accept()
+        except OSError:
+            return
+        try:
+            hello = json.loads(_read_line(connection))
             if hello["token"] != self._token:
                 raise ValueError("a stranger")
             self._missing.remove(hello["rank"])
@@ -150,6 +163,9 @@ class PeerWatch:
             connection.close()
             return
         self._add(_Link(name, connection))
+        if not self._missing:
+            self._selector.unregister(server)
+            server.close()
 
     def _listen(self, link: _Link) -> None:
         """Read what has come from another process."""
@@ -182,7 +198,9 @@ class PeerWatch:
 
     def _end(self, text: str, code: int, *, grace_s: float) -> None:
         """End this process, and all others if this is rank 0; unless it ends by itself within `grace_s` seconds."""
-        if grace_s == 0 and not self._has_left.is_set():
+        if self._has_left.is_set():
+            return
+        if grace_s == 0:
             self._is_ending.set()
         self._send({"end": text, "code": code, "grace_s": grace_s})
         if self._has_left.wait(grace_s):
@@ -206,10 +224,11 @@ class PeerWatch:
     def _say_farewell(self) -> None:
         """Close the connections so that what was sent last arrives: not while something unread lies here."""
         deadline = time.monotonic() + _FAREWELL_S
-        for link in self._links:
+        links = tuple(self._links)  # the other thread may still remove some
+        for link in links:
             with contextlib.suppress(OSError):
                 link.socket.shutdown(socket.SHUT_WR)
-        for link in self._links:
+        for link in links:
             with contextlib.suppress(OSError):
                 while (left := deadline - time.monotonic()) > 0:
                     link.socket.settimeout(left)
@@ -224,6 +243,26 @@ def end_at_once(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _last_words(error: BaseException) -> dict[str, Any]:
+    """What the others are told of the error that ends this process."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"failed": "interrupted", "code": EXIT_INTERRUPTED}
+    code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
+    return {"failed": str(error)[:500] or type(error).__name__, "code": code}
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    """A line of a newcomer, who has a moment for it, however slowly it drips; raises OSError."""
+    deadline, line = time.monotonic() + _FAREWELL_S, b""
+    while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
+        connection.settimeout(left)
+        # Byte by byte: what comes after the line is for later.
+        if not (byte := connection.recv(1)):
+            break
+        line += byte
+    return line
 
 
 def _own_host(topology: Topology) -> str:

@@ -1,5 +1,6 @@
 """A signal becomes a flag, which the training reads between two epochs."""
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -33,7 +34,9 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self._came:
-            # Not through the log, which this may have interrupted in the middle of a line.
-            os.write(2, f"{signal.Signals(number).name}: stopping after this epoch\n".encode())
-        self._came = True
+        is_first, self._came = not self._came, True
+        if is_first:
+            # Not through the log, which this may have interrupted in the middle of a line. Whoever reads it may have
+            # ended by the same Ctrl-C.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{signal.Signals(number).name}: stopping after this epoch\n".encode())

@@ -46,8 +46,10 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     if run_input is None:
         log.info("%s holds this run, finished: nothing to do", run_folder.path)
         return EXIT_OK
-    with peers.watching(run_input.contact):
-        return train_on(run_input, topology, run_folder, console, stop_request=stop_request, started=started)
+    with peers.watching(run_input.contact, start_silence_s=config.strategy.start_timeout_s):
+        return train_on(
+            run_input, topology, run_folder, console, peers=peers, stop_request=stop_request, started=started
+        )
 
 
 def train_on(
@@ -56,6 +58,7 @@ def train_on(
     run_folder: RunFolder,
     console: Console,
     *,
+    peers: PeerWatch,
     stop_request: StopRequest,
     started: float,
 ) -> int:
@@ -79,6 +82,7 @@ def train_on(
     restored = checkpoint.state if checkpoint else None
     training = build_training(config, topology, splits, num_gpus=num_gpus, restored=restored)
     stop_request.listen(signal.SIGTERM)  # again: TensorFlow's workers have put a handler of their own in its place
+    peers.started()
     config, strategy = training.config, training.strategy
     check_same_batches(reached, training)
 

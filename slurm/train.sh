@@ -130,7 +130,7 @@ case $code in
     75 | 130 | 140 | 143) reason="stopped on request" ;; # the signals: before the processes listened to them
     *)
         # Wrong input or a failed training would come to the same end again, and so would too little memory.
-        ((code == 76 || code > 128)) && [[ $first != *"Out Of Memory"* ]] || exit "$code"
+        ((code == 76 || code > 128)) && [[ $ends != *"Out Of Memory"* ]] || exit "$code"
         reason="a process of the job was lost"
         ;;
 esac

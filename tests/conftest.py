@@ -103,13 +103,13 @@ def start_python(python_environment, tmp_path):
     """Start `python *args` without waiting for it; what still runs when the test ends is killed."""
     processes = []
 
-    def start(*args, cwd=tmp_path) -> subprocess.Popen[str]:
+    def start(*args, cwd=tmp_path, stderr=subprocess.STDOUT) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, *map(str, args)],
             env=python_environment,
             cwd=cwd,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
         )
         processes.append(process)
@@ -118,7 +118,8 @@ def start_python(python_environment, tmp_path):
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 class RunningJob(NamedTuple):

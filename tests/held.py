@@ -30,7 +30,7 @@ class HeldWriter(io.BufferedWriter):
         return first + super().write(content[first:])
 
 
-fdopen, replace = os.fdopen, Path.replace
+fdopen, replace = os.fdopen, os.replace
 
 
 def fdopen_held(descriptor: int, *args, **options):
@@ -40,12 +40,11 @@ def fdopen_held(descriptor: int, *args, **options):
     return fdopen(descriptor, *args, **options)
 
 
-def replace_then_hold(path: Path, target: Path) -> Path:
-    result = replace(path, target)
+def replace_then_hold(source, target, **options) -> None:
+    replace(source, target, **options)
     if AFTER == "rename" and Path(target).name == FILE:
         hold()
-    return result
 
 
-os.fdopen, Path.replace = fdopen_held, replace_then_hold
+os.fdopen, os.replace = fdopen_held, replace_then_hold
 main()

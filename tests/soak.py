@@ -376,6 +376,7 @@ def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, 
         if target.file:
             hold = Hold(target.file.format(epoch), target.after, folder.parent / f"signs-{number}")
             hold.signs.mkdir()
+        was_finished = (folder / "summary.json").exists()
         attempt = Attempt(job, args, folder, output=output, hold=hold)
         try:
             made = attempt.kill(target.rank, after_s=wait_for(attempt, target, epoch=epoch))
@@ -384,6 +385,8 @@ def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, 
         attempt.check()
         if made is not None:
             yield made
+        elif hold and not hold.is_reached and not was_finished:
+            raise Difference(f"{hold.file} was never written:\n{output.read_text()}")
     check_result(folder, expected)
 
 

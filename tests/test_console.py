@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import pty
@@ -45,6 +46,15 @@ def test_start_up_chatter_is_kept_back_unless_it_fails(capfd):
     with Console().tensorflow_start(messages=True):
         os.write(2, b"chatter\n")
     assert capfd.readouterr().err == "chatter\n"
+
+
+def test_errors_are_not_kept_back(capfd):
+    """The process may end before TensorFlow's start does."""
+    console = Console()
+    with console, console.tensorflow_start():
+        log.error("error: rank 1 is gone")
+        assert capfd.readouterr().err == "error: rank 1 is gone\n"
+    assert gc.isenabled()
 
 
 def test_no_bar_without_a_terminal(capsys):

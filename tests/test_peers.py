@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from jobs import free_ports
 
-from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
+from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
+from mnist_dist.peers import _read_line
 
 # A rank that agrees, watches, and then does what its argument says; no TensorFlow.
 PEER = """
@@ -33,7 +34,7 @@ def main():
     if "early" in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
     with watch.watching(contact):
-        print("watching", flush=True)
+        watch.started()
         for word in sys.argv[1:]:
             if word == "wait":
                 time.sleep(600)
@@ -43,6 +44,8 @@ def main():
                 raise TrainingFailed("run/history.csv cannot be written")
             elif word == "user":
                 raise UserError("data.path=x: no such file")
+            elif word == "interrupt":
+                raise KeyboardInterrupt
             elif word == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif word == "freeze":
@@ -60,7 +63,7 @@ def run_peers(python_environment, tmp_path):
     """Start one rank for each list of words and wait for those that end by themselves; (exit code, errors) of each."""
     processes: list[subprocess.Popen] = []
 
-    def run(*words, frozen=()):
+    def run(*words, frozen=(), suspend_s=0):
         addresses = [f"127.0.0.1:{port}" for port in free_ports(len(words))]
         for rank, own in enumerate(words):
             task = f'{{"cluster": {{"worker": {addresses}}}, "task": {{"type": "worker", "index": {rank}}}}}'
@@ -72,6 +75,12 @@ def run_peers(python_environment, tmp_path):
                     stderr=(tmp_path / f"err{rank}").open("w"),
                 )
             )
+        if suspend_s:
+            for number, seconds in ((signal.SIGSTOP, suspend_s), (signal.SIGCONT, 0)):
+                time.sleep(3)  # they have met by then
+                for process in processes:
+                    process.send_signal(number)
+                time.sleep(seconds)
         waited = [process for rank, process in enumerate(processes) if rank not in frozen]
         codes = [process.wait(timeout=60) for process in waited]
         errors = [(tmp_path / f"err{rank}").read_text() for rank in range(len(words)) if rank not in frozen]
@@ -135,6 +144,11 @@ def test_a_frozen_rank_is_lost_sooner_once_a_collective_fails(run_peers):
     assert ends == [gone(1, "silent for 2 s")]
 
 
+def test_a_job_that_is_suspended_as_a_whole_goes_on(run_peers):
+    """As `scontrol suspend` does it: nobody hears of anybody for a while."""
+    assert run_peers([12], [12], [12], suspend_s=5) == [(EXIT_OK, "")] * 3
+
+
 @pytest.mark.parametrize("failed", [0, 1])
 def test_a_rank_that_fails_tells_why(failed, run_peers):
     words = [["wait"], ["wait"], ["wait"]]
@@ -147,6 +161,12 @@ def test_a_rank_that_fails_tells_why(failed, run_peers):
 def test_ranks_that_fail_together_each_say_it_themselves(run_peers):
     ends = run_peers([0.5, "user"], [1, "user"], [1.5, "user"])
     assert ends == [(EXIT_USER_ERROR, "error: data.path=x: no such file\n")] * 3
+
+
+def test_ctrl_c_in_one_is_an_interruption_of_all(run_peers):
+    interrupted, other = run_peers([0.5, "interrupt"], ["wait"])
+    assert interrupted == (EXIT_INTERRUPTED, "error: interrupted\n")
+    assert other == (EXIT_INTERRUPTED, "error: rank 0 (127.0.0.1) ended: interrupted\n")
 
 
 def test_a_bug_shows_its_traceback_and_ends_the_others(run_peers):
@@ -178,6 +198,18 @@ with chief.watching(chief.contact):
     assert process.poll() is None
     process.stdin.close()
     assert process.wait(timeout=30) == 0
+
+
+def test_a_stranger_who_drips_has_a_moment_only():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"{")
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            _read_line(ours)
+        assert time.monotonic() - began < 20
+        theirs.sendall(b"}\nmore")
+        assert _read_line(ours) == b"}\n"
 
 
 def trainings(folder: Path) -> dict[int, int]:
@@ -216,7 +248,8 @@ def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, launch, tmp_
     assert len(lines) == size - 1, output
     for line in lines:
         assert f"error: rank {lost} (" in line
-    assert "Traceback" not in output.replace("horovodrun", "")[: output.find("is gone")]
+    # horovodrun has a traceback of its own, at its end.
+    assert "Traceback" not in (output if strategy == "multiworker" else output.partition("is gone")[0])
     if strategy == "multiworker":
         assert sorted(codes) == [-signal.SIGKILL, EXIT_LOST_PEER]
     else:

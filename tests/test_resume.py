@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ from jobs import (
     MIRRORED,
     NUM_EPOCHS,
     SINGLE,
+    TRAIN,
     checkpoints_of,
     command,
+    freeze,
     history_of,
     job_name,
     result_of,
+    send,
     summary_of,
     trainings,
     wait_for_epoch,
@@ -34,8 +38,10 @@ def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
     more = [*args, f"run_dir={folder}", "checkpoint.every_epochs=1000"]
     process = start(job, *more)
     wait_for_epoch(process, folder, 2)
+    frozen = freeze(process)  # or it might come to its end meanwhile
     for name in signals:
         os.kill(trainings(process)[-1], getattr(signal, name))
+    send(frozen, signal.SIGCONT)
     code = process.wait(timeout=120)
     output = process.output.read_text()
     assert code == (1 if job == HOROVOD else 75), output  # horovodrun's own
@@ -47,6 +53,22 @@ def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
     assert process.wait(timeout=120) == 0, process.output.read_text()
     assert summary_of(folder)["resumed_from_epochs"] == [reached]
     assert result_of(folder) == result_of(uninterrupted)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "both"])
+def test_stopped_while_nobody_reads_any_more(stream, args, start_python, tmp_path):
+    """Ctrl-C ends `| tee log` too, and then there is nobody to tell."""
+    folder = tmp_path / "run"
+    stderr = subprocess.STDOUT if stream == "both" else subprocess.DEVNULL
+    process = start_python(*TRAIN, "strategy=single", *args, f"run_dir={folder}", stderr=stderr)
+    wait_for_epoch(process, folder, 2)
+    process.send_signal(signal.SIGSTOP)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=120) == 75
+    assert checkpoints_of(folder)[-1].stem == f"epoch-{len(history_of(folder).epochs):05d}"
+    assert "Stopped on request after" in (folder / "train.log").read_text()
 
 
 def copy_as_if_killed(uninterrupted: Path, folder: Path, *, epoch: int) -> Path:
