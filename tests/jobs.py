@@ -89,10 +89,11 @@ def start_job(job, *args, output: Path, env: dict[str, str], cwd: Path, script=T
 
 def descendants(pid: int) -> list[int]:
     """A process and all that it has started, whatever session they are in (horovodrun gives each its own)."""
-    children = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            children += [int(word) for word in path.read_text().split()]
+    children: list[int] = []
+    with contextlib.suppress(OSError):  # it ends just now
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children += [int(word) for word in path.read_text().split()]
     return [pid, *(process for child in children for process in descendants(child))]
 
 
@@ -109,10 +110,11 @@ def freeze(process: subprocess.Popen) -> list[int]:
 
 def may_start_processes(pid: int) -> bool:
     """Whether a process that was told to stop still runs. If it waits in the kernel, it stops before it does more."""
-    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):
-            if path.read_text().rpartition(")")[2].split()[0] in "RS":
-                return True
+    with contextlib.suppress(OSError):  # it ends just now
+        for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):
+                if path.read_text().rpartition(")")[2].split()[0] in "RS":
+                    return True
     return False
 
 

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from jobs import (
     CHECKOUT,
     HOROVOD,
@@ -26,7 +27,10 @@ from jobs import (
     wait_for_epoch,
 )
 
+from mnist_dist.artifacts import RunFolder
 from mnist_dist.checkpoint import Checkpoint
+from mnist_dist.config import conf_dir, register_schemas, to_config
+from mnist_dist.errors import UserError
 
 KILL_AT = CHECKOUT / "tests" / "kill_at.py"
 BACKWARD_CLOCK = CHECKOUT / "tests" / "backward_clock.py"
@@ -306,3 +310,21 @@ def test_of_two_jobs_started_at_once_one_trains(uninterrupted, start, args, tmp_
     assert lines[-1].startswith(f"error: run_dir={folder}: another job ")
     assert result_of(folder) == result_of(uninterrupted)
     assert (folder / "train.log").read_text().count("Run folder: ") == 1
+
+
+def test_a_run_that_began_while_another_job_was_starting(tmp_path):
+    """That job has not seen how far the run has come, so it must not train there, even if nobody else does any more."""
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = to_config(compose("train"))
+    late, early = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    for folder in (late, early):
+        folder.claim()
+    early.create(config)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="another job is training here"):
+        late.create(config)
+    del folder, early
+    with pytest.raises(UserError, match="another job has begun a run here meanwhile"):
+        late.create(config)
+    assert contents(tmp_path) == before
