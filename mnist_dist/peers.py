@@ -239,6 +239,8 @@ class PeerWatch:
 def end_at_once(code: int) -> NoReturn:
     """End this process with nothing but its last lines: the backends' own ends would wait for the other processes."""
     logging.shutdown()
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # the live bar has hidden the cursor
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
