@@ -120,7 +120,8 @@ class RunFolder:
         try:
             checkpoint = self.checkpoints.load_newest()
         except OSError as error:
-            reason = f"{error.filename} cannot be read: {describe_os_error(error)}"
+            name = Path(error.filename or self.checkpoints.path).name
+            reason = f"{name} cannot be read: {describe_os_error(error)}"
             raise UserError(f"run_dir={self.path}: {reason}") from error
         if checkpoint is not None and checkpoint.progress.epoch > num_epochs:
             raise UserError(

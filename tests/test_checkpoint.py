@@ -1,7 +1,9 @@
 """Checkpoint files: whole or not used; which are kept; what is left when writing fails."""
 
+import errno
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +105,20 @@ def test_an_unreadable_one(folder, logged):
     newest.mkdir()
     assert_same(folder.load_newest(), make(2))
     assert logged() == [f"{newest} cannot be used (Is a directory); trying an earlier checkpoint"]
+
+
+def test_one_that_may_be_readable_tomorrow(folder, monkeypatch):
+    """Another user's, or of a server that is away: it is not trained once more, and so not removed."""
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "epoch-00003.ckpt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(PermissionError):
+        folder.load_newest()
 
 
 def test_all_are_damaged(folder, logged):
