@@ -28,18 +28,18 @@ def own_share(num_gpus: int, topology: Topology) -> range:
 
 def own_uuids(topology: Topology) -> list[str]:
     """UUIDs of this process's GPUs; empty where nvidia-smi cannot tell."""
-    visible = visible_uuids(list_uuids(), visible=topology.visible_gpus)
+    visible = visible_uuids(query_gpus("uuid"), visible=topology.visible_gpus)
     return [visible[index] for index in own_share(len(visible), topology)]
 
 
-def list_uuids() -> list[str]:
-    """UUIDs of the GPUs that nvidia-smi shows to this process, by their number; empty without it."""
-    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+def query_gpus(field: str) -> list[str]:
+    """A field (`uuid`, `name`) of all GPUs that nvidia-smi shows to this process, in order; empty without it."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return output.split()
+    return [line.strip() for line in output.splitlines()]
 
 
 def visible_uuids(uuids: Sequence[str], *, visible: str | None) -> list[str]:

@@ -155,7 +155,7 @@ def launch_job(tmp_path_factory, python_environment):
         strategy,
         size,
         *args,
-        script=("-m", "mnist_dist.train"),
+        script=TRAIN,
         env=None,
         per_rank=None,
         delays_s=None,

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -168,6 +169,23 @@ def trainings(process: subprocess.Popen) -> list[int]:
         with contextlib.suppress(OSError):
             words = tuple(Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"))
             found += [pid] if words[1:3] == TRAIN or words[1:2] == HELD else []
+    return found
+
+
+def rank_of(pid: int) -> int:
+    """The rank of a process that trains, as its launcher told it."""
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    match = re.search(rb'(?:\0HOROVOD_RANK=|"index": )(\d+)', b"\0" + environment)
+    return int(match[1]) if match else 0
+
+
+def ranks_of(processes) -> dict[int, int]:
+    """The processes that train, of those that a user has started and of what these have started, by rank."""
+    found = {}
+    for process in processes:
+        for pid in trainings(process):
+            with contextlib.suppress(OSError):  # it ends just now
+                found[rank_of(pid)] = pid
     return found
 
 

@@ -36,11 +36,11 @@ from jobs import (
     job_name,
     kill,
     python_environment,
+    ranks_of,
     result_of,
     send,
     summary_of,
     tf_configs,
-    trainings,
 )
 from small_data import create_small_arrays
 
@@ -195,14 +195,7 @@ class Attempt:
 
     def ranks(self) -> dict[int, int]:
         """The processes that train, by rank."""
-        if self.job[0] != "horovod":
-            return {rank: pid for rank, process in enumerate(self._processes) for pid in trainings(process)}
-        found = {}
-        for pid in trainings(self._processes[0]):
-            with contextlib.suppress(OSError):
-                if match := re.search(rb"\0HOROVOD_RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes()):
-                    found[int(match[1])] = pid
-        return found
+        return ranks_of(self._processes)
 
     def wait_until(self, condition) -> None:
         """Wait until it is true, or the job has ended; raises Difference."""

@@ -2,7 +2,7 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.errors import UserError
-from mnist_dist.gpus import list_uuids, own_share, own_uuids, visible_uuids
+from mnist_dist.gpus import own_share, own_uuids, query_gpus, visible_uuids
 from mnist_dist.strategy.mirrored import Mirrored
 from mnist_dist.strategy.multiworker import create_resolver
 from mnist_dist.topology import SlurmJob, Topology
@@ -36,10 +36,10 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 def test_uuids_come_from_nvidia_smi(nvidia_smi):
-    assert list_uuids() == ["GPU-aa", "GPU-bb"]
+    assert query_gpus("uuid") == ["GPU-aa", "GPU-bb"]
     assert own_uuids(Topology("horovod", 1, 2, local_rank=1, local_size=2)) == ["GPU-bb"]
     nvidia_smi.write_text("#!/bin/sh\necho no driver; exit 9\n")
-    assert list_uuids() == []
+    assert query_gpus("uuid") == []
 
 
 @pytest.mark.parametrize(

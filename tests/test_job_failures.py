@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import CHECKOUT, free_ports, horovodrun
-
-TRAIN = ("-m", "mnist_dist.train")
+from jobs import CHECKOUT, TRAIN, free_ports, horovodrun
 
 
 @pytest.fixture
@@ -92,6 +90,16 @@ def test_a_refusal_ends_a_horovod_job(args, run_job, tmp_path):
     output = result.stdout + result.stderr
     assert "error: run_dir=" in output
     assert "this folder is not empty" in output
+
+
+def test_a_bug_is_told_with_its_rank(args, run_python):
+    code = "from mnist_dist import train; train.load_input = lambda *_: 1 / 0; train.main()"
+    task = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 1}}
+    result = run_python("-c", code, *args, env={"TF_CONFIG": json.dumps(task)})
+    assert result.returncode == 1
+    assert result.stderr.startswith("[rank 1/2] error: a bug")
+    assert "Traceback (most recent call last):" in result.stderr
+    assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_a_process_that_never_comes(args, run_python):

@@ -7,10 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from jobs import free_ports
+from jobs import free_ports, is_alive, ranks_of
 
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
 from mnist_dist.peers import _read_line
@@ -212,23 +211,6 @@ def test_a_stranger_who_drips_has_a_moment_only():
         assert _read_line(ours) == b"}\n"
 
 
-def trainings(folder: Path) -> dict[int, int]:
-    """The processes that train with this run folder, by rank."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().decode().split("\0")
-            environment = dict(
-                entry.partition("=")[::2] for entry in (path / "environ").read_bytes().decode().split("\0") if entry
-            )
-        except OSError:
-            continue
-        if words[1:3] == ["-m", "mnist_dist.train"] and f"run_dir={folder}" in words:
-            task = re.search(r'"index": (\d+)', environment.get("TF_CONFIG", ""))
-            found[int(task[1] if task else environment["HOROVOD_RANK"])] = int(path.name)
-    return found
-
-
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize(("strategy", "size"), [("horovod", 3), ("multiworker", 2)])
 def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, launch, tmp_path):
@@ -239,7 +221,7 @@ def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, launch, tmp_
     while not (history.is_file() and history.read_text().count("\n") > 3):
         assert job.is_running(), job.output()
         time.sleep(0.05)
-    processes = trainings(folder)
+    processes = ranks_of(job.processes)
     assert sorted(processes) == list(range(size))
     os.kill(processes[lost], signal.SIGKILL)
     codes = job.wait(timeout=60)
@@ -254,4 +236,4 @@ def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, launch, tmp_
         assert sorted(codes) == [-signal.SIGKILL, EXIT_LOST_PEER]
     else:
         assert codes == [1]  # horovodrun's own
-    assert not trainings(folder)
+    assert not any(map(is_alive, processes.values()))

@@ -154,8 +154,12 @@ def submit(cluster, desk):
 @pytest.fixture(scope="module")
 def expected(run_python, small, tmp_path_factory):
     """The digest of the weights that the same training gives without Slurm."""
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    result = run_python("-m", "mnist_dist.train", *small, "strategy=single", f"run_dir={folder}")
+    return train_plainly(run_python, small, tmp_path_factory.mktemp("plain") / "run")
+
+
+def train_plainly(run_python, arguments, folder: Path) -> str:
+    """Train without Slurm, on one device; returns the digest of the weights."""
+    result = run_python("-m", "mnist_dist.train", *arguments, "strategy=single", f"run_dir={folder}")
     assert result.returncode == 0, result.stderr
     return json.loads((folder / "summary.json").read_text())["weights_sha256"]
 
@@ -258,10 +262,7 @@ def long(small):
 @pytest.fixture(scope="module")
 def undisturbed(run_python, long, tmp_path_factory):
     """The digest of the weights that the long training gives without Slurm."""
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    result = run_python("-m", "mnist_dist.train", *long, "strategy=single", f"run_dir={folder}")
-    assert result.returncode == 0, result.stderr
-    return json.loads((folder / "summary.json").read_text())["weights_sha256"]
+    return train_plainly(run_python, long, tmp_path_factory.mktemp("plain") / "run")
 
 
 def check_put_back(batch: Batch, times: int, digest: str, *, reason: str) -> None:

@@ -84,6 +84,17 @@ def test_a_request_stops_after_the_epoch_and_the_rest_can_follow():
     assert trainer.fit(num_epochs=4, history=whole) == whole
 
 
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_request_from_before_stops_before_the_next_epoch(epoch):
+    programs = FakePrograms()
+    reached = make_trainer(programs).fit(num_epochs=epoch)
+    checked = []
+    trainer = make_trainer(programs, check_replicas=lambda number: not checked.append(number))
+    assert trainer.fit(num_epochs=4, history=reached) == reached
+    assert checked == [epoch]
+    assert len(programs.indices) == epoch
+
+
 def test_periodic():
     """By epochs and by seconds, whichever is first; and once more at the end, unless it has just been done."""
     seen, now = [], [0.0]

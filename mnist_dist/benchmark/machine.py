@@ -2,13 +2,14 @@
 
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from mnist_dist.gpus import query_gpus
 
 _PACKAGES = ("mnist-dist", "tensorflow", "keras", "numpy", "horovod", "torch")
 
@@ -24,20 +25,10 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": list_gpu_names(),
+        "gpus": query_gpus("name"),
         "system": platform.platform(),
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
     }
-
-
-def list_gpu_names() -> list[str]:
-    """Names of the GPUs that nvidia-smi shows; empty without it."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return output.splitlines()
 
 
 def installed_versions() -> dict[str, str]:
