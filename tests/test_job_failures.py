@@ -97,7 +97,7 @@ def test_a_bug_is_told_with_its_rank(args, run_python):
     task = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 1}}
     result = run_python("-c", code, *args, env={"TF_CONFIG": json.dumps(task)})
     assert result.returncode == 1
-    assert result.stderr.startswith("[rank 1/2] error: a bug")
+    assert "\n[rank 1/2] error: a bug" in result.stderr  # after a line of Hydra's
     assert "Traceback (most recent call last):" in result.stderr
     assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
 
