@@ -27,6 +27,8 @@ class _Terminal(rich.console.Console):
 
 _terminal = _Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)
 _logger = logging.getLogger("mnist_dist")
+job_log = logging.getLogger("mnist_dist.job")
+"""For what every process of a job would say alike, warnings too: one of them shows it."""
 # Where errors go while file descriptor 2 leads elsewhere.
 _errors: TextIO | None = None
 
@@ -69,6 +71,7 @@ class Console:
 
     def __enter__(self) -> "Console":
         _logger.setLevel(logging.INFO if self._is_chief else logging.WARNING)
+        job_log.setLevel(logging.INFO if self._is_chief else logging.ERROR)
         _logger.propagate = False
         for handler in self._handlers:
             _logger.addHandler(handler)

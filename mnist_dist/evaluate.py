@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         from mnist_dist.steps import EvaluateProgram, place_split
         from mnist_dist.strategy.base import SingleDevice
 
-        configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, deterministic=False)
+        configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
         strategy = SingleDevice()
 
     network = Network(load_model(run_folder.model_path))

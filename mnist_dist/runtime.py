@@ -8,34 +8,39 @@ from mnist_dist.config import ThreadsConfig
 from mnist_dist.topology import Topology
 
 
-def configure_tensorflow(threads: ThreadsConfig, topology: Topology, *, num_shards: int, deterministic: bool) -> None:
+def configure_tensorflow(threads: ThreadsConfig, topology: Topology, *, num_shards: int, exact: bool) -> None:
     """Make all settings.
 
     Args:
         threads: the configured numbers of threads.
         topology: for this process's share of the cores.
         num_shards: shards that this process computes side by side.
-        deterministic: whether GPU kernels must give the same bits in every run (CPU kernels do anyway).
+        exact: whether the bits must not depend on threads and cores, nor differ from run to run on GPUs.
     """
-    intra_op, inter_op = choose_threads(threads, num_cores=own_cores(topology), num_shards=num_shards)
+    num_cores = own_cores(topology)
+    intra_op, inter_op = choose_threads(threads, num_cores=num_cores, num_shards=num_shards, exact=exact)
     tf.config.threading.set_intra_op_parallelism_threads(intra_op)
     tf.config.threading.set_inter_op_parallelism_threads(inter_op)
     # This stage of the graph optimiser turns chains of additions into others, in every graph differently.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     # By default TensorFlow multiplies float32 with 10-bit mantissas on newer GPUs (TF32).
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    if deterministic and tf.config.list_physical_devices("GPU"):
+    if exact and tf.config.list_physical_devices("GPU"):
         tf.config.experimental.enable_op_determinism()
 
 
-def choose_threads(config: ThreadsConfig, *, num_cores: int, num_shards: int) -> tuple[int, int]:
+def choose_threads(config: ThreadsConfig, *, num_cores: int, num_shards: int, exact: bool) -> tuple[int, int]:
     """Threads inside an operation, and operations side by side.
 
     Shards side by side beat threads inside an operation, since nothing waits at the end of every small one; only cores
-    that are left over help inside.
+    that are left over help inside. But the kernels that add over the rows (the gradients of biases and convolutions,
+    and in bfloat16 of dense layers) cut them into as many pieces as there are threads, so their last bits depend on
+    the number: `exact` has one thread, always (docs/threads.md has the measurements).
     """
-    intra_op = max(1, num_cores // num_shards) if config.intra_op == "auto" else int(config.intra_op)
     inter_op = num_cores if config.inter_op == "auto" else int(config.inter_op)
+    if exact:
+        return 1, inter_op
+    intra_op = max(1, num_cores // num_shards) if config.intra_op == "auto" else int(config.intra_op)
     return intra_op, inter_op
 
 

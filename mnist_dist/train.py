@@ -265,6 +265,15 @@ def log_batches(placement: Mapping[str, Any], training: "Training") -> None:
         if placement["reproducibility"] == "exact"
         else "fast: the number of replicas may change the last bits",
     )
+    num_shards = -(-placement["num_shards"] // placement["world_size"])
+    on_cpu = training.strategy.compute_capability() is None
+    if placement["reproducibility"] == "exact" and on_cpu and training.num_cores > num_shards:
+        log.info(
+            "Cores: %d of this process's %d compute at a time, one for each of its shards; a larger batch.num_shards "
+            "uses more, with other bits",
+            num_shards,
+            training.num_cores,
+        )
 
 
 def log_results(summary: Mapping[str, Any], run_folder: RunFolder) -> None:

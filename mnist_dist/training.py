@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import keras
 
 from mnist_dist.config import TrainConfig
+from mnist_dist.console import job_log
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.data.shards import ShardPlan
@@ -15,7 +16,7 @@ from mnist_dist.model import FloatArray, Network, build_model
 from mnist_dist.optimizer import LearningRate, Optimizer, create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
 from mnist_dist.reduction import ExactSum, FastSum
-from mnist_dist.runtime import configure_tensorflow
+from mnist_dist.runtime import configure_tensorflow, own_cores
 from mnist_dist.steps import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
 from mnist_dist.strategy import Strategy, create_strategy
 from mnist_dist.strategy.base import Array
@@ -42,6 +43,8 @@ class Training:
     loss_scale: LossScale
     state: TrainState
     learning_rate: LearningRate
+    num_cores: int
+    """Of this process."""
 
     def create_trainer(
         self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
@@ -106,11 +109,12 @@ def build_training(
     Raises:
         UserError: strategy, devices and batch do not fit together.
     """
+    mode = choose_mode(config, topology, num_gpus=num_gpus)
     configure_tensorflow(
         config.threads,
         topology,
         num_shards=-(-config.batch.num_shards // topology.world_size),
-        deterministic=config.reproducibility == "exact",
+        exact=mode == "exact",
     )
     strategy = create_strategy(config.strategy, topology, num_gpus=num_gpus)
     policy = choose_precision(config.precision.name, strategy.compute_capability())
@@ -121,8 +125,8 @@ def build_training(
             f"batch.global_size={config.batch.global_size}: fewer examples than the {strategy.num_replicas} replicas; "
             "ask for a larger batch or fewer replicas"
         )
-    mode, shards = plan_shards(config, plan.global_batch_size, num_replicas=strategy.num_replicas, on_gpu=num_gpus > 0)
     config = replace(config, precision=replace(config.precision, name=policy), reproducibility=mode)
+    shards = plan_shards(config, plan.global_batch_size, num_replicas=strategy.num_replicas, on_gpu=num_gpus > 0)
     model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
     network = Network(model, seed=config.seed, policy=policy)
     optimizer, loss_scale = create_optimizer(config.optimizer), LossScale(config.precision)
@@ -145,23 +149,46 @@ def build_training(
             batch_factor=batch_factor,
             steps_per_epoch=plan.steps_per_epoch,
         ),
+        num_cores=own_cores(topology),
     )
 
 
-def plan_shards(
-    config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool
-) -> tuple[str, ShardPlan]:
-    """Exact or fast, and how a global batch is cut for it.
+def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> str:
+    """Exact or fast, before the devices start; a warning says what is configured and will have no effect.
 
     `auto` is exact on CPUs, where it costs little, and fast on GPUs, where one large product beats several small ones.
+    """
+    mode, num_shards = config.reproducibility, config.batch.num_shards
+    if mode == "auto":
+        # On CPUs a process has one replica, or those that are asked for.
+        num_replicas = max(topology.world_size, config.strategy.num_replicas or 1)
+        mode = "fast" if num_gpus or num_replicas > num_shards else "exact"
+        if mode == "fast" and not num_gpus:
+            job_log.warning(
+                "WARNING: batch.num_shards=%d: fewer shards than the %d replicas, so reproducibility=auto is fast and "
+                "the number of replicas may change the last bits; batch.num_shards=%d makes it exact",
+                num_shards,
+                num_replicas,
+                num_replicas,
+            )
+    if mode == "exact" and config.threads.intra_op != "auto" and int(config.threads.intra_op) != 1:
+        job_log.warning(
+            "WARNING: threads.intra_op=%s is not used: reproducibility=exact runs each operation on one thread, so "
+            "that the bits do not depend on the number; a larger batch.num_shards, more processes or "
+            "reproducibility=fast use more cores",
+            config.threads.intra_op,
+        )
+    return mode
+
+
+def plan_shards(config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool) -> ShardPlan:
+    """How a global batch is cut, in a mode that is settled.
 
     Raises:
         UserError: exact with more replicas than shards.
     """
-    mode, num_shards = config.reproducibility, config.batch.num_shards
-    if mode == "auto":
-        mode = "fast" if on_gpu or num_replicas > num_shards else "exact"
-    if mode == "fast":
+    num_shards = config.batch.num_shards
+    if config.reproducibility == "fast":
         parts = 1 if on_gpu else max(1, global_batch_size // num_replicas // _FAST_ROWS)
         num_shards = num_replicas * parts
     elif num_replicas > num_shards:
@@ -170,4 +197,4 @@ def plan_shards(
             f"whole shards; say batch.num_shards={num_replicas} (other bits than with {num_shards}), "
             "or reproducibility=fast"
         )
-    return mode, ShardPlan(num_shards, rows_per_shard=-(-global_batch_size // num_shards), num_replicas=num_replicas)
+    return ShardPlan(num_shards, rows_per_shard=-(-global_batch_size // num_shards), num_replicas=num_replicas)

@@ -28,7 +28,7 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 7
 )
 # And the settings of a run, which cannot be made later.
-configure_tensorflow(ThreadsConfig("auto", "auto"), Topology(), num_shards=8, deterministic=False)
+configure_tensorflow(ThreadsConfig("auto", "auto"), Topology(), num_shards=8, exact=True)
 
 PROBE = CHECKOUT / "tests" / "probe.py"
 

@@ -1,11 +1,14 @@
 """Exact mode: the same bits on any strategy, number of devices and number of threads, with real MNIST and processes."""
 
+import json
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from conftest import Job
-from jobs import job_name
+from jobs import CHECKOUT, TRAIN, job_name
+
+from mnist_dist.history import from_csv
 
 SINGLE = ("single", 1)
 JOBS = [
@@ -76,14 +79,47 @@ def test_every_replica_ends_with_the_same_weights_and_slots(job, train_with, rec
     assert copies(other) == copies(single)
 
 
-@pytest.mark.parametrize("threads", [(1, "auto"), (2, 1), (2, 2)], ids=str)
-def test_threads_change_the_speed_only(threads, train_with, recipe):
-    intra_op, inter_op = threads
-    settings = f"threads.intra_op={intra_op}", f"threads.inter_op={inter_op}", "trainer.epochs=1"
-    first_epoch = train_with(*SINGLE, *recipe).history.epochs[0]
-    (row,) = train_with(*SINGLE, *recipe, *settings).history.epochs
-    assert row.weights_sha256 == first_epoch.weights_sha256
-    assert (row.loss, row.val_loss) == (first_epoch.loss, first_epoch.val_loss)
+@pytest.fixture(scope="module")
+def bits_of_shapes(run_python):
+    """What `bits_of_shapes.py` prints, on a machine that seems to have so many cores."""
+
+    def run(num_cores, *args, env=None) -> dict[str, str]:
+        result = run_python(
+            CHECKOUT / "tests" / "bits_of_shapes.py", *args, env={"NUM_CORES": num_cores, **(env or {})}
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bits_of_shapes_on_one_thread(bits_of_shapes):
+    return bits_of_shapes("1", "threads.intra_op=1")
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "intra_op"), [("64", "auto"), ("2", "2"), ("2", "7"), ("8", "8"), ("2", "64")], ids=str
+)
+def test_threads_and_cores_change_the_speed_only(num_cores, intra_op, bits_of_shapes, bits_of_shapes_on_one_thread):
+    variables = {"OMP_NUM_THREADS": "3", "TF_NUM_INTRAOP_THREADS": "5", "TF_NUM_INTEROP_THREADS": "3"}
+    found = bits_of_shapes(num_cores, f"threads.intra_op={intra_op}", env=variables)
+    assert found == bits_of_shapes_on_one_thread
+    assert len(set(found.values())) == len(found) >= 10
+
+
+def test_other_threads_after_a_stop(train_with, part_of_mnist, run_python, tmp_path):
+    """512 rows of a shard, where 1 and 8 threads inside an operation would differ."""
+    recipe = *part_of_mnist, "batch.global_size=4096", "strategy=single"
+    whole = train_with(*SINGLE, *recipe, "trainer.epochs=2", "threads.intra_op=1")
+    for epochs, threads in ((1, "8"), (2, "64")):
+        more = f"trainer.epochs={epochs}", f"threads.intra_op={threads}", f"run_dir={tmp_path / 'run'}"
+        result = run_python(*TRAIN, *recipe, *more)
+        assert result.returncode == 0, result.stderr
+        assert f"WARNING: threads.intra_op={threads} is not used" in result.stdout
+    assert "Resuming after epoch 1 of 2" in result.stdout
+    rows = from_csv((tmp_path / "run" / "history.csv").read_text()).epochs
+    assert [row.weights_sha256 for row in rows] == bits(whole).weights
 
 
 @pytest.mark.parametrize("job", FEW_JOBS, ids=job_name)

@@ -55,7 +55,7 @@ def settings_of_a_run(run_python, small_npz, tmp_path):
 )
 def test_shards_side_by_side_come_first(num_cores, num_shards, expected):
     threads = ThreadsConfig("auto", "auto")
-    assert choose_threads(threads, num_cores=num_cores, num_shards=num_shards) == expected
+    assert choose_threads(threads, num_cores=num_cores, num_shards=num_shards, exact=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,16 @@ def test_shards_side_by_side_come_first(num_cores, num_shards, expected):
     [(ThreadsConfig("3", "auto"), (3, 16)), (ThreadsConfig("auto", "5"), (2, 5)), (ThreadsConfig("1", "1"), (1, 1))],
 )
 def test_what_is_configured_is_taken(config, expected):
-    assert choose_threads(config, num_cores=16, num_shards=8) == expected
+    assert choose_threads(config, num_cores=16, num_shards=8, exact=False) == expected
+
+
+@pytest.mark.parametrize("intra_op", ["auto", "1", "8"])
+@pytest.mark.parametrize("num_cores", [1, 2, 64])
+@pytest.mark.parametrize("num_shards", [1, 8])
+def test_exact_has_one_thread_inside_an_operation(intra_op, num_cores, num_shards):
+    """Kernels that add over rows cut them by the number of threads."""
+    config = ThreadsConfig(intra_op, "auto")
+    assert choose_threads(config, num_cores=num_cores, num_shards=num_shards, exact=True) == (1, num_cores)
 
 
 @pytest.mark.parametrize(("local_size", "expected"), [(1, 6), (2, 3), (4, 1), (9, 1)])
@@ -82,13 +91,13 @@ def test_slurm_says_how_many_cores_a_task_has():
 
 
 def test_a_run_is_given_the_configured_threads_and_a_graph_optimiser_that_keeps_the_order(settings_of_a_run):
-    settings = settings_of_a_run("threads.intra_op=1", "threads.inter_op=3")
-    assert settings == {"intra_op": 1, "inter_op": 3, "arithmetic_optimization": False, "tf32": False}
+    settings = settings_of_a_run("threads.intra_op=2", "threads.inter_op=3", "reproducibility=fast")
+    assert settings == {"intra_op": 2, "inter_op": 3, "arithmetic_optimization": False, "tf32": False}
 
 
 def test_a_run_takes_all_cores_by_itself(settings_of_a_run):
     num_cores = len(os.sched_getaffinity(0))
-    settings = settings_of_a_run("threads.intra_op=2", "batch.num_shards=1")
-    assert (settings["intra_op"], settings["inter_op"]) == (2, num_cores)
-    settings = settings_of_a_run("batch.num_shards=1")
+    settings = settings_of_a_run("batch.num_shards=1", "reproducibility=fast")
     assert (settings["intra_op"], settings["inter_op"]) == (num_cores, num_cores)
+    settings = settings_of_a_run("batch.num_shards=1", "threads.intra_op=2")  # exact on a CPU
+    assert (settings["intra_op"], settings["inter_op"]) == (1, num_cores)

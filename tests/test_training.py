@@ -5,30 +5,59 @@ import pytest
 from mnist_dist.config import compose_config
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.errors import UserError
-from mnist_dist.training import plan_shards
+from mnist_dist.topology import Topology
+from mnist_dist.training import choose_mode, plan_shards
+
+ONE_PROCESS, NINE_PROCESSES = Topology(), Topology("horovod", 0, 9, 0, 9)
+NINE_REPLICAS = ("strategy=mirrored", "strategy.num_replicas=9")
 
 
 @pytest.mark.parametrize(
-    ("asked", "num_replicas", "on_gpu", "mode"),
+    ("asked", "topology", "num_gpus", "mode"),
     [
-        ("auto", 1, False, "exact"),
-        ("auto", 8, False, "exact"),
-        ("auto", 9, False, "fast"),
-        ("auto", 1, True, "fast"),
-        ("exact", 2, True, "exact"),
-        ("fast", 2, False, "fast"),
+        (["auto"], ONE_PROCESS, 0, "exact"),
+        (["auto", "strategy=mirrored", "strategy.num_replicas=8"], ONE_PROCESS, 0, "exact"),
+        (["auto", *NINE_REPLICAS], ONE_PROCESS, 0, "fast"),
+        (["auto"], NINE_PROCESSES, 0, "fast"),
+        (["auto", "batch.num_shards=9"], NINE_PROCESSES, 0, "exact"),
+        (["auto"], ONE_PROCESS, 1, "fast"),
+        (["exact"], ONE_PROCESS, 2, "exact"),
+        (["fast", "strategy=mirrored", "strategy.num_replicas=2"], ONE_PROCESS, 0, "fast"),
     ],
 )
-def test_mode(asked, num_replicas, on_gpu, mode):
-    config = compose_config(f"reproducibility={asked}")
-    assert plan_shards(config, 512, num_replicas=num_replicas, on_gpu=on_gpu)[0] == mode
+def test_mode(asked, topology, num_gpus, mode):
+    config = compose_config(f"reproducibility={asked[0]}", *asked[1:])
+    assert choose_mode(config, topology, num_gpus=num_gpus) == mode
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["threads.intra_op=8"], "WARNING: threads.intra_op=8 is not used: reproducibility=exact runs each operation"),
+        (["threads.intra_op=8", "reproducibility=exact"], "WARNING: threads.intra_op=8 is not used"),
+        (["threads.intra_op=1"], None),
+        (["threads.intra_op=8", "reproducibility=fast"], None),
+        (
+            NINE_REPLICAS,
+            "WARNING: batch.num_shards=8: fewer shards than the 9 replicas, so reproducibility=auto is fast",
+        ),
+        ([*NINE_REPLICAS, "threads.intra_op=8"], "WARNING: batch.num_shards=8: fewer shards"),
+        ([*NINE_REPLICAS, "reproducibility=fast"], None),
+        ([*NINE_REPLICAS, "batch.num_shards=9"], None),
+        ([], None),
+    ],
+)
+def test_what_has_no_effect_is_said(overrides, warned, logged):
+    choose_mode(compose_config(*overrides), ONE_PROCESS, num_gpus=0)
+    assert len(logged()) == (warned is not None)
+    assert all(line.startswith(warned) for line in logged())
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_exact_cuts_alike_for_any_number_of_replicas(num_replicas, on_gpu):
     config = compose_config("reproducibility=exact")
-    _, plan = plan_shards(config, 500, num_replicas=num_replicas, on_gpu=on_gpu)
+    plan = plan_shards(config, 500, num_replicas=num_replicas, on_gpu=on_gpu)
     assert plan == ShardPlan(8, 63, num_replicas)  # 504 rows; four are padding
 
 
@@ -37,7 +66,7 @@ def test_exact_cuts_alike_for_any_number_of_replicas(num_replicas, on_gpu):
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_the_shards_hold_the_batch_and_little_more(global_batch_size, num_replicas, mode):
     config = compose_config(f"reproducibility={mode}")
-    _, plan = plan_shards(config, global_batch_size, num_replicas=num_replicas, on_gpu=False)
+    plan = plan_shards(config, global_batch_size, num_replicas=num_replicas, on_gpu=False)
     assert global_batch_size <= plan.num_rows < global_batch_size + plan.num_shards
     if mode == "fast":
         counts = {len(plan.shards_of(replica)) for replica in range(num_replicas)}
