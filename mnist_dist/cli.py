@@ -19,7 +19,7 @@ from mnist_dist.config import conf_dir, register_schemas, to_config
 from mnist_dist.console import Console
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
 from mnist_dist.explain import check_command_line, describe_choices, explain, opening_comment
-from mnist_dist.peers import end_at_once
+from mnist_dist.preemption import end_at_once
 from mnist_dist.topology import Topology, read_topology
 
 log = logging.getLogger(__name__)

@@ -9,19 +9,18 @@ whatever collective it waits.
 import contextlib
 import json
 import logging
-import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
-from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_USER_ERROR, TrainingFailed, UserError
+from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, TrainingFailed, UserError
 from mnist_dist.files import describe_os_error
+from mnist_dist.preemption import end_at_once
 from mnist_dist.rendezvous import describe_rank, hold_free_port
 from mnist_dist.topology import Topology
 
@@ -33,7 +32,7 @@ _SILENCE_S, _SUSPICIOUS_SILENCE_S = 30.0, 10.0
 _JOIN_S = 30.0
 # Whoever ends for a reason tells it; most often all processes have the same reason and say so themselves meanwhile.
 _GRACE_S = 5.0
-_FAREWELL_S = 2.0
+_FAREWELL_S, _HASTY_FAREWELL_S = 2.0, 0.2
 
 
 @dataclass
@@ -90,7 +89,7 @@ class PeerWatch:
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, (UserError, TrainingFailed, KeyboardInterrupt)):
+            if not isinstance(error, (UserError, TrainingFailed)):
                 # A collective that fails is how a lost process looks from here; then the other thread knows in a
                 # moment, and ends this process with a better message.
                 self._silence_s = _SUSPICIOUS_SILENCE_S
@@ -103,6 +102,10 @@ class PeerWatch:
     def started(self) -> None:
         """All processes have loaded what they need."""
         self._silence_s = min(self._silence_s, _SILENCE_S)
+
+    def tell_why(self, reason: str, code: int) -> None:
+        """Tell the others, as far as they are connected, why this process ends now; for any thread."""
+        self._leave({"failed": reason, "code": code}, farewell_s=_HASTY_FAREWELL_S)
 
     def _connect(self, contact: str) -> None:
         host, port, self._token = contact.rsplit(":", 2)
@@ -216,14 +219,14 @@ class PeerWatch:
                 with contextlib.suppress(OSError):  # its end is seen where it is listened to
                     link.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def _leave(self, message: dict[str, Any]) -> None:
+    def _leave(self, message: dict[str, Any], *, farewell_s: float = _FAREWELL_S) -> None:
         self._has_left.set()
         self._send(message)
-        self._say_farewell()
+        self._say_farewell(farewell_s)
 
-    def _say_farewell(self) -> None:
+    def _say_farewell(self, farewell_s: float = _FAREWELL_S) -> None:
         """Close the connections so that what was sent last arrives: not while something unread lies here."""
-        deadline = time.monotonic() + _FAREWELL_S
+        deadline = time.monotonic() + farewell_s
         links = tuple(self._links)  # the other thread may still remove some
         for link in links:
             with contextlib.suppress(OSError):
@@ -236,21 +239,8 @@ class PeerWatch:
                         break
 
 
-def end_at_once(code: int) -> NoReturn:
-    """End this process with nothing but its last lines: the backends' own ends would wait for the other processes."""
-    logging.shutdown()
-    if os.isatty(1):
-        os.write(1, b"\x1b[?25h")  # the live bar has hidden the cursor
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
 def _last_words(error: BaseException) -> dict[str, Any]:
     """What the others are told of the error that ends this process."""
-    if isinstance(error, KeyboardInterrupt):
-        return {"failed": "interrupted", "code": EXIT_INTERRUPTED}
     code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     return {"failed": str(error)[:500] or type(error).__name__, "code": code}
 

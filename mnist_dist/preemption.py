@@ -1,42 +1,126 @@
-"""A signal becomes a flag, which the training reads between two epochs."""
+"""What signals do: until the training has begun they end the process, from then on they ask for a checkpoint."""
 
 import contextlib
+import logging
 import os
 import signal
-from types import FrameType
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+from mnist_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Ctrl-C, and what batch systems send."""
+_GRACE_S, _REPORT_S = 0.4, 0.4
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop: Ctrl-C, a batch system's SIGTERM or SIGUSR2."""
+    """Whether somebody asked this process to stop; a context manager, for the main thread.
 
-    def __init__(self) -> None:
+    Signals are taken by a thread of its own: the main one may wait for something that no signal interrupts, as a file
+    on a network mount that is dead, or be busy in a library.
+    """
+
+    def __init__(self, *, tell_others: Callable[[str, int], None], has_others: bool) -> None:
+        """Use `tell_others(reason, exit code)` when a signal ends the process and `has_others` of its job run."""
+        self._tell_others = tell_others
+        self._has_others = has_others
+        self._lock = threading.Lock()
+        self._has_begun = False
+        self._has_left = threading.Event()
+        self._ended_by: signal.Signals | None = None
         self._came = False
-        self._signals: set[signal.Signals] = set()
 
     def __call__(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has come since the training began."""
         return self._came
 
-    def listen(self, *signals: signal.Signals) -> None:
-        """From now on these are requests, whoever had them before; a second one changes nothing.
-
-        For the main thread, as Python wants it.
-        """
-        for number in signals:
-            signal.signal(number, self._note)
+    def __enter__(self) -> "StopRequest":
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
+        for number in SIGNALS:
+            signal.signal(number, _leave_it_to_the_thread)
             # Libraries between two machines should not see their system calls end early.
             signal.siginterrupt(number, False)
-        self._signals.update(signals)
+        # The system would wake this thread for them; threads that are started from here on inherit it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        return self
 
-    def close(self) -> None:
-        """Ignore them, as the process is ending by itself: else Python's own end makes them deadly again."""
-        for number in self._signals:
+    def __exit__(self, _: type | None, error: BaseException | None, __: TracebackType | None) -> None:
+        """Ignore signals, as the process is ending by itself: else Python's own end makes them deadly again."""
+        self._has_left.set()
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        if self._ended_by is not None and isinstance(error, Exception):
+            # Both at once: most often the launcher stops this process because of what went wrong in it or in another.
+            log.error("error: %s", " ".join(str(error).splitlines()))
+            end_at_once(_exit_code(self._ended_by))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        is_first, self._came = not self._came, True
+    def training_begins(self) -> None:
+        """From now on a signal is a request, which is answered after the epoch; a second one changes nothing."""
+        with self._lock:
+            self._has_begun = True
+
+    def _watch(self, pipe: int) -> None:
+        while True:
+            (number,) = os.read(pipe, 1)
+            if number in SIGNALS:
+                self._note(signal.Signals(number))
+
+    def _note(self, number: signal.Signals) -> None:
+        with self._lock:
+            if not self._has_begun:
+                self._end(number)
+                return
+            is_first, self._came = not self._came, True
         if is_first:
             # Not through the log, which this may have interrupted in the middle of a line. Whoever reads it may have
             # ended by the same Ctrl-C.
             with contextlib.suppress(OSError):
-                os.write(2, f"{signal.Signals(number).name}: stopping after this epoch\n".encode())
+                os.write(2, f"{number.name}: stopping after this epoch\n".encode())
+
+    def _end(self, number: signal.Signals) -> None:
+        """End the process within a second, whatever the main thread does."""
+        self._ended_by = number
+        if self._has_others and self._has_left.wait(_GRACE_S):
+            return  # it ends by itself, and says why
+        code = _exit_code(number)
+        # Whatever this waits for (a lock, a full pipe) is not waited for.
+        report = threading.Thread(target=self._report, args=(number, code), daemon=True)
+        report.start()
+        report.join(_REPORT_S)
+        os._exit(code)
+
+    def _report(self, number: signal.Signals, code: int) -> None:
+        self._tell_others("interrupted" if number is signal.SIGINT else f"{number.name} before the training", code)
+        if number is signal.SIGINT:
+            log.error("error: interrupted")
+        else:
+            log.warning("%s: stopped before the training began; run the same command again to start it", number.name)
+        end_at_once(code)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process with nothing but its last lines: the backends' own ends would wait for the other processes."""
+    logging.shutdown()
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # the live bar has hidden the cursor
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _exit_code(number: signal.Signals) -> int:
+    return EXIT_INTERRUPTED if number is signal.SIGINT else EXIT_PREEMPTED
+
+
+def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """Python calls this in the main thread, some time; the thread has been told by then."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,18 +37,17 @@ log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run wit
 def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     """Train, evaluate, save and plot one run; returns the exit code."""
     started = time.perf_counter()
-    stop_request = StopRequest()
-    stop_request.listen(signal.SIGTERM, signal.SIGUSR2)
-    run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
     peers = PeerWatch(topology)
-    run_input = agree_on_input(config, topology, run_folder, contact=peers.contact)
-    if run_input is None:
-        log.info("%s holds this run, finished: nothing to do", run_folder.path)
-        return EXIT_OK
-    with peers.watching(run_input.contact, start_silence_s=config.strategy.start_timeout_s):
-        return train_on(
-            run_input, topology, run_folder, console, peers=peers, stop_request=stop_request, started=started
-        )
+    with StopRequest(tell_others=peers.tell_why, has_others=topology.world_size > 1) as stop_request:
+        run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
+        run_input = agree_on_input(config, topology, run_folder, contact=peers.contact)
+        if run_input is None:
+            log.info("%s holds this run, finished: nothing to do", run_folder.path)
+            return EXIT_OK
+        with peers.watching(run_input.contact, start_silence_s=config.strategy.start_timeout_s):
+            return train_on(
+                run_input, topology, run_folder, console, peers=peers, stop_request=stop_request, started=started
+            )
 
 
 def train_on(
@@ -81,7 +79,6 @@ def train_on(
     log.info("Data: %s, %s", dataset.name, splits.describe())
     restored = checkpoint.state if checkpoint else None
     training = build_training(config, topology, splits, num_gpus=num_gpus, restored=restored)
-    stop_request.listen(signal.SIGTERM)  # again: TensorFlow's workers have put a handler of their own in its place
     peers.started()
     config, strategy = training.config, training.strategy
     check_same_batches(reached, training)
@@ -111,7 +108,7 @@ def train_on(
         every_s=config.checkpoint.every_s,
         start_epoch=start.epoch,
     )
-    stop_request.listen(signal.SIGINT)  # until here Ctrl-C had nothing to save
+    stop_request.training_begins()
     with progress("training") as show:
         trainer = training.create_trainer(
             actions=[
@@ -130,7 +127,6 @@ def train_on(
         where = f"after epoch {len(history.epochs)}" if history.epochs else "before the first epoch"
         log.info("Stopped on request %s; run the same command again to go on", where)
         strategy.barrier()
-        stop_request.close()
         return EXIT_PREEMPTED
 
     # The results.

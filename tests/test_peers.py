@@ -44,7 +44,8 @@ def main():
             elif word == "user":
                 raise UserError("data.path=x: no such file")
             elif word == "interrupt":
-                raise KeyboardInterrupt
+                watch.tell_why("interrupted", 130)
+                return 130
             elif word == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif word == "freeze":
@@ -164,7 +165,7 @@ def test_ranks_that_fail_together_each_say_it_themselves(run_peers):
 
 def test_ctrl_c_in_one_is_an_interruption_of_all(run_peers):
     interrupted, other = run_peers([0.5, "interrupt"], ["wait"])
-    assert interrupted == (EXIT_INTERRUPTED, "error: interrupted\n")
+    assert interrupted == (EXIT_INTERRUPTED, "")
     assert other == (EXIT_INTERRUPTED, "error: rank 0 (127.0.0.1) ended: interrupted\n")
 
 

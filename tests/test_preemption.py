@@ -1,21 +1,38 @@
-"""A signal is a request, never the end of the process."""
+"""Signals: before the training they end the process, whatever it waits for; then they are requests."""
 
+import fcntl
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from jobs import TRAIN, free_ports, tf_configs
 
-PROGRAM = """
-import os, signal
+from mnist_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
+SETUP = """
+import os, signal, sys, time
+import numpy  # its threads take signals too
 from mnist_dist.preemption import StopRequest
 
-request = StopRequest()
-request.listen(signal.SIGTERM, signal.SIGUSR2)
-assert not request()
-for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
-    os.kill(os.getpid(), number)
-    assert request()
+told = []
+request = StopRequest(tell_others=lambda *words: print(*words, flush=True), has_others=False)
+"""
+
+TRAINING = """
+with request:
+    request.training_begins()
+    assert not request()
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        while not request():
+            time.sleep(0.01)
+    time.sleep(0.1)
 """
 
 # A signal that comes when Python has put its own handlers back.
@@ -29,19 +46,164 @@ class Late:
 ctypes.late = Late()
 """
 
+# What the main thread does meanwhile; `argv[1]` is a FIFO that nobody writes to.
+WAITS = {
+    "sleep": "time.sleep(600)",
+    "FIFO": "open(sys.argv[1])",
+    "busy": "while True: pass",
+    # As on a network mount that is dead, and not to be woken by anything but the end of the process: it waits for a
+    # child that shares its memory and has not begun its own program (vfork).
+    "uninterruptible": """
+import ctypes
+libc = ctypes.CDLL(None)
+actions = ctypes.create_string_buffer(1024)
+libc.posix_spawn_file_actions_init(actions)
+libc.posix_spawn_file_actions_addopen(actions, 0, os.fsencode(sys.argv[1]), os.O_RDONLY, 0)
+arguments = (ctypes.c_char_p * 2)(b"true", None)
+libc.posix_spawn(ctypes.byref(ctypes.c_int()), b"/bin/true", actions, None, arguments, None)
+""",
+}
+
 
 def run(program: str, python_environment) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env=python_environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_signal_is_a_request_and_a_second_one_changes_nothing(python_environment):
-    result = run(PROGRAM, python_environment)
+def test_in_training_a_signal_is_a_request_and_a_second_one_changes_nothing(python_environment):
+    result = run(SETUP + TRAINING, python_environment)
     assert (result.returncode, result.stderr) == (0, "SIGTERM: stopping after this epoch\n")
 
 
-@pytest.mark.parametrize("closed", [False, True])
-def test_none_is_deadly_after_the_end(closed, python_environment):
+@pytest.mark.parametrize("inside", [False, True])
+def test_none_is_deadly_after_the_end(inside, python_environment):
     """Python gives signals back their own meaning when it ends; the exit code must not become theirs."""
-    program = PROGRAM + ("request.close()\n" if closed else "") + AT_THE_END + "raise SystemExit(75)\n"
-    assert run(program, python_environment).returncode == (75 if closed else -signal.SIGTERM)
+    training = "with request:\n    request.training_begins()\n" if inside else ""
+    program = SETUP + training + AT_THE_END + "raise SystemExit(75)\n"
+    assert run(program, python_environment).returncode == (75 if inside else -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGUSR2, EXIT_PREEMPTED)],
+    ids=lambda value: getattr(value, "name", None),
+)
+@pytest.mark.parametrize("wait", WAITS)
+def test_before_the_training_a_signal_ends_the_process(wait, number, code, python_environment, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    lines = [f"    {line}" for line in ["print('ready', flush=True)", *WAITS[wait].strip().splitlines()]]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "\n".join([SETUP, "with request:", *lines]), tmp_path / "fifo"],
+        env=python_environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        if wait == "uninterruptible":
+            wait_until(lambda: state(process.pid) == "D")
+        process.send_signal(number)
+        assert process.wait(timeout=30) == code
+    finally:
+        process.kill()
+        os.close(os.open(tmp_path / "fifo", os.O_RDWR))  # lets the child of the last one go
+    reason = "interrupted" if number is signal.SIGINT else f"{number.name} before the training"
+    assert process.stdout.read() == f"{reason} {code}\n"
+    process.stdout.close()
+    process.stderr.close()
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+SIGNALS = [("SIGTERM", 75), ("SIGUSR2", 75), ("SIGINT", 130)]
+
+
+def line_of(name: str) -> str:
+    if name == "SIGINT":
+        return "error: interrupted"
+    return f"{name}: stopped before the training began; run the same command again to start it"
+
+
+@pytest.mark.parametrize(("name", "code"), SIGNALS)
+def test_while_it_waits_for_the_digits_of_another_process(name, code, start, tmp_path):
+    """Forever, on a shared disk whose locks have a dead owner."""
+    (tmp_path / "cache").mkdir()
+    with (tmp_path / "cache" / "digits-v1.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(("single", 1), "data=digits", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path}/run")
+        wait_until(lambda: waits_for_lock(process.pid))
+        process.send_signal(getattr(signal, name))
+        assert process.wait(timeout=30) == code
+    assert process.output.read_text() == f"{line_of(name)}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def waits_for_lock(pid: int) -> bool:
+    return any("->" in line and f" {pid} " in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+# A rank that has met the others, and is about to load TensorFlow for a long time.
+HELD = """
+import os, time
+from pathlib import Path
+from mnist_dist import train
+
+def load(run_input, topology, *args, **kwargs):
+    Path(os.environ["SIGNS"], str(topology.rank)).touch()
+    time.sleep(600)
+
+train.train_on = load
+train.main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), SIGNALS)
+def test_one_of_two_processes_ends_both(name, code, args, launch, tmp_path):
+    job = launch("multiworker", 2, *args, f"run_dir={tmp_path}/run", script=("-c", HELD), env={"SIGNS": str(tmp_path)})
+    wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    job.processes[1].send_signal(getattr(signal, name))
+    assert job.wait(timeout=60) == [code, code]
+    told = re.sub(r":[0-9]+", "", job.outputs[0][1].read_text())
+    reason = "interrupted" if name == "SIGINT" else f"{name} before the training"
+    assert told == f"error: rank 1 (127.0.0.1) ended: {reason}\n"
+    own = "".join(path.read_text() for path in job.outputs[1])
+    assert own == f"[rank 1/2] {line_of(name)}\n"
+
+
+@pytest.mark.parametrize(("name", "code"), SIGNALS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_while_it_waits_for_the_others(rank, name, code, args, python_environment, tmp_path):
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *TRAIN, *args, f"run_dir={tmp_path}/run"],
+            env={**python_environment, "TF_CONFIG": tf_configs(addresses)[rank]},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        host, _, port = addresses[0].partition(":")
+        if rank == 0:
+            wait_until(lambda: socket.socket().connect_ex((host, int(port))) == 0)
+        else:
+            with socket.create_server((host, int(port))) as server:
+                server.settimeout(30)
+                server.accept()[0].close()
+        process.send_signal(getattr(signal, name))
+        assert process.wait(timeout=30) == code
+    finally:
+        process.kill()
+        process.wait()
+    prefix = "[rank 1/2] " if rank else ""
+    assert (tmp_path / "output").read_text() == f"{prefix}{line_of(name)}\n"
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """Several processes by TensorFlow alone: `tf.distribute.MultiWorkerMirroredStrategy`."""
 
+import signal
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -23,7 +24,9 @@ class MultiWorker(DistributeStrategy):
             tf.config.set_visible_devices(own, "GPU")
         addresses = exchange_addresses(topology, timeout_s=timeout_s)
         resolver = create_resolver(topology, addresses, num_gpus=len(own))
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         super().__init__(tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver))
+        signal.signal(signal.SIGTERM, on_sigterm)  # TensorFlow's workers have put a handler of their own in its place
 
 
 def create_resolver(
