@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.files import describe_os_error, make_folder, remove_temporaries, write_atomically
+from mnist_dist.files import describe_os_error, make_folder, read_regular, remove_temporaries, write_atomically
 from mnist_dist.history import History, best_of, from_csv, to_csv
 
 log = logging.getLogger(__name__)
@@ -125,11 +125,11 @@ class CheckpointFolder:
         for epoch in reversed(self._epochs()):
             path = self._file(epoch)
             try:
-                checkpoint = Checkpoint.from_bytes(path.read_bytes())
+                checkpoint = Checkpoint.from_bytes(read_regular(path))
                 if checkpoint.progress.epoch != epoch:
                     raise ValueError(f"it is that of epoch {checkpoint.progress.epoch}")
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.EISDIR, errno.EIO):
+                if error.errno not in (errno.ENOENT, errno.EISDIR, errno.EINVAL, errno.EIO):
                     raise  # it may be readable tomorrow, or for another user
                 log.warning("%s cannot be used (%s); trying an earlier checkpoint", path, describe_os_error(error))
             except ValueError as error:

@@ -4,8 +4,8 @@ Hydra composes the configuration; this module turns what Hydra, the checks and t
 the exit code that scripts rely on (`errors.py`).
 """
 
+import contextlib
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from mnist_dist.console import Console
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
 from mnist_dist.explain import check_command_line, describe_choices, explain, opening_comment
 from mnist_dist.preemption import end_at_once
+from mnist_dist.surroundings import existing_working_directory, settle
 from mnist_dist.topology import Topology, read_topology
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,12 @@ Entry = Callable[[Any, Topology, Console], int]
 
 def run(entry: Entry, *, config_name: str) -> NoReturn:
     """Compose the configuration `config_name` of conf/ with the command line, call `entry` with it, and exit."""
-    sys.exit(_guarded(lambda: _run_in_console(entry, config_name=config_name)))
+
+    def action() -> int:
+        settle()
+        return _run_in_console(entry, config_name=config_name)
+
+    sys.exit(_guarded(action))
 
 
 def _run_in_console(entry: Entry, *, config_name: str) -> int:
@@ -50,7 +56,10 @@ def _run_in_console(entry: Entry, *, config_name: str) -> int:
 def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, config_name: str) -> int:
     exit_codes = [EXIT_OK]
 
+    directories = contextlib.ExitStack()
+
     def task(composed: DictConfig) -> None:
+        directories.close()
         # Errors end here, before Hydra can add its own words to them.
         exit_codes.append(_guarded(lambda: entry(to_config(composed), topology, console)))
 
@@ -59,10 +68,10 @@ def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, con
         "help_intro", lambda: opening_comment(conf_dir() / f"{config_name}.yaml"), replace=True
     )
     OmegaConf.register_new_resolver("help_choices", lambda: describe_choices(config_name), replace=True)
-    # Hydra would print its own errors, over several lines and with exit code 1; ask it to raise them instead.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     check_command_line()
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    with directories:
+        directories.enter_context(existing_working_directory())
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
     return exit_codes[-1]
 
 

@@ -17,6 +17,8 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
+from mnist_dist.surroundings import settings_of_keras
+
 
 class _Terminal(rich.console.Console):
     def on_broken_pipe(self) -> None:
@@ -91,7 +93,7 @@ class Console:
         """
         gc.disable()
         try:
-            with contextlib.nullcontext() if messages else _held_back_messages():
+            with settings_of_keras(), contextlib.nullcontext() if messages else _held_back_messages():
                 yield
         finally:
             gc.freeze()

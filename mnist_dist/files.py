@@ -5,12 +5,29 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _TEMPORARY = ".tmp"
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, unless it may never end or never begin: a FIFO, a device; raises OSError."""
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # a FIFO would wait for somebody to write
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return stream
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file, as `open_regular` opens it; raises OSError."""
+    with open_regular(path) as stream:
+        return stream.read()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -76,7 +93,8 @@ def open_locked(path: Path) -> int:
     The lock ends when the descriptor is closed or the process dies in any way. On a file system that has no locks the
     file is open without one. Raises BlockingIOError if another process has the lock, and OSError.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # for writing: NFS locks nothing else
+    # For writing: NFS locks nothing else. A FIFO would wait for somebody to read.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

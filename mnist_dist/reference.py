@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_regular
 
 REFERENCE_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy")
 
@@ -41,7 +42,7 @@ def load_reference(name: str | None) -> Reference | None:
         return Reference("seed", _parse_reference(text))
     try:
         # "utf-8-sig": spreadsheet programs put a byte-order mark before the first column's name.
-        columns = _parse_reference(Path(name).read_text("utf-8-sig"))
+        columns = _parse_reference(read_regular(Path(name)).decode("utf-8-sig"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise _reference_error(name, f"cannot be read ({reason}); check the path") from error

@@ -26,6 +26,7 @@ from mnist_dist.preemption import StopRequest
 from mnist_dist.reference import Reference, load_reference
 from mnist_dist.rendezvous import check_own_port
 from mnist_dist.resuming import check_same_batches, settle, start_or_resume
+from mnist_dist.surroundings import arithmetic_variables
 from mnist_dist.topology import Topology
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def describe_training(config: TrainConfig, dataset: ImageDataset, *, num_gpus: i
         "version of tensorflow": metadata.version("tensorflow"),
         "version of horovod": horovod,
         "number of GPUs": str(num_gpus),
+        **arithmetic_variables(),
     }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from mnist_dist import cli
 from mnist_dist.artifacts import RunFolder
-from mnist_dist.benchmark.chart import plot_benchmark
 from mnist_dist.benchmark.contenders import Contender, default_texts, parse
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.machine import Bystanders, describe_machine, installed_versions
@@ -80,6 +79,8 @@ def benchmark(config: BenchmarkConfig, topology: Topology, console: Console) -> 
         "targets": [target.to_dict() for target in targets],
     }
     run_folder.write_json(_REPORT, report)
+    from mnist_dist.benchmark.chart import plot_benchmark  # Matplotlib is imported with settings of ours
+
     title = f"{described['name']} on {machine['cpu']}, {machine['cores']} cores"
     write_atomically(run_folder.path / "benchmark.png", plot_benchmark(rows, title=title))
     log_report(report, rows)

@@ -11,11 +11,13 @@ from mnist_dist.benchmark.protocol import Channel, Turns
 from mnist_dist.config import DataConfig, compose_config
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
+from mnist_dist.surroundings import settings_of_keras, settle
 from mnist_dist.topology import read_topology
 
 
 def main() -> None:
     """Connect to the benchmark and take part."""
+    settle()
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     topology = read_topology()
     # One file a process: what horovodrun says when one of its processes fails would hide the reason.
@@ -29,11 +31,13 @@ def main() -> None:
     turns, kind, precision, options = Turns(channel), job["kind"], job["precision"], job["options"]
     # Each knows its own framework, and nothing of the others' settings.
     if kind == "keras":
-        from mnist_dist.benchmark import keras_fit
+        with settings_of_keras():
+            from mnist_dist.benchmark import keras_fit
 
         keras_fit.take_part(turns, splits, precision=precision, options=options)
     elif kind == "floor":
-        from mnist_dist.benchmark import floor
+        with settings_of_keras():
+            from mnist_dist.benchmark import floor
 
         floor.take_part(turns, splits, precision=precision)
     elif kind == "torch":
@@ -41,7 +45,8 @@ def main() -> None:
 
         pytorch.take_part(turns, splits, precision=precision)
     else:
-        from mnist_dist.benchmark import ours
+        with settings_of_keras():
+            from mnist_dist.benchmark import ours
 
         ours.take_part(turns, splits, config=compose_config(*job["overrides"]), topology=topology)
 

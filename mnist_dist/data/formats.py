@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.errors import UserError
-from mnist_dist.files import describe_os_error
+from mnist_dist.files import describe_os_error, open_regular, read_regular
 
 Array = npt.NDArray[Any]
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
@@ -42,7 +42,7 @@ def _find_idx(folder: Path, stem: str) -> Path:
 def _read_idx(path: Path, *, ndim: int) -> Array:
     """Read one IDX file of uint8 (format: yann.lecun.com/exdb/mnist), gzipped or not."""
     with readable(path):
-        content = path.read_bytes()
+        content = read_regular(path)
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         # Magic number: two zero bytes, 8 for uint8, the number of dimensions; then big-endian sizes.
@@ -65,7 +65,7 @@ def expand_path(key: str, value: str) -> Path:
 
 def read_npz(path: Path) -> dict[str, Array]:
     """Read the four arrays of a Keras-layout file; never unpickles."""
-    with readable(path), path.open("rb") as stream:
+    with readable(path), open_regular(path) as stream:
         if not zipfile.is_zipfile(stream):
             # NumPy would take anything that it does not know for a pickle.
             raise ValueError("it is no .npz archive, or its end is missing; write it with numpy.savez")
