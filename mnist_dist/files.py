@@ -17,11 +17,14 @@ _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading, unless it may never end or never begin: a FIFO, a device; raises OSError."""
-    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # a FIFO would wait for somebody to write
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return stream
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for somebody to write
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Is a directory" if path.is_dir() else "Not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def read_regular(path: Path) -> bytes:
@@ -82,9 +85,14 @@ def _flush_folder(descriptor: int) -> None:
 def file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` (created if needed); waits for other processes; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
+    with os.fdopen(_open_lock(path), "wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
         yield
+
+
+def _open_lock(path: Path) -> int:
+    # For writing: NFS locks nothing else. A FIFO would wait for somebody to read.
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
 
 
 def open_locked(path: Path) -> int:
@@ -93,8 +101,7 @@ def open_locked(path: Path) -> int:
     The lock ends when the descriptor is closed or the process dies in any way. On a file system that has no locks the
     file is open without one. Raises BlockingIOError if another process has the lock, and OSError.
     """
-    # For writing: NFS locks nothing else. A FIFO would wait for somebody to read.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    descriptor = _open_lock(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -429,6 +429,57 @@ def test_mnist_folder_without_the_files(refuse, work):
     assert line == "data.path=.: no file train-images-idx?-ubyte or .gz in this folder"
 
 
+# Files that never end, or never begin: only regular ones are read
+
+
+@pytest.fixture
+def fifo(work):
+    os.mkfifo(work / "fifo")
+    yield "fifo"
+    (work / "fifo").unlink()  # it is no file that a snapshot can read
+
+
+@pytest.mark.parametrize("path", ["fifo", "/dev/zero", "/dev/null", "/dev/urandom", "/dev/stdin", "/dev/full"])
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [
+        ("data.path", ["data=npz"]),
+        ("data.path", ["data=mnist"]),
+        ("plots.reference", NO_DATA),
+    ],
+)
+def test_not_a_regular_file(key, more, path, fifo, refuse):
+    """(The server's standard input is a pipe.)"""
+    line = refuse(TRAIN, *[argument for argument in more if not argument.startswith(key)], f"{key}={path}")
+    assert line.startswith(f"{key}={path}")
+    assert "cannot be read" in line
+    assert "Not a regular file" in line
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"])
+def test_not_a_regular_file_among_mnists(name, refuse, work, small_arrays):
+    folder = work.parent / "idx"
+    folder.mkdir()
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        key = ("x_" if "images" in stem else "y_") + ("train" if "train" in stem else "test")
+        images = small_arrays[key].astype(np.uint8)
+        head = bytes([0, 0, 8, images.ndim]) + b"".join(size.to_bytes(4, "big") for size in images.shape)
+        if not name.startswith(stem):
+            (folder / f"{stem}-ubyte").write_bytes(head + images.tobytes())
+    os.mkfifo(folder / name)
+    line = refuse(TRAIN, "data=mnist", f"data.path={folder}")
+    assert line == f"data.path={folder / name}: cannot be read: Not a regular file"
+
+
+def test_a_lock_that_is_not_a_regular_file(ask, tmp_path, work):
+    """Another one's cache: it costs a warning."""
+    (tmp_path / "cache").mkdir()
+    os.mkfifo(tmp_path / "cache" / "digits-v1.lock")
+    answer = ask(TRAIN, "data=digits", "plots.reference=seed", "data.val_fraction=0.99999999")
+    assert answer.code == 2
+    assert "cannot keep the built digits at" in answer.stdout
+
+
 def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
     answer = ask(TRAIN, "data=mnist")
     path = tmp_path / "keras" / "datasets" / "mnist.npz"

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_dist import files
+from mnist_dist import checkpoint, files
 from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
+from mnist_dist.files import read_regular
 from mnist_dist.history import EpochMetrics, History
 
 
@@ -109,14 +110,13 @@ def test_an_unreadable_one(folder, logged):
 
 def test_one_that_may_be_readable_tomorrow(folder, monkeypatch):
     """Another user's, or of a server that is away: it is not trained once more, and so not removed."""
-    read_bytes = Path.read_bytes
 
     def read(path: Path) -> bytes:
         if path.name == "epoch-00003.ckpt":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read_bytes(path)
+        return read_regular(path)
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(checkpoint, "read_regular", read)
     with pytest.raises(PermissionError):
         folder.load_newest()
 
