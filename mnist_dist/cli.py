@@ -17,7 +17,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.config import conf_dir, register_schemas, to_config
 from mnist_dist.console import Console
-from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
+from mnist_dist.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_LOST_PEER,
+    EXIT_OK,
+    EXIT_USER_ERROR,
+    LostTouch,
+    TrainingFailed,
+    UserError,
+)
 from mnist_dist.explain import check_command_line, describe_choices, explain, opening_comment
 from mnist_dist.preemption import end_at_once
 from mnist_dist.surroundings import existing_working_directory, settle
@@ -85,6 +94,8 @@ def _guarded(action: Callable[[], int]) -> int:
         return _report(EXIT_USER_ERROR, explain(error))
     except TrainingFailed as error:
         return _report(EXIT_FAILURE, str(error))
+    except LostTouch as error:
+        return _report(EXIT_LOST_PEER, str(error))
     except KeyboardInterrupt:
         return _report(EXIT_INTERRUPTED, "interrupted")
 

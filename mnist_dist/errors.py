@@ -17,3 +17,7 @@ class UserError(ValueError):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on (for example a non-finite loss); the message says where and why."""
+
+
+class LostTouch(RuntimeError):
+    """The processes of the job cannot reach each other any more, though nobody knows which of them is gone."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, TrainingFailed, UserError
+from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, LostTouch, TrainingFailed, UserError
 from mnist_dist.files import describe_os_error
 from mnist_dist.preemption import end_at_once
 from mnist_dist.rendezvous import describe_rank, hold_free_port
@@ -241,7 +241,8 @@ class PeerWatch:
 
 def _last_words(error: BaseException) -> dict[str, Any]:
     """What the others are told of the error that ends this process."""
-    code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
+    codes = {UserError: EXIT_USER_ERROR, LostTouch: EXIT_LOST_PEER}
+    code = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILURE)
     return {"failed": str(error)[:500] or type(error).__name__, "code": code}
 
 

@@ -110,7 +110,7 @@ def train_on(
         start_epoch=start.epoch,
     )
     stop_request.training_begins()
-    with progress("training") as show:
+    with progress("training") as show, strategy.collectives():
         trainer = training.create_trainer(
             actions=[
                 LogEpoch(num_epochs=num_epochs),
@@ -131,7 +131,8 @@ def train_on(
         return EXIT_PREEMPTED
 
     # The results.
-    results = training.evaluate()
+    with strategy.collectives():
+        results = training.evaluate()
     run_folder.save_model(training.model)
     pictures = plots.plot_run(
         history, results["test"].confusion, dataset=dataset.name, class_names=splits.class_names, reference=reference

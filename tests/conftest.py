@@ -280,9 +280,9 @@ def start(python_environment, tmp_path):
     """Start a job in a process group of its own (`jobs.start_job`); what still runs at the end is killed."""
     processes = []
 
-    def begin(job, *args, **kwargs) -> subprocess.Popen:
-        output = tmp_path / f"output-{len(processes)}"
-        processes.append(start_job(job, *args, output=output, env=python_environment, cwd=tmp_path, **kwargs))
+    def begin(job, *args, variables=None, **kwargs) -> subprocess.Popen:
+        output, env = tmp_path / f"output-{len(processes)}", {**python_environment, **(variables or {})}
+        processes.append(start_job(job, *args, output=output, env=env, cwd=tmp_path, **kwargs))
         return processes[-1]
 
     yield begin

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,37 @@ def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
     assert process.wait(timeout=120) == 0, process.output.read_text()
     assert summary_of(folder)["resumed_from_epochs"] == [reached]
     assert result_of(folder) == result_of(uninterrupted)
+
+
+def stop_for_a_while(processes, seconds) -> None:
+    send(processes, signal.SIGSTOP)
+    time.sleep(seconds)
+    send(processes, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("stopped", [[0], [1], [0, 1]], ids=str)
+def test_ranks_of_horovod_that_are_stopped_and_continued(stopped, args, uninterrupted, start, tmp_path):
+    process = start(HOROVOD, *args, f"run_dir={tmp_path / 'run'}")
+    wait_for_epoch(process, tmp_path / "run", 2)
+    ranks = trainings(process)
+    stop_for_a_while([ranks[rank] for rank in stopped], 3)
+    assert process.wait(timeout=120) == 0, process.output.read_text()
+    assert result_of(tmp_path / "run") == result_of(uninterrupted)
+
+
+def test_a_job_that_is_suspended_for_longer_than_its_backend_waits(args, uninterrupted, start, tmp_path):
+    """Nobody is lost, but Horovod has given up: it has 30 s by itself, 10 days with us."""
+    more = [*args, f"run_dir={tmp_path / 'run'}"]
+    process = start(HOROVOD, *more, variables={"HOROVOD_GLOO_TIMEOUT_SECONDS": "2"})
+    wait_for_epoch(process, tmp_path / "run", 2)
+    stop_for_a_while(trainings(process), 5)
+    assert process.wait(timeout=120) == 1, process.output.read_text()  # horovodrun's own
+    output = process.output.read_text()
+    assert "error: the processes of this job cannot reach each other any more (UnknownError in a collective)" in output
+    assert "Exit code: 76" in output
+    process = start(HOROVOD, *more)
+    assert process.wait(timeout=120) == 0, process.output.read_text()
+    assert result_of(tmp_path / "run") == result_of(uninterrupted)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "both"])

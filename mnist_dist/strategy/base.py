@@ -5,13 +5,16 @@ replica which rows are its own and `all_reduce_sum` adds up what the replicas fo
 which strategy it is.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+
+from mnist_dist.errors import LostTouch
 
 Array = npt.NDArray[Any]
 
@@ -66,6 +69,23 @@ class Strategy(ABC):
     @abstractmethod
     def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
         """Inside `run`, outside of loops: the replicas' tensors of one shape, joined along the first axis in order."""
+
+    @contextlib.contextmanager
+    def collectives(self) -> Iterator[None]:
+        """A block with collectives: raises LostTouch where one fails because processes do not reach each other."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if not self.is_lost_touch(error):
+                raise
+            raise LostTouch(
+                f"the processes of this job cannot reach each other any more ({type(error).__name__} in a collective); "
+                "what was saved is kept, and the same command goes on from there"
+            ) from error
+
+    def is_lost_touch(self, error: tf.errors.OpError) -> bool:
+        """Whether the backend says by this error that it does not reach a process."""
+        return False
 
     def barrier(self) -> None:
         """Wait until every process has come here, so that none leaves while others still need it."""

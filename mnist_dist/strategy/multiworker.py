@@ -28,6 +28,11 @@ class MultiWorker(DistributeStrategy):
         super().__init__(tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver))
         signal.signal(signal.SIGTERM, on_sigterm)  # TensorFlow's workers have put a handler of their own in its place
 
+    def is_lost_touch(self, error: tf.errors.OpError) -> bool:
+        """TensorFlow's processes ask each other every few seconds, and give up after 10 s, suspended or not."""
+        kinds = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
+        return isinstance(error, (*kinds, tf.errors.CancelledError))
+
 
 def create_resolver(
     topology: Topology, addresses: Sequence[str], *, num_gpus: int
