@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -18,7 +19,7 @@ import pytest
 
 from mnist_dist.config import DataConfig
 from mnist_dist.data import digits, sources
-from mnist_dist.data.sources import ARRAY_NAMES, array_digests, load_dataset
+from mnist_dist.data.sources import ARRAY_NAMES, _dataset, array_digests, load_dataset
 from mnist_dist.errors import UserError
 
 IDX_NAMES = {
@@ -475,6 +476,47 @@ def test_npz(save, small_arrays, create_config, tmp_path):
     dataset = load_dataset(create_config("npz", path))
     assert dataset.name == "npz"
     assert_arrays(dataset, small_arrays)
+
+
+def test_a_file_that_is_written_while_it_is_read(small_arrays, create_config, tmp_path):
+    """In place, again and again: what is read is whole, and the digest is that of what was read, or it is one line."""
+    path = tmp_path / "moving.npz"
+    contents = []
+    for shift in (0, 1):
+        stream = io.BytesIO()
+        np.savez(stream, **{**small_arrays, "x_train": small_arrays["x_train"] + np.uint8(shift)})
+        contents.append(stream.getvalue())
+    path.write_bytes(contents[0])
+    is_over = threading.Event()
+
+    def write() -> None:
+        for content in itertools.cycle(contents):
+            with path.open("r+b") as file:
+                for start in range(0, len(content), 4096):
+                    file.write(content[start : start + 4096])
+                    file.flush()
+            if is_over.is_set():
+                return
+
+    def load() -> str:
+        try:
+            dataset = load_dataset(create_config("npz", path=str(path)))
+        except UserError as error:
+            assert str(error).startswith(f"data.path={path}: ")
+            assert "\n" not in str(error)
+            return "refused"
+        assert dataset.sha256 == _dataset("npz", vars(dataset)).sha256
+        return dataset.sha256
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        ends = {load() for _ in range(200)}
+    finally:
+        is_over.set()
+        writer.join()
+    assert "refused" in ends
+    assert len(ends - {"refused"}) <= 2  # never a mixture
 
 
 def test_npz_kinds_of_images_and_labels(small_arrays, create_config, tmp_path):
