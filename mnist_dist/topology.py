@@ -359,9 +359,7 @@ def expand_node_list(text: str) -> list[str]:
             number *= len(choices[-1])
             if len(hosts) + number > _MAX_PROCESSES:
                 raise ValueError(f"more than {_MAX_PROCESSES} nodes")
-        longest = "".join(choice[-1] for choice in choices)
-        if len(longest) > _MAX_HOST_NAME or not re.fullmatch(_HOST_NAME, longest):
-            raise ValueError(f'"{_short(longest, 80)}" is no name of a host')
+        _host_name("".join(choice[-1] for choice in choices))  # the longest one
         hosts += ["".join(choice) for choice in itertools.product(*choices)]
     return hosts
 
