@@ -55,6 +55,7 @@ def _run_in_console(entry: Entry, *, config_name: str) -> int:
         try:
             code = _guarded(lambda: _compose_and_call(entry, topology, console, config_name=config_name))
         except Exception:
+            console.show_held_back()
             log.exception("error: a bug, or a failure that nobody has thought of")
             code = EXIT_FAILURE
     if code != EXIT_OK and topology.world_size > 1:

@@ -4,6 +4,7 @@ Modules log through the standard library (`logging.getLogger(__name__)`); `Conso
 """
 
 import contextlib
+import faulthandler
 import gc
 import logging
 import logging.handlers
@@ -66,6 +67,7 @@ class Console:
         """Open the log of one process; those of rank 1 and up show warnings only, with their number."""
         self._is_chief = rank == 0
         self._prefix = "" if self._is_chief else f"[rank {rank}/{world_size}] "
+        self._held_back = b""
         self._early = logging.handlers.MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = [_TerminalHandler(), self._early]
         for handler in self._handlers:
@@ -86,18 +88,50 @@ class Console:
 
     @contextlib.contextmanager
     def tensorflow_start(self, *, messages: bool = False) -> Iterator[None]:
-        """While TensorFlow is imported: keep its messages off the terminal, unless asked for or the import fails.
+        """While TensorFlow is imported and started: keep its messages off the terminal, unless asked for.
+
+        If the block fails, `show_held_back` shows them.
 
         Without garbage collection: what an import makes stays, and to look it through over and over takes a fifth of
         the time.
         """
         gc.disable()
         try:
-            with settings_of_keras(), contextlib.nullcontext() if messages else _held_back_messages():
+            with settings_of_keras(), contextlib.nullcontext() if messages else self._holding_back():
                 yield
         finally:
             gc.freeze()
             gc.enable()
+
+    @contextlib.contextmanager
+    def _holding_back(self) -> Iterator[None]:
+        """Keep what TensorFlow writes while the block runs, if the block fails; our own errors are shown at once."""
+        global _errors
+        # Read by TensorFlow's C++ side when it is first imported: 2 leaves errors only.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+        # But until its logging is set up it writes to file descriptor 2 regardless.
+        stderr = os.dup(2)
+        with tempfile.TemporaryFile() as kept, os.fdopen(stderr, "w") as _errors:
+            os.dup2(kept.fileno(), 2)
+            told_of_crashes = faulthandler.is_enabled()
+            faulthandler.enable(_errors)  # a crash, with which the messages are lost, at least says where
+            try:
+                yield
+            except BaseException:
+                kept.seek(0)
+                self._held_back = kept.read()
+                raise
+            finally:
+                os.dup2(stderr, 2)
+                faulthandler.disable()
+                if told_of_crashes:
+                    faulthandler.enable()
+                _errors = None
+
+    def show_held_back(self) -> None:
+        """What TensorFlow wrote before it failed, for whoever looks for the reason."""
+        with contextlib.suppress(OSError):
+            os.write(2, self._held_back)
 
     def log_to(self, path: Path) -> None:
         """Write all lines, those of before included, to the end of the file `path` as well."""
@@ -109,27 +143,6 @@ class Console:
         _logger.removeHandler(self._early)
         _logger.addHandler(file)
         self._handlers.append(file)
-
-
-@contextlib.contextmanager
-def _held_back_messages() -> Iterator[None]:
-    """Show what TensorFlow writes while the block runs only if the block fails; our own errors at once."""
-    global _errors
-    # Read by TensorFlow's C++ side when it is first imported: 2 leaves errors only.
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    # But until its logging is set up it writes to file descriptor 2 regardless.
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as kept, os.fdopen(stderr, "w") as _errors:
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            kept.seek(0)
-            os.write(stderr, kept.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            _errors = None
 
 
 @contextlib.contextmanager

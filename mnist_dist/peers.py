@@ -22,7 +22,7 @@ from mnist_dist.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, Los
 from mnist_dist.files import describe_os_error
 from mnist_dist.preemption import end_at_once
 from mnist_dist.rendezvous import describe_rank, hold_free_port
-from mnist_dist.topology import Topology
+from mnist_dist.topology import Topology, join_address, split_address
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,8 @@ class PeerWatch:
         """What the others have to know to come."""
         if topology.world_size > 1 and topology.is_chief:
             server = hold_free_port()
-            server.listen()
             self._selector.register(server, selectors.EVENT_READ)
-            self.contact = f"{_own_host(topology)}:{server.getsockname()[1]}:{self._token}"
+            self.contact = f"{join_address(_own_host(topology), server.getsockname()[1])}:{self._token}"
 
     @contextlib.contextmanager
     def watching(self, contact: str, *, start_silence_s: float = _SILENCE_S) -> Iterator[None]:
@@ -108,13 +107,13 @@ class PeerWatch:
         self._leave({"failed": reason, "code": code}, farewell_s=_HASTY_FAREWELL_S)
 
     def _connect(self, contact: str) -> None:
-        host, port, self._token = contact.rsplit(":", 2)
-        name = describe_rank(0, self._topology, host=host)
+        address, _, self._token = contact.rpartition(":")
+        name = describe_rank(0, self._topology, host=split_address(address)[0])
         try:
-            connection = socket.create_connection((host, int(port)), timeout=_JOIN_S)
+            connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
         except OSError as error:
             raise UserError(
-                f"{name} cannot be reached at {host}:{port} ({describe_os_error(error)}): it has ended, or a firewall "
+                f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
                 "is between"
             ) from error
         self._add(_Link(name, connection))
@@ -262,8 +261,13 @@ def _own_host(topology: Topology) -> str:
     """The name or address under which the others reach this process's machine."""
     if topology.local_size == topology.world_size:
         return "127.0.0.1"
-    if places := topology.hosts or topology.addresses:
-        return places[topology.rank].rpartition(":")[0] or places[topology.rank]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(((topology.store or "localhost:1").rpartition(":")[0], 9))  # sends nothing
-        return str(probe.getsockname()[0])
+    if topology.addresses:
+        return split_address(topology.addresses[topology.rank])[0]
+    if topology.hosts:
+        return topology.hosts[topology.rank]
+    store = topology.store or "localhost:1"
+    try:
+        with socket.create_connection(split_address(store), timeout=_JOIN_S) as probe:
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error

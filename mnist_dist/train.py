@@ -24,7 +24,7 @@ from mnist_dist.metrics import weights_digest
 from mnist_dist.peers import PeerWatch
 from mnist_dist.preemption import StopRequest
 from mnist_dist.reference import Reference, load_reference
-from mnist_dist.rendezvous import check_own_port
+from mnist_dist.rendezvous import RankTaken, hold_own_port
 from mnist_dist.resuming import check_same_batches, settle, start_or_resume
 from mnist_dist.surroundings import arithmetic_variables
 from mnist_dist.topology import Topology
@@ -76,10 +76,10 @@ def train_on(
         from mnist_dist.training import build_training
 
         num_gpus = len(list_gpus())
-    splits = preparing.result()
-    log.info("Data: %s, %s", dataset.name, splits.describe())
-    restored = checkpoint.state if checkpoint else None
-    training = build_training(config, topology, splits, num_gpus=num_gpus, restored=restored)
+        splits = preparing.result()
+        log.info("Data: %s, %s", dataset.name, splits.describe())
+        restored = checkpoint.state if checkpoint else None
+        training = build_training(config, topology, splits, num_gpus=num_gpus, restored=restored)
     peers.started()
     config, strategy = training.config, training.strategy
     check_same_batches(reached, training)
@@ -193,6 +193,8 @@ def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolde
             progress=reached.to_json() if reached else "",
             contact=contact,
         )
+    except RankTaken:
+        raise  # the job has nothing to do with this process
     except UserError as error:
         with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
             agree(Report(error=str(error)), topology=topology, timeout_s=timeout_s)
@@ -206,7 +208,7 @@ def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolde
 
 def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -> tuple[ImageDataset, Reference | None]:
     """The data and the reference curves; raises UserError for whatever of the input can be seen to be wrong here."""
-    check_own_port(topology)
+    hold_own_port(topology)
     run_folder.check_usable(may_resume=config.resume == "auto")
     run_folder.claim()
     reference = load_reference(config.plots.reference)

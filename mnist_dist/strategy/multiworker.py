@@ -1,12 +1,13 @@
 """Several processes by TensorFlow alone: `tf.distribute.MultiWorkerMirroredStrategy`."""
 
+import os
 import signal
 from collections.abc import Sequence
 
 import tensorflow as tf
 
 from mnist_dist.gpus import own_share
-from mnist_dist.rendezvous import exchange_addresses
+from mnist_dist.rendezvous import serving_addresses
 from mnist_dist.strategy.mirrored import DistributeStrategy
 from mnist_dist.topology import Topology
 
@@ -22,10 +23,11 @@ class MultiWorker(DistributeStrategy):
         own = [gpus[index] for index in own_share(len(gpus), topology)]
         if gpus:
             tf.config.set_visible_devices(own, "GPU")
-        addresses = exchange_addresses(topology, timeout_s=timeout_s)
-        resolver = create_resolver(topology, addresses, num_gpus=len(own))
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        super().__init__(tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver))
+        os.environ["TF_GRPC_REUSE_PORT"] = "true"
+        with serving_addresses(topology, timeout_s=timeout_s) as addresses:
+            resolver = create_resolver(topology, addresses, num_gpus=len(own))
+            on_sigterm = signal.getsignal(signal.SIGTERM)
+            super().__init__(tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver))
         signal.signal(signal.SIGTERM, on_sigterm)  # TensorFlow's workers have put a handler of their own in its place
 
     def is_lost_touch(self, error: tf.errors.OpError) -> bool:
