@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
+DATA_DIGEST = "data.sha256"
+"""The name under which the digest of the data stands beside the keys that a training depends on."""
+
 _MAGIC = b"mnist_dist checkpoint 1 sha256 "
 _PROGRESS = "progress"
 _FILE_NAME = re.compile(r"epoch-([0-9]+)\.ckpt")
@@ -117,6 +120,10 @@ class CheckpointFolder:
             self._file(epoch).unlink(missing_ok=True)
         remove_temporaries(self.path)
 
+    def has_any(self) -> bool:
+        """Whether there are checkpoints, whole or not; raises OSError."""
+        return bool(self._epochs())
+
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is intact, or None; a warning names each newer file that is not.
 
@@ -125,11 +132,13 @@ class CheckpointFolder:
         for epoch in reversed(self._epochs()):
             path = self._file(epoch)
             try:
+                if path.exists() and not path.is_file():  # a pipe would be waited for
+                    raise ValueError("it is not a file")
                 checkpoint = Checkpoint.from_bytes(path.read_bytes())
                 if checkpoint.progress.epoch != epoch:
                     raise ValueError(f"it is that of epoch {checkpoint.progress.epoch}")
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.EISDIR, errno.EIO):
+                if error.errno not in (errno.ENOENT, errno.EIO):
                     raise  # it may be readable tomorrow, or for another user
                 log.warning("%s cannot be used (%s); trying an earlier checkpoint", path, describe_os_error(error))
             except ValueError as error:
@@ -141,10 +150,11 @@ class CheckpointFolder:
     def _epochs(self) -> list[int]:
         """The epochs of which there are files, in order."""
         try:
-            matches = [_FILE_NAME.fullmatch(path.name) for path in self.path.iterdir()]
-        except FileNotFoundError:
+            names = {path.name for path in self.path.iterdir()}
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(match[1]) for match in matches if match)
+        epochs = sorted(int(match[1]) for match in map(_FILE_NAME.fullmatch, names) if match)
+        return [epoch for epoch in epochs if self._file(epoch).name in names]  # not epoch-7.ckpt
 
     def _file(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:05d}.ckpt"

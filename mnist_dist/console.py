@@ -17,6 +17,8 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
+from mnist_dist.errors import UserError
+
 
 class _Terminal(rich.console.Console):
     def on_broken_pipe(self) -> None:
@@ -108,7 +110,7 @@ class Console:
 
 @contextlib.contextmanager
 def _held_back_messages() -> Iterator[None]:
-    """Show what TensorFlow writes while the block runs only if the block fails; our own errors at once."""
+    """Show what TensorFlow writes while the block runs only if it fails for no reason of ours; our errors at once."""
     global _errors
     # Read by TensorFlow's C++ side when it is first imported: 2 leaves errors only.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -118,6 +120,8 @@ def _held_back_messages() -> Iterator[None]:
         os.dup2(kept.fileno(), 2)
         try:
             yield
+        except UserError:
+            raise
         except BaseException:
             kept.seek(0)
             os.write(stderr, kept.read())

@@ -14,7 +14,7 @@ LAYERS = [
     ["files", "history", "metrics", "topology", "reference"],
     ["rendezvous", "gpus", "checkpoint", "preemption"],
     ["config", "console", "agreement", "peers"],
-    ["data.formats"],
+    ["data.formats", "results"],
     ["data.sources", "data.digits"],
     ["data.preprocess", "data.batches", "data.shards"],
     ["dropout", "optimizer", "precision", "runtime", "scaling"],
@@ -46,6 +46,7 @@ FORBIDDEN = {
     "trainer": ["strategy", "steps", "model", "artifacts", "plots"],
     "plots": ["strategy", "steps", "model"],
     "artifacts": ["strategy", "steps", "model"],
+    "results": ["strategy", "steps", "model"],
 }
 
 
