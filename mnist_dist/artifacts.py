@@ -1,8 +1,10 @@
 """The run folder: what is in it, and when a folder may be used. Only the chief is handed one to write."""
 
 import contextlib
+import hashlib
 import itertools
 import json
+import logging
 import os
 import platform
 import statistics
@@ -17,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
+from mnist_dist.checkpoint import DATA_DIGEST, Checkpoint, CheckpointFolder, Progress
 from mnist_dist.config import DataConfig, TrainConfig, training_keys
+from mnist_dist.data.formats import expand_path
 from mnist_dist.data.preprocess import SplitName
 from mnist_dist.errors import TrainingFailed, UserError
 from mnist_dist.files import (
@@ -35,12 +37,17 @@ from mnist_dist.files import (
 )
 from mnist_dist.history import History, to_csv
 from mnist_dist.metrics import EvaluationSums
+from mnist_dist.results import MODEL, RESULT_FILES, Inspection
 
 if TYPE_CHECKING:
     import keras
 
-DATA_DIGEST = "data.sha256"
-"""The name under which the digest of the data stands beside the keys that a training depends on."""
+log = logging.getLogger(__name__)
+
+RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", *RESULT_FILES)
+"""The files of a training run but for its checkpoints."""
+RUN_FOLDERS = ("checkpoints", "plots")
+"""The folders in a training run's folder."""
 
 
 class RunFolder:
@@ -55,12 +62,13 @@ class RunFolder:
         self._is_new = is_new
         self._found_run = False
         self._lock: int | None = None  # the descriptor of train.log, once this job has the folder for itself
+        self._digests: dict[str, str] = {}  # SHA-256 of the files that this object has written
 
     @classmethod
     def from_config(cls, run_dir: str | None, *, is_writer: bool = True) -> "RunFolder":
-        """The configured folder, or a new one below `runs/`, named by the time."""
+        """The configured folder, or a new one below `runs/`, named by the time; raises UserError for `~nobody`."""
         if run_dir is not None:
-            return cls(Path(run_dir).expanduser(), is_writer=is_writer)
+            return cls(expand_path("run_dir", run_dir), is_writer=is_writer)
         return cls(Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), is_writer=is_writer, is_new=True)
 
     @property
@@ -71,33 +79,42 @@ class RunFolder:
     @property
     def model_path(self) -> Path:
         """The saved Keras model."""
-        return self.path / "model.keras"
+        return self.path / MODEL
 
     @property
     def checkpoints(self) -> CheckpointFolder:
         """The states to go on from."""
         return CheckpointFolder(self._path("checkpoints"))
 
-    def is_finished(self, *, num_epochs: int) -> bool:
-        """Whether a run came to its end here, with at least `num_epochs`; raises UserError if that cannot be told."""
-        return self._num_finished_epochs() >= num_epochs
+    def check_usable(
+        self, *, may_resume: bool = True, files: Sequence[str] = RUN_FILES, folders: Sequence[str] = RUN_FOLDERS
+    ) -> None:
+        """Raise UserError unless this is (or can become) a run folder that can be written; leaves nothing behind.
 
-    def check_usable(self, *, may_resume: bool = True) -> None:
-        """Raise UserError unless this is (or can become) a run folder that can be written; leaves nothing behind."""
+        `files` and `folders` are what will be written in it.
+        """
         if not self._is_writer:
             return
+        place = ""
         try:
-            if self.path.is_dir() and not self._path("config.yaml").is_file() and self._holds_other_things():
+            if self.path.is_dir() and not self._is_started and self._holds_other_things():
                 raise UserError(
-                    f"run_dir={self.path}: this folder is not empty and is not a run folder; name another one"
+                    f"run_dir={self.path}: this folder is not empty and is not a run folder (it has no config.yaml); "
+                    "name another one"
                 )
             if not may_resume and self._is_started:
                 raise UserError(
                     f"resume=never: {self.path} holds a run already; name another run_dir, or go on with resume=auto"
                 )
-            check_writable(self.path)
+            for place in ("", *folders):
+                check_writable(self._path(place))
+            for place in files:
+                if os.path.lexists(self._path(place)) and not self._path(place).is_file():
+                    raise UserError(f"run_dir={self.path}: {place} is not a regular file; move it away, or mend it")
         except OSError as error:
-            raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror or error}") from error
+            raise UserError(
+                f"run_dir={self.path}: {place}{' ' if place else ''}cannot be written: {error.strerror or error}"
+            ) from error
 
     def claim(self) -> None:
         """Keep other jobs out of a folder that holds a run, from before it is read until this process ends.
@@ -108,83 +125,138 @@ class RunFolder:
         if self._found_run and self.log_path.exists():  # a command that is refused must not make the file
             self._take_lock()
 
-    def load_checkpoint(self, *, num_epochs: int) -> Checkpoint | None:
+    def load_checkpoint(self) -> Checkpoint | None:
         """The newest intact checkpoint, None if there is none; a warning names those that are damaged.
 
-        Raises:
-            UserError: it has more than `num_epochs`, or there is none of a finished run, which is not trained again;
-                or `checkpoints` cannot be read.
+        Raises UserError if `checkpoints` cannot be read.
         """
         if not self._is_writer:
             return None
         try:
-            checkpoint = self.checkpoints.load_newest()
+            return self.checkpoints.load_newest()
         except OSError as error:
             name = Path(error.filename or self.checkpoints.path).name
-            reason = f"{name} cannot be read: {describe_os_error(error)}"
-            raise UserError(f"run_dir={self.path}: {reason}") from error
-        if checkpoint is not None and checkpoint.progress.epoch > num_epochs:
-            raise UserError(
-                f"trainer.epochs={num_epochs}: the run in {self.path} has {checkpoint.progress.epoch} already; "
-                "ask for at least as many, or name another run_dir"
-            )
-        if checkpoint is None and (finished := self._num_finished_epochs()):
-            raise UserError(
-                f"trainer.epochs={num_epochs}: the run in {self.path} is finished after {finished}, and no checkpoint "
-                "to go on from is left; name another run_dir"
-            )
-        return checkpoint
+            raise UserError(f"run_dir={self.path}: {name} cannot be read: {describe_os_error(error)}") from error
 
     def check_same_training(self, config: TrainConfig, *, dataset_sha256: str, progress: Progress | None) -> None:
-        """Raise UserError if the folder, or the checkpoint of `progress`, is of another training, naming the keys."""
+        """Raise UserError if the folder, or its checkpoint of `progress`, is of another training, naming the keys."""
         if not self._is_started:
             return
-        theirs, ours = training_keys(self.read_config()), training_keys(asdict(config))
-        if progress is not None:
-            theirs |= progress.training
-        different = [
-            f"{key} was {theirs.get(key)}, is now {ours.get(key)}"
-            for key in sorted({*theirs, *ours} - {DATA_DIGEST})
-            # What is still `auto` is not known yet.
-            if theirs.get(key) != ours.get(key) and ours.get(key) != "auto"
-        ]
-        theirs_sha256 = theirs.get(DATA_DIGEST) or (self.read_data_sha256() if self._num_finished_epochs() else None)
-        if theirs_sha256 not in (None, dataset_sha256):
-            different.append(f"the data was {theirs_sha256[:12]}..., is now {dataset_sha256[:12]}...")
-        if different:
+        found = Inspection(self.path)
+        ours = training_keys(asdict(config))
+        saved = progress.training if progress else {}
+        recorded = found.read_training_keys(ours.keys())
+        if not recorded and not saved:
             raise UserError(
-                f"run_dir={self.path}: holds a run of another configuration ({'; '.join(different)}); "
+                f"run_dir={self.path}: {found.describe()}, so it cannot be told which run this is; put the file back, "
+                "or name another run_dir"
+            )
+        ours[DATA_DIGEST] = dataset_sha256
+        # Keys that only the checkpoint has are no news of the run, unless it is all that is left of that.
+        known = {key: saved[key] for key in saved.keys() & ours.keys()} if recorded else saved
+        if summary := found.read_summary():
+            recorded[DATA_DIGEST] = summary.data_sha256
+        theirs = {**known, **recorded}
+        if different := _list_differences(theirs, ours, keys=theirs.keys() | (ours.keys() - {DATA_DIGEST})):
+            raise UserError(
+                f"run_dir={self.path}: holds a run of another configuration ({different}); "
                 "name another run_dir, or use its configuration"
             )
+        if foreign := _list_differences(saved, {**ours, **recorded}, keys=saved.keys()):
+            raise UserError(
+                f"run_dir={self.path}: the newest checkpoint is not of the run that is here ({foreign}); "
+                "take it away, or name another run_dir"
+            )
+
+    def is_finished(self, config: TrainConfig, *, progress: Progress | None) -> bool:
+        """Whether a run came to its end here with all epochs of `config`, and all that it left is whole.
+
+        A warning says what is missing or damaged and will be made again, from the newest checkpoint, that of
+        `progress`; then the run is not finished.
+
+        Raises:
+            UserError: it cannot be made again, or the run cannot go on to so many epochs; nor is a finished run trained
+                again, or one that was trained further cut back.
+        """
+        if not self._is_started:
+            return False
+        num_epochs = config.trainer.epochs
+        found = Inspection(self.path)
+        found.read_training_keys(training_keys(asdict(config)).keys())
+        history = found.read_history(progress)
+        was_finished = any(self._path(name).is_file() for name in ("summary.json", MODEL))
+        summary = found.read_summary() if was_finished else None
+        reached, num_rows = progress.epoch if progress else 0, len(history.epochs) if history else 0
+        if summary is None:
+            # Of how many epochs the lost results were can be seen in the history at best.
+            self._check_enough(num_epochs, max(reached, num_rows) if was_finished else reached)
+            if was_finished and progress is None:
+                raise UserError(
+                    f"run_dir={self.path}: {found.describe()}, and no checkpoint to make that from is left; put it "
+                    "back, or name another run_dir"
+                )
+        elif summary.epochs > max(reached, num_rows):
+            raise UserError(
+                f"run_dir={self.path}: summary.json has {summary.epochs} epochs, history.csv {num_rows or 'none'}, the "
+                f"newest checkpoint {reached or 'is missing'}; put back what belongs together, or name another run_dir"
+            )
+        elif summary.epochs < num_epochs:
+            self._check_enough(num_epochs, reached)
+            if progress is None:
+                raise UserError(
+                    f"trainer.epochs={num_epochs}: the run in {self.path} is finished after {summary.epochs}, and no "
+                    "checkpoint to go on from is left; name another run_dir"
+                )
+        else:
+            found.check_results(summary, progress.history if progress else history)
+            if not found.describe():
+                return True
+            if reached > summary.epochs:
+                raise UserError(
+                    f"run_dir={self.path}: {found.describe()}, and the run was trained on, to epoch {reached}; say "
+                    f"trainer.epochs={reached} to have the results of that"
+                )
+            if reached < summary.epochs:
+                newest = f" (the newest is of epoch {reached})" if reached else ""
+                raise UserError(
+                    f"run_dir={self.path}: {found.describe()}, and no checkpoint of epoch {summary.epochs} to make "
+                    f"that from is left{newest}; put it back, or name another run_dir"
+                )
+        if progress and (damage := found.describe()):
+            log.warning("%s: made again from the checkpoint of epoch %d", damage, reached)
+        return False
 
     def check_has_model(self) -> None:
-        """Raise UserError unless a model was saved here."""
-        if not self.model_path.is_file():
-            raise UserError(f"run_dir={self.path}: no {self.model_path.name} here; name the folder of a finished run")
-
-    def read_config(self) -> dict[str, Any]:
-        """The configuration of the run that is here; raises UserError if there is none or it is damaged."""
-        path = self._path("config.yaml")
+        """Raise UserError unless a model was saved here and its file is whole."""
         try:
-            content = OmegaConf.to_container(OmegaConf.load(path))
-        except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-            raise UserError(
-                f"run_dir={self.path}: {path.name} cannot be read: {' '.join(str(error).split())}"
-            ) from error
-        if not isinstance(content, dict):
-            raise UserError(f"run_dir={self.path}: {path.name} is not a configuration")
-        return {str(key): value for key, value in content.items() if key != "defaults"}
+            is_here = self.model_path.is_file()
+        except OSError as error:
+            raise UserError(f"run_dir={self.path}: cannot be read: {describe_os_error(error)}") from error
+        if not is_here:
+            raise UserError(f"run_dir={self.path}: no {MODEL} here; name the folder of a finished run")
+        Inspection(self.path).check_model()
 
     def read_data_config(self) -> DataConfig:
         """The data that the run here was trained on; raises UserError if that cannot be told."""
+        found = Inspection(self.path)
+        config = found.read_config()
+        if config is None:
+            raise UserError(f"run_dir={self.path}: {found.describe()}; put back the file of this run")
         try:
-            return DataConfig(**self.read_config()["data"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"run_dir={self.path}: config.yaml does not say what the data was ({error})") from error
+            data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config["data"]))
+        except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"run_dir={self.path}: config.yaml does not say what the data was ({reason})") from error
+        assert isinstance(data, DataConfig)
+        return data
 
     def read_data_sha256(self) -> str:
         """The digest of that data, from `summary.json`; raises UserError if there is none or it is damaged."""
-        return str(self._read_summary("dataset", "sha256"))
+        found = Inspection(self.path)
+        summary = found.read_summary()
+        if summary is None:
+            raise UserError(f"run_dir={self.path}: no finished run here: {found.describe()}")
+        return summary.data_sha256
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run when it is passed back.
@@ -251,6 +323,11 @@ class RunFolder:
         """Write a JSON file; raises ValueError for NaN and infinity, which JSON has not."""
         self._write(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, last of all: with the digests of the results that were written before."""
+        if self._is_writer:
+            self.write_json("summary.json", {**summary, "files": {name: self._digests[name] for name in RESULT_FILES}})
+
     def write_plots(self, pictures: Iterable[tuple[str, bytes]]) -> None:
         """Write pictures below `plots/`, each with its name; those drawn lazily are drawn on the chief only."""
         if self._is_writer:
@@ -266,14 +343,16 @@ class RunFolder:
         with self._failing_in_words(self.model_path.name), tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / self.model_path.name
             model.save(saved)
-            write_atomically(self.model_path, saved.read_bytes())
+            content = saved.read_bytes()
+        self._write(MODEL, content)
 
     def _path(self, name: str) -> Path:
         return self.path / name
 
     @property
     def _is_started(self) -> bool:
-        return self._is_writer and self._path("config.yaml").is_file()
+        """Whether a run has left more here than an empty log; its configuration may be lost."""
+        return self._is_writer and (self._path("config.yaml").is_file() or self.checkpoints.has_any())
 
     def _holds_other_things(self) -> bool:
         """Whether there is more than a run leaves that was killed before it wrote `config.yaml`."""
@@ -300,28 +379,18 @@ class RunFolder:
         """Whether this is still the folder that was locked; where none was (`evaluate`), there is nothing to tell."""
         return self._lock is None or is_open_as(self._lock, self.log_path)
 
-    def _num_finished_epochs(self) -> int:
-        """Epochs of the run that came to its end here; 0 if none did."""
-        if not self._is_writer or not self._path("summary.json").is_file():
-            return 0
-        epochs = self._read_summary("epochs_completed")
-        if not isinstance(epochs, int):
-            raise UserError(f"run_dir={self.path}: summary.json: epochs_completed is {epochs}, not a number")
-        return epochs
-
-    def _read_summary(self, *keys: str) -> Any:
-        try:
-            value = json.loads(self._path("summary.json").read_text())
-            for key in keys:
-                value = value[key]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"run_dir={self.path}: no finished run here: summary.json: {error}") from error
-        return value
+    def _check_enough(self, num_epochs: int, reached: int) -> None:
+        if reached > num_epochs:
+            raise UserError(
+                f"trainer.epochs={num_epochs}: the run in {self.path} has {reached} already; ask for at least as many, "
+                "or name another run_dir"
+            )
 
     def _write(self, name: str, content: bytes) -> None:
         if self._is_writer:
             with self._failing_in_words(name):
                 write_atomically(self._path(name), content)
+            self._digests[name] = hashlib.sha256(content).hexdigest()
 
     @contextlib.contextmanager
     def _failing_in_words(self, name: str = "") -> Iterator[None]:
@@ -345,6 +414,18 @@ class RunFolder:
                 f"{self._path(name)} cannot be written ({describe_os_error(error)}); what was written before is kept. "
                 "Mend this, then run the same command again"
             ) from error
+
+
+def _list_differences(theirs: Mapping[str, str], ours: Mapping[str, str], *, keys: Iterable[str]) -> str:
+    """In words, which of `keys` differ, but for what is still `auto`, and so not known yet."""
+    different = [
+        f"the data was {theirs[key]:.12}..., is now {ours[key]:.12}..."
+        if key == DATA_DIGEST
+        else f"{key} was {theirs.get(key)}, is now {ours.get(key)}"
+        for key in sorted(keys)
+        if theirs.get(key) != ours.get(key) and ours.get(key) != "auto"
+    ]
+    return "; ".join(different)
 
 
 @dataclass(frozen=True)

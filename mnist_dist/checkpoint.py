@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
+DATA_DIGEST = "data.sha256"
+"""The name under which the digest of the data stands beside the keys that a training depends on."""
+
 _MAGIC = b"mnist_dist checkpoint 1 sha256 "
 _PROGRESS = "progress"
 _FILE_NAME = re.compile(r"epoch-([0-9]+)\.ckpt")
@@ -117,6 +120,10 @@ class CheckpointFolder:
             self._file(epoch).unlink(missing_ok=True)
         remove_temporaries(self.path)
 
+    def has_any(self) -> bool:
+        """Whether there are checkpoints, whole or not; raises OSError."""
+        return bool(self._epochs())
+
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is intact, or None; a warning names each newer file that is not.
 
@@ -141,10 +148,11 @@ class CheckpointFolder:
     def _epochs(self) -> list[int]:
         """The epochs of which there are files, in order."""
         try:
-            matches = [_FILE_NAME.fullmatch(path.name) for path in self.path.iterdir()]
-        except FileNotFoundError:
+            names = {path.name for path in self.path.iterdir()}
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(match[1]) for match in matches if match)
+        epochs = sorted(int(match[1]) for match in map(_FILE_NAME.fullmatch, names) if match)
+        return [epoch for epoch in epochs if self._file(epoch).name in names]  # not epoch-7.ckpt
 
     def _file(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:05d}.ckpt"

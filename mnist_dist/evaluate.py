@@ -1,6 +1,7 @@
 """Evaluate a saved model: `python -m mnist_dist.evaluate run_dir=runs/... split=test`."""
 
 import logging
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -9,11 +10,12 @@ import numpy.typing as npt
 
 from mnist_dist import cli
 from mnist_dist.artifacts import RunFolder
-from mnist_dist.config import EvaluateConfig, ThreadsConfig
+from mnist_dist.config import DataConfig, EvaluateConfig, ThreadsConfig
 from mnist_dist.console import Console
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
+from mnist_dist.results import MODEL_ADVICE
 from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m
@@ -25,29 +27,37 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         raise UserError(f"{topology.world_size} processes were started; evaluation needs one")
     run_folder = RunFolder.from_config(config.run_dir)
     split_name = cast(SplitName, config.split)
+    report_name, picture_name = f"evaluation_{split_name}.json", f"confusion_matrix_{split_name}.png"
     run_folder.check_has_model()
     data_config = run_folder.read_data_config()
-    run_folder.check_usable()
-    if config.data.path is not None:
-        data_config = replace(data_config, path=config.data.path)
-    dataset = load_dataset(data_config)
-    _check_same_data(dataset, run_folder)
+    run_folder.check_usable(files=[report_name, f"plots/{picture_name}"], folders=["plots"])
+    trained_on = run_folder.read_data_sha256()
+    dataset = _load_data(config, data_config)
+    if dataset.sha256 != trained_on:
+        raise UserError(
+            f"run_dir={run_folder.path}: the model was trained on other data (SHA-256 {trained_on[:12]}..., now "
+            f"{dataset.sha256[:12]}...); give the original file as data.path=..."
+        )
     splits = preprocess(dataset, val_fraction=data_config.val_fraction, split_seed=data_config.split_seed)
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist import plots
-        from mnist_dist.model import Network, load_model
+        from mnist_dist.model import load_network
         from mnist_dist.runtime import configure_tensorflow
         from mnist_dist.steps import EvaluateProgram, place_split
         from mnist_dist.strategy.base import SingleDevice
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
         strategy = SingleDevice()
+        num_pixels = splits.test.images.shape[1]
+        network = load_network(run_folder.model_path, num_pixels=num_pixels, num_classes=splits.num_classes)
 
-    network = Network(load_model(run_folder.model_path))
     program = EvaluateProgram(network=network, strategy=strategy, split=place_split(splits[split_name], strategy))
     sums = program.run(strategy.create_variable(network.get_weights()))
+    if not math.isfinite(sums.loss):
+        problem = f"its loss on the {split_name} set is {sums.loss}"
+        raise UserError(f"{run_folder.model_path}: not a usable model: {problem}; {MODEL_ADVICE}")
 
     report = {
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
@@ -56,9 +66,9 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         "classes": class_report(sums.confusion, class_names=splits.class_names),
         "confusion_matrix": sums.confusion.tolist(),
     }
-    run_folder.write_json(f"evaluation_{split_name}.json", report)
+    run_folder.write_json(report_name, report)
     picture = plots.plot_split(sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names)
-    run_folder.write_plots([(f"confusion_matrix_{split_name}.png", picture)])
+    run_folder.write_plots([(picture_name, picture)])
     _log_report(report, run_folder)
     return EXIT_OK
 
@@ -81,13 +91,17 @@ def class_report(confusion: npt.NDArray[np.int64], *, class_names: tuple[str, ..
     }
 
 
-def _check_same_data(dataset: ImageDataset, run_folder: RunFolder) -> None:
-    trained_on = run_folder.read_data_sha256()
-    if dataset.sha256 != trained_on:
-        raise UserError(
-            f"run_dir={run_folder.path}: the model was trained on other data (SHA-256 {trained_on[:12]}..., now "
-            f"{dataset.sha256[:12]}...); give the original file as data.path=..."
-        )
+def _load_data(config: EvaluateConfig, trained_on: DataConfig) -> ImageDataset:
+    if config.data.path is not None:
+        if trained_on.name not in ("mnist", "npz"):
+            raise UserError(f"data.path={config.data.path}: the run was trained on {trained_on.name}; leave it out")
+        return load_dataset(replace(trained_on, path=config.data.path))
+    try:
+        return load_dataset(trained_on)
+    except UserError as error:
+        if trained_on.path is None:
+            raise
+        raise UserError(f"{error}; so config.yaml names it: if the data has moved, give data.path=...") from error
 
 
 def _log_report(report: dict[str, Any], run_folder: RunFolder) -> None:

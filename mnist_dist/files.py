@@ -122,8 +122,16 @@ def is_open_as(descriptor: int, path: Path) -> bool:
 
 def check_writable(folder: Path) -> None:
     """Raise OSError unless files can be made in `folder`, or it can be created; leaves nothing behind."""
-    ancestor = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    with tempfile.TemporaryFile(dir=ancestor):
+    ancestors = (folder, *folder.absolute().parents)
+    number, place = next((n, path) for n, path in enumerate(ancestors) if path.exists() or path.is_symlink())
+    try:
+        place.stat()
+    except OSError as error:
+        raise OSError(error.errno, f"{place} is a link to {place.readlink()}: {error.strerror}") from error
+    for missing in ancestors[:number]:
+        with contextlib.suppress(FileNotFoundError):
+            (place / missing.name).stat()  # the name may be too long
+    with tempfile.TemporaryFile(dir=place):
         pass
 
 

@@ -4,7 +4,9 @@ A vector makes everything around the network independent of it: gradients of all
 state of a training run is a few arrays.
 """
 
-import zipfile
+import re
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import tensorflow as tf
 from mnist_dist.config import CNNConfig, MLPConfig, ModelConfig
 from mnist_dist.dropout import BatchPosition, PositionalDropout, at_position
 from mnist_dist.errors import UserError
+from mnist_dist.results import MODEL_ADVICE
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -36,12 +39,28 @@ def build_model(config: ModelConfig, *, image_shape: tuple[int, ...], num_classe
     return keras.Sequential(layers, name=config.name)
 
 
-def load_model(path: Path) -> keras.Model:
-    """Load a saved model; raises UserError if the file is damaged."""
+def load_network(path: Path, *, num_pixels: int, num_classes: int) -> "Network":
+    """The network of a saved model, once it has computed an image of zeros; raises UserError if it is no such model."""
     try:
-        return keras.models.load_model(path)
-    except (ValueError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a usable Keras model: {' '.join(str(error).split())}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = Network(keras.models.load_model(path, compile=False))
+            warnings.simplefilter("error", UserWarning)  # of inputs that it takes by other names, for example
+            weights = network.get_weights()
+            logits = network.logits(network.split(tf.constant(weights)), tf.zeros((1, num_pixels)))
+        if not np.isfinite(weights).all():
+            raise ValueError("its weights are not all finite")
+        if logits.shape != (1, num_classes):
+            raise ValueError(f"it gives the shape {logits.shape} for an image, not (1, {num_classes})")
+    except Exception as error:  # Keras, its layers and TensorFlow have many for what they were not made for
+        raise UserError(f"{path}: not a usable model: {_shorten(error)}; {MODEL_ADVICE}") from error
+    return network
+
+
+def _shorten(error: Exception) -> str:
+    """The first sentence of an error: Keras' go on for pages."""
+    sentence = re.split(r"\.(?: (?=[A-Z])|$)", " ".join(str(error).split()))[0]
+    return textwrap.shorten(sentence, 200, placeholder=" ...") or type(error).__name__
 
 
 def _hidden_layers(config: ModelConfig, image_shape: tuple[int, ...], seeds: list[int]) -> list[keras.Layer]:
@@ -98,13 +117,17 @@ class Network:
     one numerically stable operation in float32.
 
     Raises:
-        ValueError: the model does not end in softmax, or has weights that are not trained (batch normalisation's
-            averages, for example): they would be state that no contract of this package covers.
+        ValueError: the model does not end in softmax, has no weights or some that are not float32, or has weights that
+            are not trained (batch normalisation's averages, for example): they would be state that no contract of this
+            package covers.
     """
 
     def __init__(self, model: keras.Model, *, seed: int = 0, policy: str = "float32") -> None:
-        if keras.activations.serialize(model.layers[-1].activation) != "softmax":
+        last = model.layers[-1] if getattr(model, "layers", []) else None
+        if getattr(last, "activation", None) is not keras.activations.softmax:
             raise ValueError(f"model {model.name} must end in a layer with softmax activation")
+        if {variable.dtype for variable in model.weights} != {"float32"}:
+            raise ValueError(f"model {model.name} must have weights, all float32")
         self._model = model
         self._twin = _twin(model, seed=seed, policy=policy)
         if state := [variable.path for variable in self._twin.non_trainable_variables]:

@@ -4,8 +4,8 @@ import logging
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from mnist_dist.artifacts import DATA_DIGEST, RunFolder
-from mnist_dist.checkpoint import Progress
+from mnist_dist.artifacts import RunFolder
+from mnist_dist.checkpoint import DATA_DIGEST, Progress
 from mnist_dist.config import TrainConfig, training_keys
 from mnist_dist.errors import UserError
 from mnist_dist.history import History
@@ -17,12 +17,16 @@ log = logging.getLogger(__name__)
 
 
 def settle(config: TrainConfig, reached: Progress | None) -> TrainConfig:
-    """The configuration with what `auto` has become in the run that goes on, which other devices do not change."""
+    """The configuration with what `auto` has become in the run that goes on, which other devices do not change.
+
+    And with all its epochs, which may be more than were asked for where the results of a finished run are made again.
+    """
     if reached is None:
         return config
     mode, precision = config.reproducibility, config.precision.name
     return replace(
         config,
+        trainer=replace(config.trainer, epochs=max(config.trainer.epochs, reached.epoch)),
         reproducibility=reached.training["reproducibility"] if mode == "auto" else mode,
         precision=replace(
             config.precision, name=reached.training["precision.name"] if precision == "auto" else precision

@@ -18,7 +18,7 @@ from mnist_dist.data.batches import PADDING, BatchPlan
 from mnist_dist.data.preprocess import Split
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.dropout import BatchPosition
-from mnist_dist.errors import TrainingFailed
+from mnist_dist.errors import TrainingFailed, UserError
 from mnist_dist.metrics import EpochSums, EvaluationSums
 from mnist_dist.model import FloatArray, Network
 from mnist_dist.optimizer import Optimizer
@@ -69,9 +69,12 @@ class TrainState:
         self._variables: dict[str, tf.Variable] = {}
 
         def create(name: str, initial: Array) -> tf.Variable:
-            value = initial if restored is None else restored[name]
-            if (value.dtype, value.shape) != (initial.dtype, initial.shape):
-                raise ValueError(f"{name} is {value.dtype}{value.shape}, not {initial.dtype}{initial.shape}")
+            value = initial if restored is None else restored.get(name)
+            if value is None or (value.dtype, value.shape) != (initial.dtype, initial.shape):
+                raise UserError(
+                    f"the checkpoint to go on from has no {name} as this version of the package needs it; "
+                    "name another run_dir"
+                )
             self._variables[name] = strategy.create_variable(value)
             return self._variables[name]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist import __version__, cli
 from mnist_dist.agreement import Report, agree
-from mnist_dist.artifacts import DATA_DIGEST, RunFolder, Timing, build_summary
-from mnist_dist.checkpoint import Checkpoint, Progress
+from mnist_dist.artifacts import RunFolder, Timing, build_summary
+from mnist_dist.checkpoint import DATA_DIGEST, Checkpoint, Progress
 from mnist_dist.config import TrainConfig, job_keys
 from mnist_dist.console import Console, progress
 from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
@@ -148,7 +148,7 @@ def train_on(
         timing=Timing(startup_s=startup_s, total_s=time.perf_counter() - started),
         resumed_from_epochs=start.resumed_from_epochs,
     )
-    run_folder.write_json("summary.json", summary)
+    run_folder.write_summary(summary)
     log_results(summary, run_folder)
     strategy.barrier()
     return EXIT_OK
@@ -179,11 +179,10 @@ def agree_on_input(config: TrainConfig, topology: Topology, run_folder: RunFolde
     try:
         dataset, reference = load_input(config, topology, run_folder)
         config = replace(config, data=replace(config.data, name=dataset.name))
-        num_epochs = config.trainer.epochs
-        is_finished = run_folder.is_finished(num_epochs=num_epochs)
-        checkpoint = None if is_finished else run_folder.load_checkpoint(num_epochs=num_epochs)
+        checkpoint = run_folder.load_checkpoint()
         reached = checkpoint.progress if checkpoint else None
         run_folder.check_same_training(config, dataset_sha256=dataset.sha256, progress=reached)
+        is_finished = run_folder.is_finished(config, progress=reached)
         gpus = own_uuids(topology)
         facts = describe_training(config, dataset, num_gpus=len(gpus))
         report = Report(

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -510,19 +511,36 @@ def test_split_without_training_images(val_fraction, refuse, small_npz):
         ("file/run", "Not a directory"),
         ("/proc/run", "No such file or directory"),
         ("a" * 300, "File name too long"),
+        ("new/" + "a" * 300, "File name too long"),
+        ("/dev/null", "Not a directory"),
+        ("dangling", "dangling is a link to gone: No such file or directory"),
+        ("dangling/new/run", "{work}/dangling is a link to gone: No such file or directory"),
+        ("chain", "chain is a link to dangling: No such file or directory"),
+        ("loop", "loop is a link to loop: Too many levels of symbolic links"),
+        ("link to file", "Not a directory"),
     ],
 )
 def test_run_folder_that_cannot_be_written(run_dir, problem, refuse, work, small_npz):
     (work / "file").write_bytes(b"")
+    for link, target in (("dangling", "gone"), ("chain", "dangling"), ("loop", "loop"), ("link to file", "file")):
+        (work / link).symlink_to(target)
     line = refuse(TRAIN, f"run_dir={run_dir}", "data=npz", f"data.path={small_npz}")
-    assert line == f"run_dir={run_dir}: cannot be written: {problem}"
+    assert line == f"run_dir={run_dir}: cannot be written: {problem.format(work=work)}"
+
+
+def test_run_folder_of_nobody(refuse):
+    for module in (TRAIN, EVALUATE):
+        line = refuse(module, "run_dir='~nobody-here/run'")
+        assert line == "run_dir=~nobody-here/run: no such user's home folder; write the path out"
 
 
 def test_run_folder_of_somebody_else(refuse, work, small_npz):
     (work / "thesis").mkdir()
     (work / "thesis" / "chapter.tex").write_text("A beginning")
     line = refuse(TRAIN, "run_dir=thesis", "data=npz", f"data.path={small_npz}")
-    assert line == "run_dir=thesis: this folder is not empty and is not a run folder; name another one"
+    assert line == (
+        "run_dir=thesis: this folder is not empty and is not a run folder (it has no config.yaml); name another one"
+    )
 
 
 @pytest.fixture
@@ -535,8 +553,27 @@ def fake_run(ask, work, small_npz):
     folder = work / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(config)
-    (folder / "model.keras").write_bytes(b"damaged")
-    (folder / "summary.json").write_text(json.dumps({"dataset": {"sha256": dataset.sha256}, "epochs_completed": 150}))
+    with zipfile.ZipFile(folder / "model.keras", "w") as archive:
+        for name in ("config.json", "metadata.json"):
+            archive.writestr(name, "{}")
+    split = {"loss": 0.5, "accuracy": 0.5, "num_correct": 1, "num_examples": 2}
+    placement = dict.fromkeys(("world_size", "num_replicas", "global_batch_size", "per_replica_batch_size", "seed"), 1)
+    summary = {
+        "status": "finished",
+        "dataset": {"name": "npz", "sha256": dataset.sha256, "num_train": 2, "num_val": 2, "num_test": 2},
+        **placement,
+        "strategy": "single",
+        "precision": "float32",
+        "epochs_completed": 150,
+        **dict.fromkeys(("train", "val", "test"), split),
+        "avoidable_bias_percent": 0.0,
+        "variance_percent": 0.0,
+        "weights_sha256": "",
+        "timing": {},
+        "resumed_from_epochs": [],
+        "versions": {},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
@@ -585,6 +622,7 @@ def test_evaluate_without_a_run(refuse):
     ("arguments", "line"),
     [
         (["run_dir=nowhere"], "run_dir=nowhere: no model.keras here; name the folder of a finished run"),
+        ([f"run_dir={'a' * 300}"], f"run_dir={'a' * 300}: cannot be read: File name too long"),
         (["run_dir=run", "split=tset"], "split=tset: must be train, val or test"),
         (["rundir=run"], "rundir=run: no such key; did you mean run_dir=run? (all keys: --help)"),
         (["run_dir=run", "data.path=nowhere.npz"], "data.path=nowhere.npz: cannot be read: No such file or directory"),
@@ -604,10 +642,16 @@ def test_evaluate_arguments(arguments, line, fake_run, refuse):
         ("model.keras", None, "no model.keras here; name the folder of a finished run"),
         ("summary.json", None, "no finished run here: summary.json"),
         ("summary.json", '{"dataset": {"sha256": ', "no finished run here: summary.json"),
-        ("summary.json", '{"dataset": {"sha256": "0"}}', "the model was trained on other data (SHA-256 0..., now "),
-        ("config.yaml", None, "config.yaml cannot be read"),
-        ("config.yaml", "[1, 2", "config.yaml cannot be read"),
-        ("config.yaml", "- 1", "config.yaml is not a configuration"),
+        ("summary.json", "", "no finished run here: summary.json is damaged (it is empty)"),
+        ("summary.json", "[]", "no finished run here: summary.json is damaged (it is [], not an object)"),
+        ("summary.json", '{"status": 1}', "no finished run here: summary.json is damaged (status is 1)"),
+        ("config.yaml", None, "config.yaml is missing"),
+        ("config.yaml", "[1, 2", "config.yaml is damaged"),
+        ("config.yaml", "- 1", "config.yaml is damaged (it is not a configuration)"),
+        ("config.yaml", "seed: 0", "config.yaml does not say what the data was ('data')"),
+        ("config.yaml", "data: {name: npz}", "config.yaml does not say what the data was ("),
+        ("config.yaml", "data: {name: 5, foo: 5}", "config.yaml does not say what the data was (Key 'foo' not in "),
+        ("config.yaml", "data: x", "config.yaml does not say what the data was ("),
     ],
 )
 def test_evaluate_an_incomplete_run(name, content, problem, fake_run, refuse):
@@ -617,14 +661,36 @@ def test_evaluate_an_incomplete_run(name, content, problem, fake_run, refuse):
     assert refuse(EVALUATE, "run_dir=run").startswith(f"run_dir=run: {problem}")
 
 
-@pytest.mark.parametrize("content", [b"damaged", b"PK\x05\x06" + bytes(18)], ids=["text", "empty zip"])
-def test_evaluate_a_damaged_model(content, fake_run, ask, work):
-    """Only Keras can tell, so here TensorFlow is started."""
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "it is empty"),
+        (b"damaged", "it is no archive as Keras writes it, or its end is missing"),
+        (b"PK\x05\x06" + bytes(18), "it has no config.json, metadata.json"),
+        (b"\x89HDF\r\n\x1a\n", "it is no archive as Keras writes it, or its end is missing"),
+    ],
+    ids=["empty", "text", "empty zip", "HDF5"],
+)
+def test_evaluate_a_damaged_model(content, problem, fake_run, refuse):
     (fake_run / "model.keras").write_bytes(content)
+    line = refuse(EVALUATE, "run_dir=run")
+    assert line == (
+        f"run/model.keras: not a usable model: model.keras is damaged ({problem}); take it away, and the training "
+        "command of this run makes it again from its last checkpoint"
+    )
+
+
+def test_evaluate_where_a_folder_is_in_the_way(fake_run, refuse):
+    (fake_run / "evaluation_test.json").mkdir()
+    assert refuse(EVALUATE, "run_dir=run").startswith("run_dir=run: evaluation_test.json is not a regular file; ")
+
+
+def test_evaluate_an_archive_that_holds_no_model(fake_run, ask, work):
+    """Only Keras can tell, so here TensorFlow is started."""
     before = snapshot(work)
     answer = ask(EVALUATE, "run_dir=run")
     assert answer.code == 2, answer
-    assert answer.stderr.startswith("error: run/model.keras: not a usable Keras model: ")
+    assert answer.stderr.startswith("error: run/model.keras: not a usable model: ")
     assert len(answer.stderr.splitlines()) == 1
     assert answer.knows_tensorflow  # so this file's other answers would have shown it, too
     assert snapshot(work) == before

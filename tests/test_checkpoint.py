@@ -105,7 +105,15 @@ def test_an_unreadable_one(folder, logged):
     newest.unlink()
     newest.mkdir()
     assert_same(folder.load_newest(), make(2))
-    assert logged() == [f"{newest} cannot be used (Is a directory); trying an earlier checkpoint"]
+    assert logged() == [f"{newest} cannot be used: it is not a file; trying an earlier checkpoint"]
+
+
+def test_a_pipe_is_not_waited_for(folder, logged):
+    newest = folder.path / "epoch-00003.ckpt"
+    newest.unlink()
+    os.mkfifo(newest)
+    assert_same(folder.load_newest(), make(2))
+    assert logged() == [f"{newest} cannot be used: it is not a file; trying an earlier checkpoint"]
 
 
 def test_one_that_may_be_readable_tomorrow(folder, monkeypatch):
@@ -141,10 +149,12 @@ def test_damaged_ones_of_later_epochs_go_when_the_run_goes_on(folder):
 
 
 def test_other_files_are_left_alone(folder):
-    for name in ("epoch-x.ckpt", "notes.txt"):
+    others = {"epoch-x.ckpt", "epoch-9.ckpt", "notes.txt"}
+    for name in others:
         (folder.path / name).touch()
+    assert_same(folder.load_newest(), make(3))
     folder.save(make(4), keep=3)
-    assert {"epoch-x.ckpt", "notes.txt"} < set(names(folder))
+    assert others < set(names(folder))
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

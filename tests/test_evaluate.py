@@ -1,5 +1,8 @@
 import json
+import re
+import shutil
 
+import keras
 import numpy as np
 import pytest
 from sklearn.metrics import classification_report
@@ -39,6 +42,48 @@ def test_moved_data_is_found_and_other_data_refused(run_dir, small_npz, small_ar
     result = run_python("-m", "mnist_dist.evaluate", f"run_dir={run_dir}", f"data.path={moved}")
     assert result.returncode == 2
     assert "trained on other data" in result.stderr
+
+
+def test_data_that_is_not_where_it_was(run_dir, run_python, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub(r"(?m)^  path: .*", "  path: gone.npz", config))
+    result = run_python("-m", "mnist_dist.evaluate", f"run_dir={folder}", "split=train")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        2,
+        "",
+        "error: data.path=gone.npz: cannot be read: No such file or directory; so config.yaml names it: if the data "
+        "has moved, give data.path=...\n",
+    )
+    (folder / "config.yaml").write_text(re.sub(r"(?m)^  path: .*", "  path: null", config.replace("npz", "digits")))
+    result = run_python("-m", "mnist_dist.evaluate", f"run_dir={folder}", "data.path=gone.npz")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: data.path=gone.npz: the run was trained on digits; leave it out\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        # Its product is one that TensorFlow has a line of its own for, on processors without AVX512-FP16.
+        ([keras.layers.Dense(4, activation="softmax", dtype="float16")], "must have weights, all float32"),
+        ([keras.layers.BatchNormalization(), keras.layers.Dense(4, activation="softmax")], "that are not trained"),
+        (
+            [keras.layers.Dense(4, activation="softmax", kernel_initializer=keras.initializers.Constant(3e38))],
+            "loss on",
+        ),
+    ],
+    ids=["float16", "batch normalisation", "overflow"],
+)
+def test_another_model(parts, problem, run_dir, run_python, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    keras.Sequential([keras.Input((64,)), *parts]).save(folder / "model.keras")
+    result = run_python("-m", "mnist_dist.evaluate", f"run_dir={folder}", "split=val")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {folder / 'model.keras'}: not a usable model: ")
+    assert problem in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_class_report_is_scikit_learns():

@@ -15,7 +15,7 @@ LAYERS = [
     ["reference"],
     ["rendezvous", "gpus", "checkpoint", "preemption"],
     ["config", "console", "agreement", "peers"],
-    ["data.formats"],
+    ["data.formats", "results"],
     ["data.sources", "data.digits"],
     ["data.preprocess", "data.batches", "data.shards"],
     ["dropout", "optimizer", "precision", "runtime", "scaling"],
@@ -47,6 +47,7 @@ FORBIDDEN = {
     "trainer": ["strategy", "steps", "model", "artifacts", "plots"],
     "plots": ["strategy", "steps", "model"],
     "artifacts": ["strategy", "steps", "model"],
+    "results": ["strategy", "steps", "model"],
 }
 
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 from mnist_dist.config import compose_config
 from mnist_dist.dropout import BatchPosition
 from mnist_dist.errors import UserError
-from mnist_dist.model import Network, build_model, load_model
+from mnist_dist.model import Network, build_model, load_network
 
 
 def build(*overrides: str, image_shape=(28, 28), num_classes=10, seed=0) -> keras.Model:
@@ -103,8 +103,109 @@ def test_models_without_softmax_are_refused():
         Network(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
 
 
-def test_damaged_model_file(tmp_path):
+layers = keras.layers
+
+
+def probabilities(**more):
+    return layers.Dense(4, activation="softmax", **more)
+
+
+def two_inputs():
+    inputs = [keras.Input((64,)), keras.Input((64,))]
+    return keras.Model(inputs, probabilities()(layers.Concatenate()(inputs)))
+
+
+def two_outputs():
+    pixels = keras.Input((64,))
+    return keras.Model(pixels, [probabilities()(pixels), probabilities()(pixels)])
+
+
+def input_by_name():
+    pixels = keras.Input((64,), name="pixels")
+    return keras.Model({"pixels": pixels}, probabilities()(pixels))
+
+
+def frozen():
+    hidden = layers.Dense(8)
+    model = keras.Sequential([keras.Input((64,)), hidden, probabilities()])
+    hidden.trainable = False
+    return model
+
+
+def with_nan():
+    model = sequential(probabilities())
+    model.layers[0].bias.assign([0, 0, np.nan, 0])
+    return model
+
+
+class OwnLayer(layers.Dense):
+    pass
+
+
+def sequential(*parts, pixels=64):
+    return keras.Sequential([keras.Input((pixels,)), *parts])
+
+
+UNUSABLE = {
+    "no softmax": (lambda: sequential(layers.Dense(4)), "must end in a layer with softmax activation"),
+    "no activation": (lambda: sequential(probabilities(), layers.Dropout(0.1)), "must end in a layer with softmax"),
+    "nested": (lambda: sequential(sequential(probabilities())), "must end in a layer with softmax activation"),
+    "empty": (lambda: keras.Sequential(), "must end in a layer with softmax activation"),
+    "other input": (
+        lambda: sequential(probabilities(), pixels=784),
+        "expected axis -1 of input shape to have value 784",
+    ),
+    "images as input": (
+        lambda: keras.Sequential([keras.Input((8, 8)), layers.Flatten(), probabilities()]),
+        "Invalid input shape for input",
+    ),
+    "other classes": (
+        lambda: sequential(layers.Dense(10, activation="softmax")),
+        "the shape (1, 10) for an image, not",
+    ),
+    "for each pixel": (
+        lambda: sequential(layers.Reshape((64, 1)), probabilities()),
+        "gives the shape (1, 64, 4) for an",
+    ),
+    "batch normalisation": (lambda: sequential(layers.BatchNormalization(), probabilities()), "that are not trained"),
+    "frozen": (frozen, "has weights that are not trained"),
+    "random numbers": (lambda: sequential(layers.GaussianNoise(0.1), probabilities()), "that are not trained"),
+    "two inputs": (two_inputs, ""),
+    "two outputs": (two_outputs, "gives the shape (2, 1, 4) for an image, not (1, 4)"),
+    "an input by name": (input_by_name, "structure of `inputs` doesn't match the expected structure"),
+    "lambda": (lambda: sequential(layers.Lambda(lambda x: 2 * x), probabilities()), "deserialization of a `Lambda`"),
+    "a layer of somebody's": (lambda: sequential(OwnLayer(8), probabilities()), "could not be deserialized properly"),
+    "float16": (lambda: sequential(probabilities(dtype="float16")), "must have weights, all float32"),
+    "no weights": (
+        lambda: sequential(layers.Reshape((16, 4)), layers.GlobalMaxPooling1D(), layers.Activation("softmax")),
+        "must have weights, all float32",
+    ),
+    "NaN": (with_nan, "its weights are not all finite"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_model_that_is_not_ours(name, tmp_path, capfd):
+    make, problem = UNUSABLE[name]
     path = tmp_path / "model.keras"
-    path.write_bytes(b"PK\x03\x04 not a model")
-    with pytest.raises(UserError, match="not a usable Keras model"):
-        load_model(path)
+    make().save(path)
+    capfd.readouterr()
+    with pytest.raises(UserError) as error:
+        load_network(path, num_pixels=64, num_classes=4)
+    line = str(error.value)
+    assert line.startswith(f"{path}: not a usable model: ")
+    assert problem in line
+    assert line.endswith("; take it away, and the training command of this run makes it again from its last checkpoint")
+    assert "\n" not in line
+    assert len(line) < 600
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "parts", [(probabilities(),), (layers.Dense(4), layers.Activation("softmax"))], ids=["dense", "activation"]
+)
+def test_a_model_that_will_do(parts, tmp_path):
+    model = sequential(*parts)
+    model.save(tmp_path / "model.keras")
+    network = load_network(tmp_path / "model.keras", num_pixels=64, num_classes=4)
+    np.testing.assert_array_equal(network.get_weights(), Network(model).get_weights())
