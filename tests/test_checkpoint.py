@@ -105,7 +105,7 @@ def test_an_unreadable_one(folder, logged):
     newest.unlink()
     newest.mkdir()
     assert_same(folder.load_newest(), make(2))
-    assert logged() == [f"{newest} cannot be used: it is not a file; trying an earlier checkpoint"]
+    assert logged() == [f"{newest} cannot be used (Is a directory); trying an earlier checkpoint"]
 
 
 def test_a_pipe_is_not_waited_for(folder, logged):
@@ -113,7 +113,7 @@ def test_a_pipe_is_not_waited_for(folder, logged):
     newest.unlink()
     os.mkfifo(newest)
     assert_same(folder.load_newest(), make(2))
-    assert logged() == [f"{newest} cannot be used: it is not a file; trying an earlier checkpoint"]
+    assert logged() == [f"{newest} cannot be used (Not a regular file); trying an earlier checkpoint"]
 
 
 def test_one_that_may_be_readable_tomorrow(folder, monkeypatch):
