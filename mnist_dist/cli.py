@@ -5,20 +5,18 @@ the exit code that scripts rely on (`errors.py`).
 """
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_dist.config import conf_dir, register_schemas, to_config
+from mnist_dist.command_line import parse_command_line, printed
+from mnist_dist.config import compose, to_config
 from mnist_dist.console import Console
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
-from mnist_dist.explain import check_command_line, describe_choices, explain, opening_comment
+from mnist_dist.explain import explain
 from mnist_dist.peers import end_at_once
 from mnist_dist.topology import Topology, read_topology
 
@@ -48,22 +46,12 @@ def _run_in_console(entry: Entry, *, config_name: str) -> int:
 
 
 def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, config_name: str) -> int:
-    exit_codes = [EXIT_OK]
-
-    def task(composed: DictConfig) -> None:
-        # Errors end here, before Hydra can add its own words to them.
-        exit_codes.append(_guarded(lambda: entry(to_config(composed), topology, console)))
-
-    register_schemas()
-    OmegaConf.register_new_resolver(
-        "help_intro", lambda: opening_comment(conf_dir() / f"{config_name}.yaml"), replace=True
-    )
-    OmegaConf.register_new_resolver("help_choices", lambda: describe_choices(config_name), replace=True)
-    # Hydra would print its own errors, over several lines and with exit code 1; ask it to raise them instead.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    check_command_line()
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
-    return exit_codes[-1]
+    told = parse_command_line(sys.argv[1:], command=config_name)
+    composed = compose(config_name, told.overrides, config_dir=told.config_dir, config_name=told.config_name)
+    if told.shows is not None:
+        print(printed(told, composed, command=config_name))
+        return EXIT_OK
+    return entry(to_config(composed), topology, console)
 
 
 def _guarded(action: Callable[[], int]) -> int:

@@ -27,7 +27,7 @@ LAYERS = [
     ["steps"],
     ["trainer", "plots", "artifacts"],
     ["training"],
-    ["explain", "resuming"],
+    ["explain", "command_line", "resuming"],
     ["cli"],
     ["benchmark"],
     ["benchmark.protocol", "benchmark.guard", "benchmark.machine", "benchmark.contenders"],
