@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.command_line import parse_command_line, printed
-from mnist_dist.config import compose, to_config
+from mnist_dist.config import compose, shorten, to_config
 from mnist_dist.console import Console
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
 from mnist_dist.explain import explain
@@ -64,8 +64,17 @@ def _guarded(action: Callable[[], int]) -> int:
         return _report(EXIT_USER_ERROR, explain(error))
     except TrainingFailed as error:
         return _report(EXIT_FAILURE, str(error))
+    except _out_of_memory() as error:
+        what = " ".join(str(error).split()) or "in Python"
+        return _report(EXIT_FAILURE, f"out of memory ({shorten(what)}); what was saved is kept")
     except KeyboardInterrupt:
         return _report(EXIT_INTERRUPTED, "interrupted")
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """How memory that has run out shows; TensorFlow's own error, too, where TensorFlow was imported."""
+    errors = getattr(sys.modules.get("tensorflow"), "errors", None)
+    return (MemoryError, *([errors.ResourceExhaustedError] if errors else []))
 
 
 def _report(code: int, message: str) -> int:

@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "mnist_dist"
 # Lower layers first; modules of one layer do not import each other unless listed as a pair below.
 LAYERS = [
     ["__init__", "errors"],
-    ["files", "history", "metrics", "topology", "reference"],
+    ["files", "history", "memory", "metrics", "topology", "reference"],
     ["rendezvous", "gpus", "checkpoint", "preemption"],
     ["config", "console", "agreement", "peers"],
     ["data.formats"],
     ["data.sources", "data.digits"],
     ["data.preprocess", "data.batches", "data.shards"],
-    ["dropout", "optimizer", "precision", "runtime", "scaling"],
+    ["dropout", "footprint", "optimizer", "precision", "runtime", "scaling"],
     ["model"],
     ["strategy.base"],
     ["strategy.mirrored", "strategy.horovod"],
