@@ -5,6 +5,7 @@ the exit code that scripts rely on (`errors.py`).
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from mnist_dist.config import compose, shorten, to_config
 from mnist_dist.console import Console
 from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, TrainingFailed, UserError
 from mnist_dist.explain import explain
+from mnist_dist.memory import describe_bytes, usable_memory
 from mnist_dist.peers import end_at_once
 from mnist_dist.topology import Topology, read_topology
 
@@ -65,8 +67,9 @@ def _guarded(action: Callable[[], int]) -> int:
     except TrainingFailed as error:
         return _report(EXIT_FAILURE, str(error))
     except _out_of_memory() as error:
-        what = " ".join(str(error).split()) or "in Python"
-        return _report(EXIT_FAILURE, f"out of memory ({shorten(what)}); what was saved is kept")
+        what = re.sub("^{{.*?}} ", "", str(error)) or "Python found none"
+        limit = describe_bytes(usable_memory())
+        return _report(EXIT_FAILURE, f"out of memory, of which this process may use {limit}: {shorten(what)}")
     except KeyboardInterrupt:
         return _report(EXIT_INTERRUPTED, "interrupted")
 

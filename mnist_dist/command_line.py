@@ -66,7 +66,7 @@ def parse_command_line(arguments: Sequence[str], *, command: str) -> CommandLine
     for text in unknown:
         if text.startswith("-"):
             raise UserError(
-                f"{shorten(text)}: no such option; keys are given as KEY=VALUE, without dashes (all: --help)"
+                f"{shorten(text)}: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"
             )
     if found.multirun:
         raise UserError("--multirun: each run needs a process of its own; give the command once for each value")

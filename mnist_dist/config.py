@@ -37,8 +37,9 @@ FLOAT32_TINY = 2.0**-126
 _ROUNDS_TO_1 = 1 - 2**-25
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
-# More layers than that take minutes to trace; more shards, replicas or threads than that help nobody.
-MAX_LAYERS = 1000
+# Keras follows a network by recursion, and Python's limit ends that at 500 layers, each with its dropout.
+MAX_LAYERS = 400
+# More shards, replicas or threads help nobody.
 _MAX_PARTS = 1024
 
 
@@ -560,6 +561,8 @@ def compose(
         # A file that names folders or packages to search has no effect.
         composed = hydra.compose(config_name or command, [*overrides, "hydra.searchpath=[]"])
     except (HydraException, OmegaConfBaseException):
+        if config_name is not None and overrides:  # what is wrong with the file itself comes first
+            compose(command, (), config_dir=config_dir, config_name=config_name)
         raise
     except RecursionError as error:
         raise UserError(

@@ -14,6 +14,7 @@ from mnist_dist.console import Console
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
+from mnist_dist.footprint import check_data_fits
 from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m
@@ -32,6 +33,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         data_config = replace(data_config, path=config.data.path)
     dataset = load_dataset(data_config)
     _check_same_data(dataset, run_folder)
+    check_data_fits(data_config, dataset)
     splits = preprocess(dataset, val_fraction=data_config.val_fraction, split_seed=data_config.split_seed)
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_dist.config import TrainConfig
+from mnist_dist.config import DataConfig, TrainConfig, shorten
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.sources import ImageDataset
 from mnist_dist.errors import UserError
@@ -16,7 +16,7 @@ from mnist_dist.topology import Topology
 
 _FLOAT32 = 4
 NETWORK, IMAGES, LABELS, CONFUSION, OUTPUTS = (
-    "network", "images", "one-hot labels", "confusion matrices", "outputs of a layer",
+    "network", "images", "one-hot labels", "confusion matrices", "outputs of the layers",
 )  # fmt: skip
 Footprint = Mapping[str, int]
 """Bytes for each thing that is held at one moment."""
@@ -25,26 +25,37 @@ Footprint = Mapping[str, int]
 def check_fits(config: TrainConfig, dataset: ImageDataset, topology: Topology) -> None:
     """Raise UserError if training cannot fit into the memory that this process may use."""
     num_classes = len(np.unique(dataset.y_train))
-    moments = training_moments(config, dataset, num_classes=num_classes)
-    limit = usable_memory()
+    moments = training_moments(config, dataset, num_classes=num_classes, world_size=topology.world_size)
     largest = max(moments, key=lambda moment: sum(moment.values()))
-    if sum(largest.values()) > limit and _has_gpus(topology):  # where most of it is
+    if sum(largest.values()) > usable_memory() and _has_gpus(topology):  # where most of it is
         largest = data_moment(dataset, num_classes=num_classes)
-    if sum(largest.values()) <= limit:
-        return
-    model, image_shape = config.model, dataset.x_train.shape[1:]
-    num_parameters = sum(layer.num_weights for layer in model.layer_sizes(image_shape, num_classes))
+    model = config.model
     if max(largest, key=lambda name: largest[name]) in (NETWORK, OUTPUTS):
-        what = " ".join(f"model.{key}={getattr(model, key)}" for key in model.size_keys)
+        layers = model.layer_sizes(dataset.x_train.shape[1:], num_classes)
+        num_parameters = sum(layer.num_weights for layer in layers)
+        keys = " ".join(f"model.{key}={shorten(getattr(model, key))}" for key in model.size_keys)
+        _refuse_unless_it_fits(largest, f"{keys}: the network has {num_parameters:,} parameters")
     else:
-        what = f"data={dataset.name}" if config.data.path is None else f"data.path={config.data.path}"
-    parts = sorted(((size, name) for name, size in largest.items() if size > 0), reverse=True)
-    raise UserError(
-        f"{what}: the network has {num_parameters:,} parameters, the data {num_classes:,} classes, and training takes "
-        f"at least {describe_bytes(sum(largest.values()))} of memory "
-        f"({', '.join(f'{name} {describe_bytes(size)}' for size, name in parts)}); "
-        f"this process may use {describe_bytes(limit)}"
-    )
+        check_data_fits(config.data, dataset, moment=largest)
+
+
+def check_data_fits(config: DataConfig, dataset: ImageDataset, *, moment: Footprint | None = None) -> None:
+    """Raise UserError if the data (by default: while they are prepared) cannot fit into this process's memory."""
+    num_classes = len(np.unique(dataset.y_train))
+    where = f"data={config.name}" if config.path is None else f"data.path={config.path}"
+    what = f"{where}: {len(dataset.x_train) + len(dataset.x_test):,} images in {num_classes:,} classes"
+    _refuse_unless_it_fits(moment or data_moment(dataset, num_classes=num_classes), what)
+
+
+def _refuse_unless_it_fits(moment: Footprint, what: str) -> None:
+    total, limit = sum(moment.values()), usable_memory()
+    if total > limit:
+        parts = sorted(((size, name) for name, size in moment.items()), reverse=True)
+        listed = ", ".join(f"{name} {describe_bytes(size)}" for size, name in parts)
+        raise UserError(
+            f"{what}, for which this process would need at least {describe_bytes(total)} of memory ({listed}); "
+            f"it may use {describe_bytes(limit)}"
+        )
 
 
 def _has_gpus(topology: Topology) -> bool:
@@ -58,7 +69,9 @@ def data_moment(dataset: ImageDataset, *, num_classes: int) -> Footprint:
     return {IMAGES: raw + dataset.x_train.nbytes, LABELS: rows * num_classes * _FLOAT32}
 
 
-def training_moments(config: TrainConfig, dataset: ImageDataset, *, num_classes: int) -> list[Footprint]:
+def training_moments(
+    config: TrainConfig, dataset: ImageDataset, *, num_classes: int, world_size: int = 1
+) -> list[Footprint]:
     """What is held at moments that may be the worst, on a CPU: lower bounds."""
     train, test = dataset.x_train, dataset.x_test
     # `ImageDataset`; `Splits` (what is float32 already is copied by splitting only); what `Trainer` has placed, of
@@ -75,12 +88,18 @@ def training_moments(config: TrainConfig, dataset: ImageDataset, *, num_classes:
     # In the end: the placed images to train on once more; of three splits the confusion matrices, or their copies.
     num_placed = len(train) - math.ceil(config.data.val_fraction * len(train))
     evaluated = {LABELS: data[LABELS] + num_placed * label, CONFUSION: 4 * num_classes**2 * 8}
-    rows = BatchPlan.for_evaluation(len(test)).global_batch_size
-    outputs = {OUTPUTS: rows * max(layer.num_outputs for layer in layers) * _FLOAT32}
+    # What a layer gives: in evaluation, which is float32 always; in a shard's step all layers', for the way back.
+    outputs = [layer.num_outputs for layer in layers]
+    evaluated_rows = BatchPlan.for_evaluation(len(test)).global_batch_size
+    batch, shards = min(config.batch.global_size, num_placed), config.batch.num_shards
+    is_exact = max(world_size, config.strategy.num_replicas or 1) <= shards and config.reproducibility != "fast"
+    shard_rows = -(-batch // shards) if is_exact else 0
+    bytes_each = 2 if "16" in config.precision.name else _FLOAT32
     return [
         data_moment(dataset, num_classes=num_classes),
         # `ReplicaCheck`: all vectors joined, and as 64-bit words.
         {**data, NETWORK: network[NETWORK] + parameters * 3 * vectors},
         {**data, **network, **evaluated},
-        {**data, **network, **outputs},
+        {**data, **network, OUTPUTS: evaluated_rows * max(outputs) * _FLOAT32},
+        {**data, **network, OUTPUTS: shard_rows * sum(outputs) * bytes_each},
     ]
