@@ -286,7 +286,6 @@ class RunFolder:
             {"strategy": config.strategy.name},
             {"precision": config.precision.name},
             "_self_",
-            {"hydra": "quiet"},
         ]
         values = {**asdict(config), "run_dir": str(self.path)}
         text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **values}))

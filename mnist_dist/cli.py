@@ -4,18 +4,17 @@ Hydra composes the configuration; this module turns what Hydra, the checks and t
 the exit code that scripts rely on (`errors.py`).
 """
 
-import contextlib
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_dist.config import conf_dir, register_schemas, to_config
+from mnist_dist.command_line import parse_command_line, printed
+from mnist_dist.config import compose, shorten, to_config
 from mnist_dist.console import Console
 from mnist_dist.errors import (
     EXIT_FAILURE,
@@ -27,7 +26,8 @@ from mnist_dist.errors import (
     TrainingFailed,
     UserError,
 )
-from mnist_dist.explain import check_command_line, describe_choices, explain, opening_comment
+from mnist_dist.explain import explain
+from mnist_dist.memory import describe_bytes, usable_memory
 from mnist_dist.preemption import end_at_once
 from mnist_dist.surroundings import existing_working_directory, settle
 from mnist_dist.topology import Topology, read_topology
@@ -64,25 +64,13 @@ def _run_in_console(entry: Entry, *, config_name: str) -> int:
 
 
 def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, config_name: str) -> int:
-    exit_codes = [EXIT_OK]
-
-    directories = contextlib.ExitStack()
-
-    def task(composed: DictConfig) -> None:
-        directories.close()
-        # Errors end here, before Hydra can add its own words to them.
-        exit_codes.append(_guarded(lambda: entry(to_config(composed), topology, console)))
-
-    register_schemas()
-    OmegaConf.register_new_resolver(
-        "help_intro", lambda: opening_comment(conf_dir() / f"{config_name}.yaml"), replace=True
-    )
-    OmegaConf.register_new_resolver("help_choices", lambda: describe_choices(config_name), replace=True)
-    check_command_line()
-    with directories:
-        directories.enter_context(existing_working_directory())
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
-    return exit_codes[-1]
+    told = parse_command_line(sys.argv[1:], command=config_name)
+    with existing_working_directory():
+        composed = compose(config_name, told.overrides, config_dir=told.config_dir, config_name=told.config_name)
+    if told.shows is not None:
+        print(printed(told, composed, command=config_name))
+        return EXIT_OK
+    return entry(to_config(composed), topology, console)
 
 
 def _guarded(action: Callable[[], int]) -> int:
@@ -97,8 +85,18 @@ def _guarded(action: Callable[[], int]) -> int:
         return _report(EXIT_FAILURE, str(error))
     except LostTouch as error:
         return _report(EXIT_LOST_PEER, str(error))
+    except _out_of_memory() as error:
+        what = re.sub("^{{.*?}} ", "", str(error)) or "Python found none"
+        limit = describe_bytes(usable_memory())
+        return _report(EXIT_FAILURE, f"out of memory, of which this process may use {limit}: {shorten(what)}")
     except KeyboardInterrupt:
         return _report(EXIT_INTERRUPTED, "interrupted")
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """How memory that has run out shows; TensorFlow's own error, too, where TensorFlow was imported."""
+    errors = getattr(sys.modules.get("tensorflow"), "errors", None)
+    return (MemoryError, *([errors.ResourceExhaustedError] if errors else []))
 
 
 def _report(code: int, message: str) -> int:

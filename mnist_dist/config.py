@@ -1,19 +1,27 @@
 """The typed configuration: every key, its meaning, its range.
 
 The dataclasses are Hydra's schema, so a misspelt key or a wrong type is refused when the configuration is
-composed; `__post_init__` refuses values out of range when `to_config` turns it into these objects. Nothing here
-knows TensorFlow.
+composed; values outside the range that stands beside a key are refused when `to_config` turns it into these objects.
+Nothing here knows TensorFlow.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import hydra
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.errors import UserError
 
@@ -22,33 +30,100 @@ ACTIVATIONS = ("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus", 
 INITIALIZERS = tuple(f"{family}_{kind}" for family in ("he", "glorot", "lecun") for kind in ("normal", "uniform"))
 
 
-def _check(condition: bool, key: str, value: object, rule: str) -> None:
+# What TensorFlow computes with: larger numbers are infinite, smaller ones are flushed to 0.
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+FLOAT32_TINY = 2.0**-126
+# From here on a number is 1 once it is rounded to float32.
+_ROUNDS_TO_1 = 1 - 2**-25
+_MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
+# Keras follows a network by recursion, and Python's limit ends that at 500 layers, each with its dropout.
+MAX_LAYERS = 400
+# More shards, replicas or threads help nobody.
+_MAX_PARTS = 1024
+
+
+class _Rule(NamedTuple):
+    """What a value must be."""
+
+    allows: Callable[[Any], bool]
+    words: str
+
+
+def _ruled(allows: Callable[[Any], bool], words: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"rule": _Rule(allows, words)})
+
+
+def _one_of(*choices: str, words: str = "must be {}") -> Any:
+    *most, last = choices
+    return _ruled(lambda value: value in choices, words.format(f"{', '.join(most)} or {last}" if most else last))
+
+
+def _between(low: float, high: float, *, default: Any = MISSING) -> Any:
+    """A number, both ends included; None where that is the default."""
+    return _ruled(lambda value: value is None or low <= value <= high, f"must be from {low} to {high}", default)
+
+
+def _positive_float32() -> Any:
+    words = f"must be a positive number of float32 (from {FLOAT32_TINY:.2g} to {FLOAT32_MAX:.2g})"
+    return _ruled(lambda value: FLOAT32_TINY <= value <= FLOAT32_MAX, words)
+
+
+def _decay() -> Any:
+    return _ruled(
+        lambda value: 0 <= value < _ROUNDS_TO_1, "must be at least 0 and less than 1 in float32 (at most 0.9999999)"
+    )
+
+
+def _check(condition: bool, key: str, value: object, words: str) -> None:
     if not condition:
-        raise UserError(f"{key}={value}: {rule}")
+        raise UserError(f"{key}={shorten(value)}: {words}")
+
+
+def shorten(value: object, most: int = 200) -> str:
+    """A value as text, its middle left out where it is too long for a line."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
+
+
+_LEAVE_ALONE = "is set by model=... or optimizer=...; leave it alone"
+_NO_SCHEMA = "no network and optimizer of ours has this name; begin a file of your own with defaults: [{}], for example"
+_AT_MOST_A_DAY = _Rule(lambda value: 0 < value <= 86400, "must be more than 0 and at most 86400")
+
+
+class _Checked:
+    """Refuses values that the rule of their key does not allow."""
+
+    section = ""
+    """Where the keys are, with the dot."""
+
+    def __post_init__(self) -> None:
+        for key in fields(self):  # type: ignore[arg-type]
+            value, rule = getattr(self, key.name), key.metadata.get("rule")
+            if rule is not None:
+                _check(rule.allows(value), self.section + key.name, value, rule.words)
 
 
 @dataclass
-class DataConfig:
+class DataConfig(_Checked):
     """Which images to train on, and how they are split."""
 
-    name: str = MISSING
-    """auto | mnist | digits | npz."""
+    section = "data."
+
+    name: str = _one_of("auto", "mnist", "digits", "npz", words="is set by data={}")
     path: str | None = None
     """A Keras-layout .npz file, or (mnist) a folder with the four IDX files."""
     cache_dir: str = MISSING
     """Where built data sets are kept."""
     keras_home: str = MISSING
     """Keras' own cache: `datasets/mnist.npz` below it is read, and a download is put there."""
-    val_fraction: float = MISSING
+    val_fraction: float = _ruled(lambda value: 0 < value < 1, "must be between 0 and 1")
     """Share of the training images that is held out for validation (scikit-learn's `test_size`)."""
-    split_seed: int = MISSING
+    split_seed: int = _between(0, 2**32 - 1)
     """`random_state` of that split; separate from `seed`, so that seeds can be compared on one split."""
 
     def __post_init__(self) -> None:
-        choices = ("auto", "mnist", "digits", "npz")
-        _check(self.name in choices, "data.name", self.name, "is set by data=" + "|".join(choices))
-        _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must be between 0 and 1")
-        _check(0 <= self.split_seed < 2**32, "data.split_seed", self.split_seed, "must be from 0 to 4294967295")
+        super().__post_init__()
         _check(
             self.name != "npz" or self.path is not None,
             "data.path",
@@ -63,111 +138,142 @@ class DataConfig:
         )
 
 
+class LayerSize(NamedTuple):
+    """How large a layer is."""
+
+    num_weights: int
+    num_outputs: int
+    """Of one image."""
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(_Checked):
     """What every network has; the choices below add their own keys."""
 
+    section = "model."
+    size_keys: ClassVar[tuple[str, ...]]
+    """The keys that make the network large or small."""
+
     name: str = MISSING
-    dropout: float = MISSING
-    """Share of units dropped after each hidden layer."""
-    activation: str = MISSING
-    kernel_initializer: str = MISSING
+    dropout: float = _between(0, 0.9999)
+    """Share of units dropped after each hidden layer; `PositionalDropout` keeps it to 1/65536."""
+    activation: str = _one_of(*ACTIVATIONS)
+    kernel_initializer: str = _one_of(*INITIALIZERS)
     """Keras initializer of the hidden layers."""
-    output_initializer: str = MISSING
+    output_initializer: str = _one_of(*INITIALIZERS)
     """Keras initializer of the softmax layer."""
 
     def __post_init__(self) -> None:
-        for key, known in (
-            ("activation", ACTIVATIONS),
-            ("kernel_initializer", INITIALIZERS),
-            ("output_initializer", INITIALIZERS),
-        ):
-            value = getattr(self, key)
-            _check(value in known, f"model.{key}", value, f"must be one of {', '.join(known)}")
-        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
+        super().__post_init__()
+        _check(type(self) is not ModelConfig, "model.name", self.name, _NO_SCHEMA.format("mlp"))
+
+    def layer_sizes(self, image_shape: Sequence[int], num_classes: int) -> list[LayerSize]:
+        """The layers with weights, for images of shape (height, width) or (height, width, channels)."""
+        raise NotImplementedError
 
 
 @dataclass
 class MLPConfig(ModelConfig):
     """The multilayer perceptron of the recipe."""
 
-    name: str = MISSING
+    size_keys: ClassVar = ("hidden_sizes",)
+
+    name: str = _one_of("mlp", words=_LEAVE_ALONE)
     hidden_sizes: list[int] = MISSING
     """Units of each hidden layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.name == "mlp", "model.name", self.name, "is set by model=...; leave it alone")
-        _check(all(n > 0 for n in self.hidden_sizes), "model.hidden_sizes", self.hidden_sizes, "must be positive")
+        _check_layers("model.hidden_sizes", self.hidden_sizes)
+
+    def layer_sizes(self, image_shape: Sequence[int], num_classes: int) -> list[LayerSize]:
+        """As the base class says."""
+        return _dense_sizes([math.prod(image_shape), *self.hidden_sizes, num_classes])
 
 
 @dataclass
 class CNNConfig(ModelConfig):
     """A small convolutional network: one convolution and 2x2 pooling per entry of `filters`, then one dense layer."""
 
-    name: str = MISSING
+    size_keys: ClassVar = ("filters", "kernel_size", "dense_size")
+
+    name: str = _one_of("cnn", words=_LEAVE_ALONE)
     filters: list[int] = MISSING
     """Channels of each convolution."""
-    kernel_size: int = MISSING
+    kernel_size: int = _between(1, _MAX_INT64)
     """Side of the convolution kernels, in pixels."""
-    dense_size: int = MISSING
+    dense_size: int = _between(1, _MAX_INT64)
     """Units of the dense layer before the softmax."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.name == "cnn", "model.name", self.name, "is set by model=...; leave it alone")
-        _check(all(n > 0 for n in self.filters), "model.filters", self.filters, "must be positive")
-        _check(self.kernel_size > 0, "model.kernel_size", self.kernel_size, "must be positive")
-        _check(self.dense_size > 0, "model.dense_size", self.dense_size, "must be positive")
+        _check_layers("model.filters", self.filters)
+
+    def layer_sizes(self, image_shape: Sequence[int], num_classes: int) -> list[LayerSize]:
+        """As the base class says."""
+        height, width, channels = (*image_shape, 1)[:3]
+        convolutions = []
+        for filters in self.filters:
+            num_weights = (self.kernel_size**2 * channels + 1) * filters
+            convolutions.append(LayerSize(num_weights, height * width * filters))
+            height, width, channels = -(-height // 2), -(-width // 2), filters
+        return [*convolutions, *_dense_sizes([height * width * channels, self.dense_size, num_classes])]
+
+
+def _check_layers(key: str, sizes: list[int]) -> None:
+    _check(len(sizes) <= MAX_LAYERS, key, sizes, f"{len(sizes)} layers; {MAX_LAYERS} are the most")
+    valid = all(isinstance(size, int) and 1 <= size <= _MAX_INT64 for size in sizes)
+    _check(valid, key, sizes, f"each must be from 1 to {_MAX_INT64}")
+
+
+def _dense_sizes(sizes: Sequence[int]) -> list[LayerSize]:
+    return [LayerSize((inputs + 1) * outputs, outputs) for inputs, outputs in itertools.pairwise(sizes)]
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(_Checked):
     """What every optimizer has."""
 
+    section = "optimizer."
+
     name: str = MISSING
-    learning_rate: float = MISSING
+    learning_rate: float = _positive_float32()
 
     def __post_init__(self) -> None:
-        _check(
-            0 < self.learning_rate < float("inf"),
-            "optimizer.learning_rate",
-            self.learning_rate,
-            "must be a positive number",
-        )
+        super().__post_init__()
+        _check(type(self) is not OptimizerConfig, "optimizer.name", self.name, _NO_SCHEMA.format("adam"))
+
+    @property
+    def num_slots(self) -> int:
+        """Numbers that the optimizer keeps for each weight."""
+        raise NotImplementedError
 
 
 @dataclass
 class AdamConfig(OptimizerConfig):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980) with Keras' defaults."""
 
-    name: str = MISSING
-    learning_rate: float = MISSING
-    beta_1: float = MISSING
-    beta_2: float = MISSING
-    epsilon: float = MISSING
+    name: str = _one_of("adam", words=_LEAVE_ALONE)
+    beta_1: float = _decay()
+    beta_2: float = _decay()
+    epsilon: float = _positive_float32()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self.name == "adam", "optimizer.name", self.name, "is set by optimizer=...; leave it alone")
-        _check(0 <= self.beta_1 < 1, "optimizer.beta_1", self.beta_1, "must be at least 0 and less than 1")
-        _check(0 <= self.beta_2 < 1, "optimizer.beta_2", self.beta_2, "must be at least 0 and less than 1")
-        _check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive")
+    @property
+    def num_slots(self) -> int:
+        """As the base class says."""
+        return 2
 
 
 @dataclass
 class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent with optional momentum."""
 
-    name: str = MISSING
-    learning_rate: float = MISSING
-    momentum: float = MISSING
+    name: str = _one_of("sgd", words=_LEAVE_ALONE)
+    momentum: float = _decay()
     nesterov: bool = MISSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.name == "sgd", "optimizer.name", self.name, "is set by optimizer=...; leave it alone")
-        _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and less than 1")
         _check(
             not self.nesterov or self.momentum > 0,
             "optimizer.nesterov",
@@ -175,140 +281,102 @@ class SGDConfig(OptimizerConfig):
             "needs optimizer.momentum greater than 0",
         )
 
+    @property
+    def num_slots(self) -> int:
+        """As the base class says."""
+        return 1 if self.momentum else 0
+
 
 @dataclass
-class LearningRateConfig:
+class LearningRateConfig(_Checked):
     """How the learning rate follows the size of the global batch."""
 
-    scaling: str = MISSING
+    section = "learning_rate."
+
+    scaling: str = _one_of("none", "linear", "sqrt")
     """none | linear | sqrt: of the factor by which the global batch is larger than `batch.global_size`."""
-    warmup_epochs: float = MISSING
+    warmup_epochs: float = _between(0, _MAX_INT32)
     """Epochs over which the rate rises to its full value (Goyal et al. 2017, arXiv 1706.02677)."""
 
-    def __post_init__(self) -> None:
-        choices = ("none", "linear", "sqrt")
-        _check(self.scaling in choices, "learning_rate.scaling", self.scaling, "must be none, linear or sqrt")
-        _check(
-            0 <= self.warmup_epochs < float("inf"),
-            "learning_rate.warmup_epochs",
-            self.warmup_epochs,
-            "must be at least 0",
-        )
-
 
 @dataclass
-class BatchConfig:
+class BatchConfig(_Checked):
     """How training examples form a step."""
 
-    global_size: int = MISSING
+    section = "batch."
+
+    global_size: int = _between(1, _MAX_INT32)
     """Examples per optimizer step: over all replicas together (strong scaling), or of each replica (weak)."""
-    scaling: str = MISSING
+    scaling: str = _one_of("strong", "weak")
     """strong | weak."""
-    num_shards: int = MISSING
+    num_shards: int = _between(1, _MAX_PARTS)
     """reproducibility=exact: pieces that a global batch is cut into; the largest number of replicas."""
 
-    def __post_init__(self) -> None:
-        _check(self.global_size > 0, "batch.global_size", self.global_size, "must be at least 1")
-        _check(self.num_shards > 0, "batch.num_shards", self.num_shards, "must be at least 1")
-        _check(self.scaling in ("strong", "weak"), "batch.scaling", self.scaling, "must be strong or weak")
-
 
 @dataclass
-class StrategyConfig:
+class StrategyConfig(_Checked):
     """Which devices train, and how they work together."""
 
-    name: str = MISSING
-    """auto | single | mirrored | multiworker | horovod."""
-    num_replicas: int | None = None
+    section = "strategy."
+
+    name: str = _one_of("auto", "single", "mirrored", "multiworker", "horovod", words="is set by strategy={}")
+    num_replicas: int | None = _between(1, _MAX_PARTS, default=None)
     """mirrored: how many GPUs to use, or without GPUs how many logical CPUs."""
-    start_timeout_s: float = MISSING
+    start_timeout_s: float = _ruled(*_AT_MOST_A_DAY)
     """Several processes: how long they wait for each other at the start, seconds."""
 
-    def __post_init__(self) -> None:
-        choices = ("auto", "single", "mirrored", "multiworker", "horovod")
-        _check(self.name in choices, "strategy.name", self.name, "is set by strategy=" + "|".join(choices))
-        _check(
-            self.num_replicas is None or self.num_replicas > 0,
-            "strategy.num_replicas",
-            self.num_replicas,
-            "must be at least 1",
-        )
-        _check(
-            0 < self.start_timeout_s <= 86400,
-            "strategy.start_timeout_s",
-            self.start_timeout_s,
-            "must be more than 0 and at most 86400",
-        )
-
 
 @dataclass
-class PrecisionConfig:
+class PrecisionConfig(_Checked):
     """The type that layers compute in; weights, softmax, loss and reduction are float32 always."""
 
-    name: str = MISSING
-    """auto | float32 | mixed_float16 | mixed_bfloat16."""
-    initial_loss_scale: float = MISSING
+    section = "precision."
+
+    name: str = _one_of("auto", "float32", "mixed_float16", "mixed_bfloat16", words="is set by precision={}")
+    initial_loss_scale: float = _between(1, 2.0**126)
     """mixed_float16: first factor on the loss, which keeps small gradients from vanishing."""
-    loss_scale_growth_steps: int = MISSING
+    loss_scale_growth_steps: int = _between(1, _MAX_INT32)
     """mixed_float16: the factor doubles after so many steps without overflow."""
 
-    def __post_init__(self) -> None:
-        choices = ("auto", "float32", "mixed_float16", "mixed_bfloat16")
-        _check(self.name in choices, "precision.name", self.name, "is set by precision=" + "|".join(choices))
-        _check(
-            1 <= self.initial_loss_scale < 2**127,
-            "precision.initial_loss_scale",
-            self.initial_loss_scale,
-            "must be at least 1",
-        )
-        _check(
-            self.loss_scale_growth_steps > 0,
-            "precision.loss_scale_growth_steps",
-            self.loss_scale_growth_steps,
-            "must be at least 1",
-        )
+
+def _threads() -> Any:
+    numbers = {str(number) for number in range(1, _MAX_PARTS + 1)}
+    return _ruled(lambda value: value == "auto" or value in numbers, f"must be auto or a number from 1 to {_MAX_PARTS}")
 
 
 @dataclass
-class ThreadsConfig:
+class ThreadsConfig(_Checked):
     """TensorFlow's threads; they change the speed only."""
 
-    intra_op: str = MISSING
+    section = "threads."
+
+    intra_op: str = _threads()
     """Threads inside one operation: auto | a number."""
-    inter_op: str = MISSING
+    inter_op: str = _threads()
     """Operations side by side: auto | a number."""
 
-    def __post_init__(self) -> None:
-        for key, value in (("intra_op", self.intra_op), ("inter_op", self.inter_op)):
-            valid = value == "auto" or (value.isdecimal() and int(value) > 0)
-            _check(valid, f"threads.{key}", value, "must be auto or a number, at least 1")
-
 
 @dataclass
-class TrainerConfig:
+class TrainerConfig(_Checked):
     """The outer loop."""
 
-    epochs: int = MISSING
+    section = "trainer."
 
-    def __post_init__(self) -> None:
-        _check(self.epochs > 0, "trainer.epochs", self.epochs, "must be at least 1")
+    epochs: int = _between(1, _MAX_INT32)
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(_Checked):
     """What is kept of the training while it runs, to go on from."""
 
-    every_epochs: int = MISSING
-    """A checkpoint after so many epochs, and after the last one."""
-    every_s: float = MISSING
-    """And after the epoch that ends so many seconds after the last checkpoint, or later."""
-    keep: int = MISSING
-    """How many of the newest are kept; the best by validation accuracy is kept besides."""
+    section = "checkpoint."
 
-    def __post_init__(self) -> None:
-        _check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "must be at least 1")
-        _check(self.every_s >= 0, "checkpoint.every_s", self.every_s, "must be at least 0")
-        _check(self.keep > 0, "checkpoint.keep", self.keep, "must be at least 1")
+    every_epochs: int = _between(1, _MAX_INT32)
+    """A checkpoint after so many epochs, and after the last one."""
+    every_s: float = _between(0, math.inf)
+    """And after the epoch that ends so many seconds after the last checkpoint, or later."""
+    keep: int = _between(1, _MAX_INT32)
+    """How many of the newest are kept; the best by validation accuracy is kept besides."""
 
 
 @dataclass
@@ -328,12 +396,12 @@ class ConsoleConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(_Checked):
     """Everything that `python -m mnist_dist.train` can be told."""
 
     run_dir: str | None = None
     """The run folder; by default a new one below `runs/`, named by date and time."""
-    seed: int = MISSING
+    seed: int = _between(0, _MAX_INT32)
     """Initial weights, shuffling and dropout follow from it."""
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
@@ -342,23 +410,15 @@ class TrainConfig:
     batch: BatchConfig = MISSING
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING
-    reproducibility: str = MISSING
+    reproducibility: str = _one_of("auto", "exact", "fast")
     """auto | exact | fast; auto is exact on CPUs and fast on GPUs."""
     threads: ThreadsConfig = MISSING
     trainer: TrainerConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
-    resume: str = MISSING
+    resume: str = _one_of("auto", "never")
     """auto | never: whether to go on with a run that was started in `run_dir`."""
     plots: PlotsConfig = MISSING
     console: ConsoleConfig = MISSING
-
-    def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**31, "seed", self.seed, "must be from 0 to 2147483647")
-        choices = ("auto", "exact", "fast")
-        _check(
-            self.reproducibility in choices, "reproducibility", self.reproducibility, f"must be {', '.join(choices)}"
-        )
-        _check(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
 
 
 @dataclass
@@ -370,60 +430,53 @@ class EvaluateDataConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(_Checked):
     """Everything that `python -m mnist_dist.evaluate` can be told."""
 
-    run_dir: str | None = None
+    run_dir: str | None = _ruled(
+        lambda value: value is not None, "say which run to evaluate: run_dir=runs/...", default=None
+    )
     """The run folder to evaluate."""
-    split: str = MISSING
+    split: str = _one_of("train", "val", "test")
     """train | val | test."""
     data: EvaluateDataConfig = MISSING
     console: ConsoleConfig = MISSING
 
-    def __post_init__(self) -> None:
-        _check(self.run_dir is not None, "run_dir", None, "say which run to evaluate: run_dir=runs/...")
-        _check(self.split in ("train", "val", "test"), "split", self.split, "must be train, val or test")
-
 
 @dataclass
-class StartupConfig:
+class StartupConfig(_Checked):
     """How the start of a training is timed."""
 
-    enabled: bool = MISSING
-    repeats: int = MISSING
-    """Starts of each kind."""
-    cold: str = MISSING
-    """fadvise | drop_caches | none: how the file cache is dropped before a cold start."""
+    section = "startup."
 
-    def __post_init__(self) -> None:
-        choices = ("fadvise", "drop_caches", "none")
-        _check(self.repeats > 0, "startup.repeats", self.repeats, "must be at least 1")
-        _check(self.cold in choices, "startup.cold", self.cold, f"must be one of {', '.join(choices)}")
+    enabled: bool = MISSING
+    repeats: int = _between(1, _MAX_INT32)
+    """Starts of each kind."""
+    cold: str = _one_of("fadvise", "drop_caches", "none")
+    """fadvise | drop_caches | none: how the file cache is dropped before a cold start."""
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(_Checked):
     """Everything that `python -m mnist_dist.benchmark` can be told."""
 
     run_dir: str | None = None
     """The folder for the results; by default a new one below `runs/`, named by date and time."""
     contenders: list[str] | None = None
     """Who is compared; by default all that this machine can run."""
-    epochs: int = MISSING
+    epochs: int = _between(1, _MAX_INT32)
     """Epochs that count, of each contender."""
-    warmup_epochs: int = MISSING
+    warmup_epochs: int = _between(0, _MAX_INT32)
     """Epochs before them that do not count."""
     targets: bool = MISSING
     """Say of each target whether it was reached."""
-    timeout_s: float = MISSING
+    timeout_s: float = _ruled(*_AT_MOST_A_DAY)
     """How long a contender may take to start, or for one turn, seconds."""
     startup: StartupConfig = MISSING
     data: DataConfig = MISSING
 
     def __post_init__(self) -> None:
-        _check(self.epochs > 0, "epochs", self.epochs, "must be at least 1")
-        _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must be at least 0")
-        _check(0 < self.timeout_s <= 86400, "timeout_s", self.timeout_s, "must be more than 0 and at most 86400")
+        super().__post_init__()
         _check(
             self.contenders is None or len(self.contenders) > 0 or self.startup.enabled,
             "contenders",
@@ -479,17 +532,55 @@ def register_schemas() -> None:
         ConfigStore.instance().store(group=group, name=name, node=node)
 
 
-def compose_config(*overrides: str, config_name: str = "train") -> Any:
-    """The typed configuration that the command line `overrides` would give; for use from Python.
+def compose(
+    command: str, overrides: Sequence[str], *, config_dir: str | None = None, config_name: str | None = None
+) -> DictConfig:
+    """What the files of `conf/` and a command line give, checked against the schema of `command` but for the ranges.
+
+    Only composing is left to Hydra: whatever a file of the user's own says of Hydra's settings, nothing acts on it.
+
+    Args:
+        command: train, evaluate or benchmark.
+        overrides: KEY=VALUE, each.
+        config_dir: a folder with files of the user's own.
+        config_name: of these files the one to begin with; by default that of `command` in `conf/`.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a file cannot be read, or is no configuration of `command`.
         hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: an unknown key, choice or type.
     """
     register_schemas()
-    GlobalHydra.instance().clear()  # Hydra composes one command line at a time; an entry point's is done by now
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_config(hydra.compose(config_name, list(overrides)))
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()  # Hydra composes one command line at a time
+    search_path = create_config_search_path(str(conf_dir()))
+    if config_dir is not None:  # before the schemas
+        place = SearchPathQuery(provider="schema")
+        search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}", anchor=place)
+    try:
+        Hydra.create_main_hydra2(command, search_path)
+        # A file that names folders or packages to search has no effect.
+        composed = hydra.compose(config_name or command, [*overrides, "hydra.searchpath=[]"])
+    except (HydraException, OmegaConfBaseException):
+        if config_name is not None and overrides:  # what is wrong with the file itself comes first
+            compose(command, (), config_dir=config_dir, config_name=config_name)
+        raise
+    except RecursionError as error:
+        raise UserError(
+            "the configuration cannot be read: files whose defaults name each other, or too deep"
+        ) from error
+    except Exception as error:  # YAML, decoding, files, defaults: each has errors of its own
+        raise UserError(f"the configuration cannot be read: {shorten(' '.join(str(error).split()), 400)}") from error
+    if OmegaConf.get_type(composed) is not _SCHEMAS["schema", command]:
+        raise UserError(
+            f"--config-name={config_name}: no configuration of {command}; begin the file with defaults: "
+            f"[{command}, _self_]"
+        )
+    return composed
+
+
+def compose_config(*overrides: str, config_name: str = "train") -> Any:
+    """The typed configuration that the command line `overrides` would give; raises as `compose` and `to_config`."""
+    return to_config(compose(config_name, overrides))
 
 
 def to_config(composed: DictConfig) -> Any:

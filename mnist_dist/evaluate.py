@@ -15,6 +15,7 @@ from mnist_dist.console import Console
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, UserError
+from mnist_dist.footprint import check_data_fits
 from mnist_dist.results import MODEL_ADVICE
 from mnist_dist.topology import Topology
 
@@ -38,6 +39,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
             f"run_dir={run_folder.path}: the model was trained on other data (SHA-256 {trained_on[:12]}..., now "
             f"{dataset.sha256[:12]}...); give the original file as data.path=..."
         )
+    check_data_fits(data_config, dataset)
     splits = preprocess(dataset, val_fraction=data_config.val_fraction, split_seed=data_config.split_seed)
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.config import CNNConfig, MLPConfig, ModelConfig
+from mnist_dist.config import MAX_LAYERS, CNNConfig, MLPConfig, ModelConfig
 from mnist_dist.dropout import BatchPosition, PositionalDropout, at_position
 from mnist_dist.errors import UserError
 from mnist_dist.results import MODEL_ADVICE
@@ -25,7 +25,10 @@ FloatArray = npt.NDArray[np.float32]
 
 def build_model(config: ModelConfig, *, image_shape: tuple[int, ...], num_classes: int, seed: int) -> keras.Model:
     """Build the configured network: (n, pixels) float images in 0..1 -> (n, num_classes) softmax probabilities."""
-    seeds = np.random.SeedSequence(seed).generate_state(64).tolist()  # one for each layer with weights
+    # One for each layer with weights, to be taken from the end: first the 64th to the 1st, then the 65th and so on,
+    # since each network up to 64 such layers has had its seeds in this order always.
+    states = np.random.SeedSequence(seed).generate_state(MAX_LAYERS + 2).tolist()
+    seeds = [*reversed(states[64:]), *states[:64]]
     layers = [
         keras.Input((int(np.prod(image_shape)),), name="pixels"),
         *_hidden_layers(config, image_shape, seeds),

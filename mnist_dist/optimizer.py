@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.config import AdamConfig, LearningRateConfig, OptimizerConfig, SGDConfig
+from mnist_dist.config import FLOAT32_MAX, AdamConfig, LearningRateConfig, OptimizerConfig, SGDConfig
+from mnist_dist.errors import UserError
 
 
 class Optimizer(ABC):
@@ -107,7 +108,13 @@ class LearningRate:
     """
 
     def __init__(self, config: LearningRateConfig, *, base: float, batch_factor: int, steps_per_epoch: int) -> None:
+        """Build it; raises UserError if the rate grows beyond float32."""
         self._target = base * {"none": 1.0, "linear": batch_factor, "sqrt": batch_factor**0.5}[config.scaling]
+        if self._target > FLOAT32_MAX:
+            raise UserError(
+                f"learning_rate.scaling={config.scaling}: raises optimizer.learning_rate={base} by the factor of the "
+                f"batch, {batch_factor}, to {self._target:g}, which is too large for float32"
+            )
         self._start = base if self._target > base else 0.0
         self._warmup_steps = round(config.warmup_epochs * steps_per_epoch)
 

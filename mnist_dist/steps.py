@@ -26,9 +26,6 @@ from mnist_dist.precision import LossScale
 from mnist_dist.reduction import Reduction
 from mnist_dist.strategy.base import Array, Strategy
 
-EVALUATION_ROWS = 1024
-"""Rows that are evaluated at once, at most: enough to keep any device busy, few enough for two cores' caches."""
-
 
 class DeviceArrays(NamedTuple):
     """Images and labels of a split in a replica's memory."""
@@ -209,9 +206,7 @@ class EvaluateProgram:
         self._strategy = strategy
         self._num_classes = split.num_classes
         self._arrays = split.arrays
-        # The fewest chunks, then the smallest ones that do with them, so that little is padding.
-        num_chunks = -(-split.num_examples // EVALUATION_ROWS)
-        plan = BatchPlan(split.num_examples, global_batch_size=-(-split.num_examples // num_chunks))
+        plan = BatchPlan.for_evaluation(split.num_examples)
         # Every replica runs through the same number of chunks; some may be padding from end to end.
         chunks_each = -(-plan.steps_per_epoch // strategy.num_replicas)
         missing = chunks_each * strategy.num_replicas - plan.steps_per_epoch
@@ -236,24 +231,26 @@ class EvaluateProgram:
         num_chunks = indices.shape[0] // self._strategy.num_replicas
         first = self._strategy.replica_index() * num_chunks
         # The passes of this loop do not depend on each other, so TensorFlow runs several side by side.
-        sums = tf.map_fn(
-            lambda rows: self._chunk_sums(layers, data, rows),
+        losses, cells = tf.map_fn(
+            lambda rows: self._evaluate_rows(layers, data, rows),
             indices[first : first + num_chunks],
-            fn_output_signature=tf.float32,
+            fn_output_signature=(tf.float32, tf.int64),
         )
-        own = tf.cast(sums, tf.float64)  # exact for counts up to 2**53
-        losses = tf.pad(own[:, 0], [[first, indices.shape[0] - first - num_chunks]])
-        bucket = self._strategy.all_reduce_sum(tf.concat([losses, tf.reduce_sum(own[:, 1:], axis=0)], axis=0))
+        # In float64, which is exact for counts up to 2**53; once for all rows, since there may be many classes.
+        counts = tf.math.unsorted_segment_sum(tf.ones_like(cells, tf.float64), cells, self._num_classes**2)
+        losses = tf.pad(tf.cast(losses, tf.float64), [[first, indices.shape[0] - first - num_chunks]])
+        bucket = self._strategy.all_reduce_sum(tf.concat([losses, counts], axis=0))
         return bucket[: indices.shape[0]], bucket[indices.shape[0] :]
 
-    def _chunk_sums(self, layers: list[tf.Tensor], data: DeviceArrays, rows: tf.Tensor) -> tf.Tensor:
-        """The sum of losses and the confusion matrix of some rows, flat."""
+    def _evaluate_rows(
+        self, layers: list[tf.Tensor], data: DeviceArrays, rows: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sum of losses, and the cell of the flat confusion matrix that each row belongs to; -1 is none."""
         images, labels, example_weights = gather_rows(data, rows)
         logits = self._network.logits(layers, images)
         losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
-        taken_for = tf.one_hot(tf.argmax(logits, axis=1), self._num_classes)
-        confusion = tf.matmul(labels * example_weights[:, tf.newaxis], taken_for, transpose_a=True)
-        return tf.concat([[tf.reduce_sum(losses)], tf.reshape(confusion, [-1])], axis=0)
+        cells = tf.argmax(labels, axis=1) * self._num_classes + tf.argmax(logits, axis=1)
+        return tf.reduce_sum(losses), tf.where(rows == PADDING, tf.constant(-1, tf.int64), cells)
 
 
 class ReplicaCheck:

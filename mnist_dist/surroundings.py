@@ -17,7 +17,7 @@ from mnist_dist.errors import UserError
 
 # Keras and TensorFlow look for Keras' settings below KERAS_HOME: there are none below a file.
 _KERAS = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
-_OTHERS = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull, "HYDRA_FULL_ERROR": "1"}
+_OTHERS = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 
 # TensorFlow ends the process when it meets another value.
 _SWITCHES = ("TF_DETERMINISTIC_OPS", "TF_CUDNN_DETERMINISTIC", "TF_CUDNN_USE_AUTOTUNE", "TF_CUDNN_USE_FRONTEND")
@@ -45,7 +45,6 @@ def settle() -> None:
     if any(action == "error" for action, *_ in warnings.filters):
         warnings.simplefilter("ignore")
     os.environ.update(_OTHERS)
-    os.environ.pop("HYDRA_MAIN_MODULE", None)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of settings that are not used
     _check_variables(os.environ)
     _check_matplotlibrc(Path("matplotlibrc"))

@@ -18,6 +18,7 @@ from mnist_dist.console import Console, progress
 from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.errors import EXIT_OK, EXIT_PREEMPTED, UserError
+from mnist_dist.footprint import check_fits
 from mnist_dist.gpus import own_uuids
 from mnist_dist.history import History
 from mnist_dist.metrics import weights_digest
@@ -213,6 +214,7 @@ def load_input(config: TrainConfig, topology: Topology, run_folder: RunFolder) -
     reference = load_reference(config.plots.reference)
     dataset = load_dataset(config.data)
     check_val_fraction(len(dataset.x_train), config.data.val_fraction)
+    check_fits(config, dataset, topology)
     return dataset, reference
 
 

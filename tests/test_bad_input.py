@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mnist_dist import __version__
 from mnist_dist.config import DataConfig
 from mnist_dist.data.sources import load_dataset
+from mnist_dist.memory import describe_bytes, usable_memory
 
-TRAIN, EVALUATE = "mnist_dist.train", "mnist_dist.evaluate"
+TRAIN, EVALUATE, BENCHMARK = "mnist_dist.train", "mnist_dist.evaluate", "mnist_dist.benchmark.__main__"
 NO_DATA = ("data=npz", "data.path=nowhere.npz")  # ends the runs that get as far as the data
 
 # Imports the entry points once and then forks a process for each request, which saves an import of a second each.
@@ -59,7 +61,7 @@ def server(python_environment):
     # A proxy at which nobody listens, in case something does try to reach the network.
     nobody = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, TRAIN, EVALUATE],
+        [sys.executable, "-c", SERVER, TRAIN, EVALUATE, BENCHMARK],
         env={**python_environment, **nobody, "no_proxy": ""},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -162,14 +164,14 @@ CHOICES = [
     ("experiment=null", f"no such choice; choose one of {EXPERIMENTS}"),
     ("strategy=mirorred", "no such choice; choose one of auto, horovod, mirrored, multiworker, single"),
     ("precision=float61", "no such choice; choose one of auto, float32, mixed_bfloat16, mixed_float16"),
-    ("data.name=mnits", "is set by data=auto|mnist|digits|npz"),
-    ("model.name=cnn", "is set by model=...; leave it alone"),
+    ("data.name=mnits", "is set by data=auto, mnist, digits or npz"),
+    ("model.name=cnn", "is set by model=... or optimizer=...; leave it alone"),
     ("batch.scaling=strnog", "must be strong or weak"),
     ("learning_rate.scaling=x", "must be none, linear or sqrt"),
-    ("reproducibility=exactly", "must be auto, exact, fast"),
-    ("reproducibility=", "must be auto, exact, fast"),
-    ("threads.intra_op=many", "must be auto or a number, at least 1"),
-    ("threads.inter_op=1.5", "must be auto or a number, at least 1"),
+    ("reproducibility=exactly", "must be auto, exact or fast"),
+    ("reproducibility=", "must be auto, exact or fast"),
+    ("threads.intra_op=many", "must be auto or a number from 1 to 1024"),
+    ("threads.inter_op=1.5", "must be auto or a number from 1 to 1024"),
 ]
 
 TYPES = [
@@ -202,35 +204,43 @@ TYPES = [
     ("run_dir=${foo}", "Interpolation key 'foo' not found"),
 ]  # fmt: skip
 
-# The value as the line shows it, where it is not as it was given.
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+POSITIVE = "must be a positive number of float32 (from 1.2e-38 to 3.4e+38)"
+DECAY = "must be at least 0 and less than 1 in float32 (at most 0.9999999)"
+A_DAY = "must be more than 0 and at most 86400"
+MANY_DIGITS = "1" * 4000  # Python reads up to 4,300
+
+# Keys with their range, and values outside of it.
+OUTSIDE = {
+    ("trainer.epochs", f"must be from 1 to {INT32}"): ["0", "-0", "-3", "2147483648", MANY_DIGITS],
+    ("seed", f"must be from 0 to {INT32}"): ["-1", "2147483648", "99_999_999_999"],
+    ("data.split_seed", f"must be from 0 to {2**32 - 1}"): ["-1", "4294967296"],
+    ("data.val_fraction", "must be between 0 and 1"): ["0.0", "-0.0", "1.0", "1e+300", "nan", "inf", "1e400"],
+    ("batch.global_size", f"must be from 1 to {INT32}"): ["0", "-512", "9223372036854775808"],
+    ("batch.num_shards", "must be from 1 to 1024"): ["0", "-8", "1025"],
+    ("strategy.num_replicas", "must be from 1 to 1024"): ["0", "-1", "1025"],
+    ("strategy.start_timeout_s", A_DAY): ["0.0", "-0.0", "nan", "inf", "86401.0"],
+    ("model.dropout", "must be from 0 to 0.9999"): ["1.0", "-0.1", "nan", "0.999999999", "-1e-46", "1e+300"],
+    ("model.hidden_sizes", f"each must be from 1 to {INT64}"): ["[256, 0]", "[-1]", "[9223372036854775808]", "[[1]]"],
+    ("optimizer.learning_rate", POSITIVE): ["0.0", "-0.0", "-1.0", "nan", "inf", "1e-46", "1e-38", "3.5e+38", "1e+300"],
+    ("optimizer.epsilon", POSITIVE): ["0.0", "-1e-07", "nan", "inf", "1e-46", "1e+300"],
+    ("optimizer.beta_1", DECAY): ["1.0", "0.99999999", "-1e-46", "nan", "inf"],
+    ("optimizer.beta_2", DECAY): ["1.0", "0.99999999", "-1.0", "nan"],
+    ("learning_rate.warmup_epochs", f"must be from 0 to {INT32}"): ["-1.0", "nan", "inf", "1e+300"],
+    ("precision.initial_loss_scale", f"must be from 1 to {2.0**126}"): ["0.0", "0.5", "nan", "inf", "1e+300"],
+    ("precision.loss_scale_growth_steps", f"must be from 1 to {INT32}"): ["0", "9223372036854775808"],
+    ("threads.intra_op", "must be auto or a number from 1 to 1024"): ["0", "-1", "1025", "99999999999", "1e3", "0x10",
+                                                                      "007", MANY_DIGITS],
+    ("threads.inter_op", "must be auto or a number from 1 to 1024"): ["0", "-1", "1025", "nan"],
+    ("checkpoint.every_epochs", f"must be from 1 to {INT32}"): ["0", "99999999999"],
+    ("checkpoint.every_s", "must be from 0 to inf"): ["-1.0", "nan"],
+    ("checkpoint.keep", f"must be from 1 to {INT32}"): ["0", "99999999999"],
+}  # fmt: skip
 RANGES = [
-    ("trainer.epochs=0", "must be at least 1", None),
-    ("trainer.epochs=-3", "must be at least 1", None),
-    ("batch.global_size=0", "must be at least 1", None),
-    ("batch.global_size=-512", "must be at least 1", None),
-    ("model.dropout=1.0", "must be at least 0 and less than 1", None),
-    ("model.dropout=-0.1", "must be at least 0 and less than 1", None),
-    ("model.dropout=nan", "must be at least 0 and less than 1", None),
-    ("model.hidden_sizes=[256,0]", "must be positive", "[256, 0]"),
-    ("data.val_fraction=0", "must be between 0 and 1", "0.0"),
-    ("data.val_fraction=1", "must be between 0 and 1", "1.0"),
-    ("data.val_fraction=nan", "must be between 0 and 1", None),
-    ("data.split_seed=-1", "must be from 0 to 4294967295", None),
-    ("data.split_seed=4294967296", "must be from 0 to 4294967295", None),
-    ("seed=-1", "must be from 0 to 2147483647", None),
-    ("seed=2147483648", "must be from 0 to 2147483647", None),
-    ("optimizer.learning_rate=0", "must be a positive number", "0.0"),
-    ("optimizer.learning_rate=-1", "must be a positive number", "-1.0"),
-    ("optimizer.learning_rate=nan", "must be a positive number", None),
-    ("optimizer.learning_rate=inf", "must be a positive number", None),
-    ("optimizer.beta_1=1", "must be at least 0 and less than 1", "1.0"),
-    ("optimizer.epsilon=0", "must be positive", "0.0"),
-    ("learning_rate.warmup_epochs=-1", "must be at least 0", "-1.0"),
-    ("strategy.num_replicas=0", "must be at least 1", None),
-    ("batch.num_shards=0", "must be at least 1", None),
-    ("batch.num_shards=-8", "must be at least 1", None),
-    ("threads.intra_op=0", "must be auto or a number, at least 1", None),
-    ("threads.inter_op=-1", "must be auto or a number, at least 1", None),
+    *((TRAIN, key, value, rule) for (key, rule), values in OUTSIDE.items() for value in values),
+    *((BENCHMARK, key, "99999999999", f"must be from 1 to {INT32}") for key in ("epochs", "startup.repeats")),
+    (BENCHMARK, "warmup_epochs", "-1", f"must be from 0 to {INT32}"),
+    *((BENCHMARK, "timeout_s", value, A_DAY) for value in ("nan", "0.0", "1e+300")),
 ]
 
 GRAMMAR = [
@@ -242,8 +252,34 @@ GRAMMAR = [
     ("data.path=my (1).npz", f"data.path=my (1).npz: {QUOTES}: \"data.path='my (1).npz'\""),
     ("--foo", "--foo: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"),
     ("--epochs=3", "--epochs=3: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"),
-    ("--config-name", "argument --config-name/-cn: expected one argument; --hydra-help lists the options"),
-    ("--config-name=foo", "Cannot find primary config 'foo'. Check that it's in your config search path."),
+    ("seed=" + "1" * 5000, "seed=" + "1" * 95 + "..." + "1" * 50 + ": has too many digits or brackets"),
+    ("x" * 5000, "x" * 100 + "..." + "x" * 50 + ": expected KEY=VALUE (all keys: --help)"),
+    ("model=../data/npz", "model=../data/npz: no such choice; choose one of cnn, mlp"),
+    ("seed=${seed}", "seed=${seed}: Recursive interpolation detected"),
+    ("seed=${foo:1}", "seed=${foo:1}: Unsupported interpolation type foo"),
+]  # fmt: skip
+
+NOT_OURS = "cannot be changed on the command line (all keys: --help)"
+NO_OPTION = "no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"
+# Hydra has these options and settings; none of them is for this package.
+HYDRAS_OWN = [
+    *((text, f"{text}: {NOT_OURS}") for text in (
+        "hydra.mode=MULTIRUN", "+hydra.mode=MULTIRUN", "++hydra.mode=MULTIRUN", "~hydra.mode", "hydra.job.chdir=true",
+        "hydra.run.dir=x", "hydra.output_subdir=x", "hydra/launcher=joblib", "hydra/job_logging=default", "hydra=quiet",
+        "hydra.callbacks.a._target_=os.mkdir", "hydra.searchpath=[pkg://x]", "hydra.job.env_set.X=1",
+        "hydra@foo=quiet", "schema/train=evaluate", "schema/model=cnn", "model@data=mlp")),
+    *((text, f"{text.split()[0]}: {NO_OPTION}") for text in (
+        "--experimental-rerun=evil.pkl", "--experimental-rerun evil.pkl", "--exp=evil.pkl", "--config-path=.", "--run",
+        "--package=model", "-p", "--info", "--info=all", "-i", "--hydra-help", "--shell-completion install=bash",
+        "-sc install=bash", "-sc uninstall=zsh", "-sc query=fish", "-sc")),
+    ("--cfg", "argument -c/--cfg: expected one argument; all keys and options: --help"),
+    ("--cfg=hydra", "argument -c/--cfg: invalid choice: 'hydra' (choose from {choices}); all keys and options: --help"),
+    ("--resolve", "--resolve: goes with --cfg job or --help"),
+    ("--config-name", "argument -cn/--config-name: expected one argument; all keys and options: --help"),
+    *((f"--config-name={name}", f"--config-name={name}: say where this file is: --config-dir=FOLDER")
+      for name in ("foo", "schema/train", "data/mnist", "hydra/config", "")),
+    ("--config-dir=nowhere", "--config-dir=nowhere: no such folder"),
+    ("--config-dir=", "--config-dir=: no such folder"),
 ]  # fmt: skip
 
 
@@ -253,10 +289,40 @@ def test_key_or_choice_or_type(argument, problem, refuse):
     assert line == f"{argument}: {problem}"
 
 
-@pytest.mark.parametrize(("argument", "problem", "value"), RANGES)
-def test_value_out_of_range(argument, problem, value, refuse):
-    key, _, given = argument.partition("=")
-    assert refuse(TRAIN, argument, *NO_DATA) == f"{key}={value or given}: {problem}"
+@pytest.mark.parametrize(("module", "key", "value", "rule"), RANGES)
+def test_value_out_of_range(module, key, value, rule, refuse):
+    shown = f"{key}={value.replace('_', '')}: " if len(value) < 200 else f"{key}={value[:100]}...{value[-50:]}: "
+    shown = {"-0": f"{key}=0: ", "1e400": f"{key}=inf: ", "1e3": f"{key}=1000.0: "}.get(value, shown)
+    line = refuse(module, f"{key}={value}", *NO_DATA)
+    assert line == shown + rule
+
+
+@pytest.mark.parametrize("key", ["model.hidden_sizes", "model.filters"])
+def test_too_many_layers(key, refuse):
+    choice = () if key == "model.hidden_sizes" else ("model=cnn",)
+    line = refuse(TRAIN, *choice, f"{key}=[{'8,' * 400}8]", *NO_DATA)
+    assert line.startswith(f"{key}=[8, 8, 8, ")
+    assert line.endswith(": 401 layers; 400 are the most")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["seed=0", "seed=-0", "seed=1_000", "seed=2147483647", "optimizer.learning_rate=3.4e38", "model.dropout=-0.0",
+     "optimizer.learning_rate=1.2e-38", "optimizer.beta_1=0.9999999", "optimizer.epsilon=1.2e-38",
+     "batch.num_shards=1024", "checkpoint.every_s=inf", "learning_rate.warmup_epochs=1e-46",
+     "strategy.num_replicas=1024", "model.hidden_sizes=[]"],
+)  # fmt: skip
+def test_value_at_the_edge_of_its_range(value, refuse):
+    assert refuse(TRAIN, value, *NO_DATA).startswith("data.path=nowhere.npz: ")
+
+
+@pytest.mark.parametrize("module", [TRAIN, EVALUATE, BENCHMARK])
+@pytest.mark.parametrize(("text", "line"), HYDRAS_OWN)
+def test_hydras_own_options(module, text, line, refuse, work):
+    (work / "evil.pkl").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")  # a pickle that makes a folder
+    refused = refuse(module, *text.split(" ", 1))
+    # Python's words for a choice differ from version to version.
+    assert refused == line.format(choices=refused.partition("choose from ")[2].partition(")")[0])
 
 
 @pytest.mark.parametrize(("argument", "line"), GRAMMAR)
@@ -288,6 +354,120 @@ def test_an_unset_variable_in_a_value(refuse):
     assert "Environment variable 'NO_SUCH_VARIABLE' not found" in line
 
 
+MINE = "defaults: [train, _self_]\n"
+# Files of the user's own: what they say, and how the line begins.
+FILES = {
+    "empty": ("", "--config-name=mine: no configuration of train; begin the file with defaults: [train, _self_]"),
+    "keys alone": ("seed: 3\n", "--config-name=mine: no configuration of train; begin the file with defaults: "),
+    "another command's": ("defaults: [evaluate, _self_]\n", "--config-name=mine: no configuration of train; "),
+    "a list": ("- seed\n", "primary config 'mine' must be a DictConfig, got ListConfig"),
+    "a number": ("3\n", "the configuration cannot be read: "),
+    "no YAML": ("a: [1, 2\n", "the configuration cannot be read: "),
+    "no text": ("a: \0\n", "the configuration cannot be read: "),
+    "a Python object": ("seed: !!python/object/apply:os.mkdir [ran]\n", "the configuration cannot be read: "),
+    "defaults that are no list": ("defaults: train\n", "the configuration cannot be read: "),
+    "defaults that are missing": ("defaults: [train, nowhere]\n", "In 'mine': Could not load 'nowhere'."),
+    "defaults in a circle": ("defaults: [mine]\n", "the configuration cannot be read: files whose defaults name each "),
+    "an unknown key": (MINE + "sead: 3\n", "In 'mine': ConfigKeyError raised while composing config: Key 'sead' not "),
+    "values in a circle": (MINE + "seed: ${seed}\n", "seed: Recursive interpolation detected"),
+    "a variable that is not set": (MINE + "seed: ${oc.env:NO_SUCH}\n", "seed: KeyError raised while resolving"),
+    "what cannot be decoded": (MINE + "seed: ${oc.decode:'[1'}\n", "seed: GrammarParseError raised while resolving"),
+    "too many digits": (MINE + f"seed: {'1' * 5000}\n", "the configuration cannot be read: "),
+    "not a number": (MINE + "optimizer: {learning_rate: .nan}\n", f"optimizer.learning_rate=nan: {POSITIVE}"),
+    "a variable to copy": (MINE + "hydra: {job: {env_copy: [NO_SUCH]}}\n", "the configuration cannot be read: "),
+    "another launcher": ("defaults: [train, {override hydra/launcher: x}]\n", "hydra/launcher=x: no such choice; "),
+}  # fmt: skip
+LOG = "{version: 1, handlers: {f: {'()': os.mkdir, path: ran}}, root: {handlers: [f]}}"
+# What Hydra would do for such a file: without effect.
+SETTINGS = {
+    "several runs": "{mode: MULTIRUN, sweep: {dir: ran}, sweeper: {params: {seed: '1,2'}}}",
+    "another folder": "{job: {chdir: true}, run: {dir: ran}, output_subdir: ran}",
+    "callbacks": "{callbacks: {a: {_target_: os.mkdir, path: ran}}}",
+    "a log": "{job_logging: {version: 1, handlers: {f: {class: logging.FileHandler, filename: ran}}, "
+             "root: {handlers: [f]}}}",
+    "log handlers": f"{{job_logging: {LOG}, hydra_logging: {LOG}, verbose: true}}",
+    "variables": "{job: {env_set: {HOME: ran}}}",
+    "packages to search": "{searchpath: [pkg://evil, file:///nowhere]}",
+}  # fmt: skip
+
+
+def write_mine(tmp_path, text):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(text)
+    return f"--config-dir={folder}", "--config-name=mine"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_the_users_own(name, refuse, tmp_path):
+    text, beginning = FILES[name]
+    line = refuse(TRAIN, *write_mine(tmp_path, text))
+    assert line.startswith(beginning)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_hydras_settings_in_a_file_have_no_effect(name, refuse, work, tmp_path):
+    (work / "evil").mkdir()
+    (work / "evil" / "__init__.py").write_text("open('ran', 'w')\n")
+    line = refuse(TRAIN, *write_mine(tmp_path, f"{MINE}hydra: {SETTINGS[name]}\nseed: 3\n"), *NO_DATA)
+    assert line == "data.path=nowhere.npz: cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "endless", "link to nothing", "none", "path"])
+def test_a_file_of_the_users_own_that_is_none(kind, refuse, tmp_path):
+    path, name = tmp_path / "mine.yaml", "mine" if kind != "path" else "../mine"
+    make = {
+        "fifo": os.mkfifo,
+        "folder": Path.mkdir,
+        "endless": lambda path: path.symlink_to("/dev/zero"),
+        "link to nothing": lambda path: path.symlink_to("nothing"),
+    }
+    make.get(kind, lambda path: None)(path)
+    line = refuse(TRAIN, f"--config-dir={tmp_path}", f"--config-name={name}", *NO_DATA)
+    assert line == f"--config-name={name}: no file {name}.yaml in the folder {tmp_path}"
+
+
+def test_a_file_of_the_users_own_with_a_name_of_ours(refuse, tmp_path):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "mlp.yaml").write_text("defaults: [cnn]\n")
+    line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", *NO_DATA)
+    assert line == (
+        f"--config-dir={tmp_path}/mine: model/mlp.yaml has the name of a file of ours, which is read; rename it"
+    )
+
+
+def test_a_network_that_builds_on_none_of_ours(refuse, tmp_path):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "wide.yaml").write_text(
+        "{name: wide, dropout: 0, activation: relu, kernel_initializer: he_normal, output_initializer: he_normal}\n"
+    )
+    line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", "model=wide", *NO_DATA)
+    assert line.startswith("model.name=wide: no network and optimizer of ours has this name; ")
+
+
+def test_hydras_variables_change_nothing(run_python, work):
+    env = {"HYDRA_FULL_ERROR": "0", "HYDRA_MAIN_MODULE": "evil.module", "HYDRA_DEPRECATION_WARNINGS_AS_ERRORS": "1"}
+    result = run_python("-m", TRAIN, "--cfg", "job", "seed=3", cwd=work, env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\nseed: 3\n" in result.stdout
+    assert snapshot(work) == {}
+
+
+def test_version(ask):
+    assert ask(TRAIN, "--version").stdout == f"mnist_dist {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "contender",
+    ["strategy=single hydra.mode=MULTIRUN", "strategy=single hydra.searchpath=[pkg://evil]", "strategy=single seed=-1",
+     "strategy=multiworker processes=1025", "strategy=multiworker processes=99999999999",
+     "strategy=mirrored strategy.num_replicas=1025", "keras steps_per_execution=1025",
+     "keras steps_per_execution=" + "1" * 4400],
+)  # fmt: skip
+def test_contenders_out_of_range(contender, refuse):
+    assert refuse(BENCHMARK, f'contenders=["{contender}"]', *NO_DATA).startswith("contenders: ")
+
+
 def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "wide.yaml").write_text("defaults: [mlp]\nwidth: 3\n")
@@ -306,7 +486,7 @@ def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
             ["optimizer=sgd", "optimizer.nesterov=true"],
             "optimizer.nesterov=True: needs optimizer.momentum greater than 0",
         ),
-        (["model=cnn", "model.filters=[0]"], "model.filters=[0]: must be positive"),
+        (["model=cnn", "model.filters=[0]"], "model.filters=[0]: each must be from 1 to "),
         (["model=cnn", "model.hidden_sizes=[1]"], "model.hidden_sizes=[1]: no such key; "),
     ],
 )
@@ -499,6 +679,77 @@ def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
 def test_split_without_training_images(val_fraction, refuse, small_npz):
     line = refuse(TRAIN, "data=npz", f"data.path={small_npz}", f"data.val_fraction={val_fraction}")
     assert line.startswith(f"data.val_fraction={val_fraction}: 600 training images cannot be split so: ")
+
+
+# What cannot fit into memory
+
+
+def claim(shape):
+    """An .npz whose x_train says that it has this shape."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return head.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["model.hidden_sizes=[99999999999]"],
+         "model.hidden_sizes=[99999999999]: the network has 6,899,999,999,935 parameters, for which this process would "
+         "need at least "),
+        (["model.hidden_sizes=[100000,100000]"],
+         "model.hidden_sizes=[100000, 100000]: the network has 10,007,000,004 parameters"),
+        (["model.hidden_sizes=[9223372036854775807,9223372036854775807]"],
+         "model.hidden_sizes=[9223372036854775807, 9223372036854775807]: the network has 85,070,"),
+        (["model=cnn", "model.kernel_size=1000000"],
+         "model.filters=[16, 32] model.kernel_size=1000000 model.dense_size=128: the network has 528,"),
+        (["model=cnn", "model.filters=[1000000000]"],
+         "model.filters=[1000000000] model.kernel_size=3 model.dense_size=128: the network has 2,058,"),
+        (["model=cnn", "model.filters=[100000000]", "model.kernel_size=1", "model.dense_size=1"],
+         "model.filters=[100000000] model.kernel_size=1 model.dense_size=1: the network has 1,800,000,009 parameters"),
+    ],
+)  # fmt: skip
+def test_network_that_cannot_fit(arguments, beginning, refuse, small_npz):
+    line = refuse(TRAIN, "data=npz", f"data.path={small_npz}", "run_dir=run", *arguments)
+    assert line.startswith(beginning)
+    assert line.endswith(f" it may use {describe_bytes(usable_memory())}")
+
+
+def test_data_that_cannot_fit(refuse, work):
+    """The one-hot labels and the confusion matrix of a million classes."""
+    images, labels = np.zeros((10**6, 1, 1), np.uint8), np.arange(10**6)
+    np.savez(work / "mine.npz", x_train=images, y_train=labels, x_test=images[:10], y_test=labels[:10])
+    line = refuse(TRAIN, "data=npz", "data.path=mine.npz", "run_dir=run")
+    assert line.startswith("data.path=mine.npz: 1,000,010 images in 1,000,000 classes, for which this process would ")
+    assert "one-hot labels" in line
+    assert "confusion matrices 32 TB" in line
+
+
+LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_DATA, (600 * 10**6,) * 2); "
+
+
+def test_archive_that_unpacks_to_more_than_the_memory(run_python, work, small_arrays):
+    """Its directory says so; the limit is set low, so that the file can be small."""
+    np.savez_compressed(work / "mine.npz", **{**small_arrays, "x_train": np.zeros((10**6, 28, 28), np.uint8)})
+    command = f"{LIMITED}runpy.run_module('{TRAIN}', run_name='__main__')"
+    result = run_python("-c", command, "data=npz", "data.path=mine.npz", "run_dir=run", cwd=work)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: data.path=mine.npz: not a usable data file: its arrays take 784 MB of memory, and this process may use "
+        "600 MB\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [((10**12, 28, 28), "Unable to allocate "), ((10**6, 28, 28), "EOF: reading array data, expected ")],
+)
+def test_array_that_claims_more_than_it_has(shape, problem, refuse, work, small_arrays):
+    with zipfile.ZipFile(work / "mine.npz", "w") as archive:
+        for name, array in small_arrays.items():
+            archive.writestr(f"{name}.npy", claim(shape) if name == "x_train" else to_npy(array))
+    line = refuse(TRAIN, "data=npz", "data.path=mine.npz", "run_dir=run")
+    assert line.startswith(f"data.path=mine.npz: not a usable data file: {problem}")
 
 
 # The run folder
@@ -739,7 +990,7 @@ def test_help_with_a_misspelt_key(refuse):
     ("module", "argument", "code", "beginning"),
     [
         (TRAIN, "trainer.epoch=3", 2, "error: trainer.epoch=3: no such key; did you mean trainer.epochs=3?"),
-        (TRAIN, "batch.global_size=0", 2, "error: batch.global_size=0: must be at least 1"),
+        (TRAIN, "batch.global_size=0", 2, "error: batch.global_size=0: must be from 1 to 2147483647"),
         (EVALUATE, "run_dir=nowhere", 2, "error: run_dir=nowhere: no model.keras here"),
         (TRAIN, "--help", 0, ""),
     ],

@@ -1,8 +1,9 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mnist_dist.config import compose_config
+from mnist_dist.config import FLOAT32_MAX, FLOAT32_TINY, compose_config
 from mnist_dist.errors import UserError
 
 
@@ -19,8 +20,20 @@ def test_the_command_line_is_stronger_than_an_experiment():
 
 
 def test_out_of_range_names_key_value_and_rule():
-    with pytest.raises(UserError, match=r"^model\.dropout=1\.0: must be at least 0 and less than 1$"):
+    with pytest.raises(UserError, match=r"^model\.dropout=1\.0: must be from 0 to 0\.9999$"):
         compose_config("model.dropout=1.0")
+
+
+def test_ranges_are_those_of_float32():
+    assert np.finfo(np.float32).max == FLOAT32_MAX
+    assert np.finfo(np.float32).tiny == FLOAT32_TINY
+    below_1 = 1 - 2**-25  # half-way from the last float32 to 1, and rounded to 1
+    assert np.float32(below_1) == 1
+    assert np.float32(np.nextafter(below_1, 0)) < 1
+    for key in ("beta_1", "beta_2"):
+        compose_config(f"optimizer.{key}={np.nextafter(below_1, 0)!s}")
+        with pytest.raises(UserError, match="less than 1 in float32"):
+            compose_config(f"optimizer.{key}={below_1}")
 
 
 def test_every_key_is_in_the_readme():

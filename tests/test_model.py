@@ -42,6 +42,47 @@ def test_any_image_shape(name, shape):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (8, 8), (5, 7), (16, 16, 3), (1, 1), (9, 4, 2)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.hidden_sizes=[]"],
+        ["model.hidden_sizes=[7,3,5]"],
+        ["model=cnn"],
+        ["model=cnn", "model.filters=[]"],
+        ["model=cnn", "model.filters=[3,4,5]", "model.kernel_size=5", "model.dense_size=6"],
+    ],
+    ids=" ".join,
+)
+def test_layer_sizes_are_those_of_keras(overrides, shape):
+    model = build(*overrides, image_shape=shape, num_classes=3)
+    sizes = compose_config(*overrides).model.layer_sizes(shape, 3)
+    layers = [layer for layer in model.layers if layer.count_params()]
+    assert [size.num_weights for size in sizes] == [layer.count_params() for layer in layers]
+    assert [size.num_outputs for size in sizes] == [int(np.prod(layer.output.shape[1:])) for layer in layers]
+
+
+def test_deep_networks_begin_like_shallow_ones():
+    """Up to 64 layers each had its seed always; more layers change nothing in theirs."""
+    sizes = {number: "model.hidden_sizes=[" + ",".join(["4"] * number) + "]" for number in (3, 63, 100)}
+    kernels = {
+        number: [layer.kernel.numpy() for layer in build(key, image_shape=(2, 2), num_classes=4).layers
+                 if hasattr(layer, "kernel")]
+        for number, key in sizes.items()
+    }  # fmt: skip
+    assert len(kernels[100]) == 101
+    for shallow, deep in ((3, 63), (63, 100)):
+        np.testing.assert_array_equal(kernels[shallow][:shallow], kernels[deep][:shallow])
+    assert len({kernel.tobytes() for kernel in kernels[100]}) == 101  # all different
+
+
+def test_the_seeds_of_the_recipe_are_those_of_always():
+    seeds = np.random.SeedSequence(0).generate_state(64).tolist()
+    for layer in (layer for layer in build().layers if hasattr(layer, "kernel")):
+        assert layer.kernel_initializer.seed == seeds.pop()
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_network_computes_what_the_model_does(name):
     model = build(f"model={name}")

@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.config import compose_config
+from mnist_dist.errors import UserError
 from mnist_dist.optimizer import LearningRate, create_optimizer
 
 KERAS = {
@@ -59,3 +60,9 @@ def test_learning_rates(scaling, warmup, factor, expected):
     rate = LearningRate(config, base=0.1, batch_factor=factor, steps_per_epoch=2)
     assert rate.at(np.arange(4)) == pytest.approx(expected)
     assert rate.at(np.arange(2, 4)) == pytest.approx(expected[2:])
+
+
+def test_a_rate_that_scaling_makes_too_large():
+    config = compose_config("learning_rate.scaling=linear").learning_rate
+    with pytest.raises(UserError, match=r"^learning_rate.scaling=linear: raises optimizer.learning_rate=3e\+38 by "):
+        LearningRate(config, base=3e38, batch_factor=4, steps_per_epoch=2)

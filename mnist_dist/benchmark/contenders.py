@@ -17,6 +17,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from mnist_dist.command_line import check_override
 from mnist_dist.config import compose_config
 from mnist_dist.errors import UserError
 from mnist_dist.explain import explain
@@ -117,8 +118,8 @@ def _parse_rival(text: str, kind: str, words: Sequence[str]) -> Contender:
         if options.get(key, choices[0]) not in choices:
             raise UserError(f"contenders: {text}: {key} must be one of {', '.join(choices)}")
     steps = options.get("steps_per_execution", "epoch")
-    if steps != "epoch" and not (steps.isdecimal() and int(steps) > 0):
-        raise UserError(f"contenders: {text}: steps_per_execution must be a number, at least 1, or epoch")
+    if steps != "epoch" and _whole_number(steps) is None:
+        raise UserError(f"contenders: {text}: steps_per_execution must be a number from 1 to 1024, or epoch")
     if kind == "torch" and importlib.util.find_spec("torch") is None:
         raise UserError(f"contenders: {text}: PyTorch is not installed (pip install torch)")
     precision = options.pop("precision", "float32")
@@ -126,20 +127,28 @@ def _parse_rival(text: str, kind: str, words: Sequence[str]) -> Contender:
     return Contender(text, kind=kind, name=kind + extra, precision=precision, options=options)
 
 
+def _whole_number(text: str) -> int | None:
+    """A number from 1 to 1024; None if `text` is none."""
+    return int(text) if len(text) <= 4 and text.isdecimal() and 1 <= int(text) <= 1024 else None
+
+
 def _parse_ours(text: str, words: Sequence[str]) -> Contender:
     processes = [word.partition("=")[2] for word in words if word.startswith("processes=")]
     overrides = tuple(word for word in words if not word.startswith("processes="))
-    if processes and not (processes[-1].isdecimal() and int(processes[-1]) > 0):
-        raise UserError(f"contenders: {text}: processes must be a number, at least 1")
+    size = _whole_number(processes[-1]) if processes else 1
+    if size is None:
+        raise UserError(f"contenders: {text}: processes must be a number from 1 to 1024")
     for word in overrides:
         if word.partition("=")[0].split(".")[0] in _SHARED_KEYS:
             raise UserError(f"contenders: {text}: {word}: not a key of a contender")
     try:
+        for word in overrides:
+            check_override(word)
         config = compose_config(*overrides)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         reason = str(error) if isinstance(error, UserError) else explain(error)
         raise UserError(f"contenders: {text}: {reason}") from error
-    size, strategy = int(processes[-1]) if processes else 1, config.strategy.name
+    strategy = config.strategy.name
     launcher = strategy if strategy in _LAUNCHERS else "none"
     if size > 1 and launcher == "none":
         raise UserError(f"contenders: {text}: several processes need strategy=horovod or strategy=multiworker")

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 PADDING = -1
 """The index of a row that holds no example (weight 0)."""
+EVALUATION_ROWS = 1024
+"""Rows that are evaluated at once, at most: enough to keep any device busy, few enough for two cores' caches."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,12 @@ class BatchPlan:
 
     num_examples: int
     global_batch_size: int
+
+    @classmethod
+    def for_evaluation(cls, num_examples: int) -> "BatchPlan":
+        """The fewest chunks, then the smallest ones that do with them, so that little is padding."""
+        num_chunks = -(-num_examples // EVALUATION_ROWS)
+        return cls(num_examples, global_batch_size=-(-num_examples // num_chunks))
 
     @property
     def steps_per_epoch(self) -> int:

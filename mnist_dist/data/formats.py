@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.errors import UserError
-from mnist_dist.files import describe_os_error, open_regular, read_regular
+from mnist_dist.files import describe_os_error, open_regular
+from mnist_dist.memory import describe_bytes, usable_memory
 
 Array = npt.NDArray[Any]
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
@@ -41,18 +42,29 @@ def _find_idx(folder: Path, stem: str) -> Path:
 
 def _read_idx(path: Path, *, ndim: int) -> Array:
     """Read one IDX file of uint8 (format: yann.lecun.com/exdb/mnist), gzipped or not."""
-    with readable(path):
-        content = read_regular(path)
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+    with readable(path), contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_regular(path))
+        stream = stack.enter_context(gzip.open(file)) if file.peek(2)[:2] == b"\x1f\x8b" else file
         # Magic number: two zero bytes, 8 for uint8, the number of dimensions; then big-endian sizes.
-        if content[:4] != bytes([0, 0, 8, ndim]):
+        if stream.read(4) != bytes([0, 0, 8, ndim]):
             raise ValueError(f"not an IDX file of {ndim}-dimensional uint8")
-        shape = tuple(np.frombuffer(content, ">u4", count=ndim, offset=4).tolist())
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim)
-        if len(values) != math.prod(shape):
-            raise ValueError(f"it has {len(values)} bytes of data where its head says {math.prod(shape)}")
+        shape = tuple(np.frombuffer(stream.read(4 * ndim), ">u4").tolist())
+        size = math.prod(shape)
+        _check_fits(size)
+        # A byte more than there should be shows the end, and whether what was unpacked is whole.
+        values = np.frombuffer(stream.read(size + 1), np.uint8)
+        if len(values) != size:
+            found = f"{len(values)}" if len(values) < size else f"more than {size}"
+            raise ValueError(f"it has {found} bytes of data where its head says {size}")
         return values.reshape(shape)
+
+
+def _check_fits(size: int) -> None:
+    if size > usable_memory():
+        raise ValueError(
+            f"its arrays take {describe_bytes(size)} of memory, and this process may use "
+            f"{describe_bytes(usable_memory())}"
+        )
 
 
 def expand_path(key: str, value: str) -> Path:
@@ -74,6 +86,9 @@ def read_npz(path: Path) -> dict[str, Array]:
             missing = [name for name in ARRAY_NAMES if name not in content]
             if missing:
                 raise ValueError(f"it has no {', '.join(missing)}")
+            # The archive's directory knows, before anything is unpacked.
+            members = [info for info in content.zip.infolist() if info.filename.removesuffix(".npy") in ARRAY_NAMES]
+            _check_fits(sum(info.file_size for info in members))
             arrays = {name: content[name] for name in ARRAY_NAMES}
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):  # NumPy hands over as bytes what it cannot read

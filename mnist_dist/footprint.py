@@ -1,0 +1,105 @@
+"""What a training holds in memory, at least: so that what cannot fit is refused before it is built."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mnist_dist.config import DataConfig, TrainConfig, shorten
+from mnist_dist.data.batches import BatchPlan
+from mnist_dist.data.sources import ImageDataset
+from mnist_dist.errors import UserError
+from mnist_dist.gpus import own_uuids
+from mnist_dist.memory import describe_bytes, usable_memory
+from mnist_dist.topology import Topology
+
+_FLOAT32 = 4
+NETWORK, IMAGES, LABELS, CONFUSION, OUTPUTS = (
+    "network", "images", "one-hot labels", "confusion matrices", "outputs of the layers",
+)  # fmt: skip
+Footprint = Mapping[str, int]
+"""Bytes for each thing that is held at one moment."""
+
+
+def check_fits(config: TrainConfig, dataset: ImageDataset, topology: Topology) -> None:
+    """Raise UserError if training cannot fit into the memory that this process may use."""
+    num_classes = len(np.unique(dataset.y_train))
+    moments = training_moments(config, dataset, num_classes=num_classes, world_size=topology.world_size)
+    largest = max(moments, key=lambda moment: sum(moment.values()))
+    if sum(largest.values()) > usable_memory() and _has_gpus(topology):  # where most of it is
+        largest = data_moment(dataset, num_classes=num_classes)
+    model = config.model
+    if max(largest, key=lambda name: largest[name]) in (NETWORK, OUTPUTS):
+        layers = model.layer_sizes(dataset.x_train.shape[1:], num_classes)
+        num_parameters = sum(layer.num_weights for layer in layers)
+        keys = " ".join(f"model.{key}={shorten(getattr(model, key))}" for key in model.size_keys)
+        _refuse_unless_it_fits(largest, f"{keys}: the network has {num_parameters:,} parameters")
+    else:
+        check_data_fits(config.data, dataset, moment=largest)
+
+
+def check_data_fits(config: DataConfig, dataset: ImageDataset, *, moment: Footprint | None = None) -> None:
+    """Raise UserError if the data (by default: while they are prepared) cannot fit into this process's memory."""
+    num_classes = len(np.unique(dataset.y_train))
+    where = f"data={config.name}" if config.path is None else f"data.path={config.path}"
+    what = f"{where}: {len(dataset.x_train) + len(dataset.x_test):,} images in {num_classes:,} classes"
+    _refuse_unless_it_fits(moment or data_moment(dataset, num_classes=num_classes), what)
+
+
+def _refuse_unless_it_fits(moment: Footprint, what: str) -> None:
+    total, limit = sum(moment.values()), usable_memory()
+    if total > limit:
+        parts = sorted(((size, name) for name, size in moment.items()), reverse=True)
+        listed = ", ".join(f"{name} {describe_bytes(size)}" for size, name in parts)
+        raise UserError(
+            f"{what}, for which this process would need at least {describe_bytes(total)} of memory ({listed}); "
+            f"it may use {describe_bytes(limit)}"
+        )
+
+
+def _has_gpus(topology: Topology) -> bool:
+    return Path("/dev/nvidiactl").exists() or bool(own_uuids(topology))
+
+
+def data_moment(dataset: ImageDataset, *, num_classes: int) -> Footprint:
+    """While the training images are split (`preprocess`): raw images twice, their one-hot labels twice."""
+    raw = sum(array.nbytes for array in (dataset.x_train, dataset.x_test))
+    rows = 2 * len(dataset.y_train) + len(dataset.y_test)
+    return {IMAGES: raw + dataset.x_train.nbytes, LABELS: rows * num_classes * _FLOAT32}
+
+
+def training_moments(
+    config: TrainConfig, dataset: ImageDataset, *, num_classes: int, world_size: int = 1
+) -> list[Footprint]:
+    """What is held at moments that may be the worst, on a CPU: lower bounds."""
+    train, test = dataset.x_train, dataset.x_test
+    # `ImageDataset`; `Splits` (what is float32 already is copied by splitting only); what `Trainer` has placed, of
+    # which the images may be in 16 bits.
+    copies = train.size + (0 if test.dtype == np.float32 else test.size)
+    images = train.nbytes + test.nbytes + copies * _FLOAT32 + train.size * 2
+    label = num_classes * _FLOAT32
+    data = {IMAGES: images, LABELS: (2 * len(train) + len(test)) * label}
+    layers = config.model.layer_sizes(train.shape[1:], num_classes)
+    vectors = 1 + config.optimizer.num_slots  # like the weights
+    parameters = sum(layer.num_weights for layer in layers) * _FLOAT32
+    # Always: the model, its twin, `TrainState`, and the 64-bit factors of `ReplicaCheck`.
+    network = {NETWORK: parameters * (2 + vectors + 2 * vectors)}
+    # In the end: the placed images to train on once more; of three splits the confusion matrices, or their copies.
+    num_placed = len(train) - math.ceil(config.data.val_fraction * len(train))
+    evaluated = {LABELS: data[LABELS] + num_placed * label, CONFUSION: 4 * num_classes**2 * 8}
+    # What a layer gives: in evaluation, which is float32 always; in a shard's step all layers', for the way back.
+    outputs = [layer.num_outputs for layer in layers]
+    evaluated_rows = BatchPlan.for_evaluation(len(test)).global_batch_size
+    batch, shards = min(config.batch.global_size, num_placed), config.batch.num_shards
+    is_exact = max(world_size, config.strategy.num_replicas or 1) <= shards and config.reproducibility != "fast"
+    shard_rows = -(-batch // shards) if is_exact else 0
+    bytes_each = 2 if "16" in config.precision.name else _FLOAT32
+    return [
+        data_moment(dataset, num_classes=num_classes),
+        # `ReplicaCheck`: all vectors joined, and as 64-bit words.
+        {**data, NETWORK: network[NETWORK] + parameters * 3 * vectors},
+        {**data, **network, **evaluated},
+        {**data, **network, OUTPUTS: evaluated_rows * max(outputs) * _FLOAT32},
+        {**data, **network, OUTPUTS: shard_rows * sum(outputs) * bytes_each},
+    ]

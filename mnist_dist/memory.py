@@ -1,0 +1,60 @@
+"""How much memory this process may use."""
+
+import contextlib
+import math
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_memory(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that this process may use at the most: the machine's, or a smaller limit on its group or itself.
+
+    Swap space counts, and what others use does not: what needs more than this cannot run here at any time.
+    """
+    machine, swap = _read_meminfo(proc)
+    limits: list[float] = [machine + swap, *(limit + swap for limit in _group_limits(proc, cgroups))]
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft)
+    return min(limits)
+
+
+def _read_meminfo(proc: Path) -> tuple[float, float]:
+    """The machine's memory and swap space, bytes; infinite and none where that cannot be told."""
+    sizes = {"MemTotal": math.inf, "SwapTotal": 0.0}
+    for key, _, value in (line.partition(":") for line in _lines(proc / "meminfo")):
+        if key in sizes:
+            sizes[key] = int(value.removesuffix("kB")) * 1024
+    return sizes["MemTotal"], sizes["SwapTotal"]
+
+
+def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
+    """The limits of the control groups that this process is in, of both versions."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        roots = [cgroups / "memory"] if controllers else [cgroups, cgroups / "unified"]
+        # In a container a group's path may be seen from outside; then what is there is the mount's root.
+        for group in (Path(path), *Path(path).parents):
+            for root in roots:
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                        yield int((root / group.relative_to("/") / name).read_text())
+
+
+def _lines(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return path.read_text().splitlines()
+    return []
+
+
+def describe_bytes(number: float) -> str:
+    """A number of bytes for people, with three digits."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} PB"
