@@ -1,5 +1,6 @@
 """The GPUs of this process, as far as they can be told without starting one."""
 
+import re
 import subprocess
 from collections.abc import Sequence
 
@@ -48,7 +49,7 @@ def visible_uuids(uuids: Sequence[str], *, visible: str | None) -> list[str]:
         return list(uuids)
     chosen: list[str] = []
     for name in (name.strip() for name in visible.split(",")):
-        if name.isdigit():
+        if re.fullmatch("[0-9]{1,9}", name):
             chosen += uuids[int(name) : int(name) + 1]
         elif name in uuids:
             chosen.append(name)

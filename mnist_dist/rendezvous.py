@@ -25,9 +25,10 @@ from mnist_dist.errors import UserError
 from mnist_dist.topology import Topology, join_address, split_address
 
 _RETRY_S = 0.2
-_READ_TIMEOUT_S = 5.0
+_READ_TIMEOUT_S, _ANSWER_S = 5.0, 15.0
 _ENDING_S = 3.0  # so long the server of a job that ends may still be there
 _NAMED_RANKS = 8
+_FIRST_TOPIC = "start"
 _PATIENCE_S = 3.0
 _OWN_PORTS = range(20_000, 32_768)  # Linux gives out those above by itself, to whoever asks next
 
@@ -47,7 +48,7 @@ class _StartedError(ValueError):
     """TensorFlow's server answers where a process that waits for others was expected."""
 
 
-def exchange(text: str, *, topology: Topology, timeout_s: float, topic: str = "start") -> list[str]:
+def exchange(text: str, *, topology: Topology, timeout_s: float, topic: str = _FIRST_TOPIC) -> list[str]:
     """Hand in this rank's text and return those of all ranks, in their order.
 
     It may be called again, by all ranks alike, with another topic; but not over horovodrun's store.
@@ -98,6 +99,7 @@ def listen(port: int) -> socket.socket:
 
 def _share_port(server: socket.socket) -> None:
     """Listen no more, but keep the port from all but servers of this user that share theirs."""
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     with contextlib.suppress(OSError):
         server.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for somebody
@@ -115,19 +117,23 @@ def hold_free_port() -> socket.socket:
 def serving_addresses(topology: Topology, *, timeout_s: float) -> Iterator[list[str]]:
     """`host:port` of all ranks; while the block runs a server of this process can listen at its own, and no other.
 
-    It has to be one that shares its port (SO_REUSEPORT).
+    It has to be one that shares its port (SO_REUSEPORT). All ranks get here before any goes on: a server of TensorFlow
+    that waits for a process that is gone waits for ever, and stops all threads of Python.
     """
     global _own_port
     if topology.world_size == 1:
         yield []
         return
     if topology.addresses:
-        held, addresses = (_own_port or _receive_at_own_port(topology)).end(), list(topology.addresses)
-        _own_port = None
+        _own_port = _own_port or _receive_at_own_port(topology)
+        own = topology.addresses[topology.rank]
     else:
         held = hold_free_port()
         own = join_address(topology.hosts[topology.rank], held.getsockname()[1])
-        addresses = exchange(own, topology=topology, timeout_s=timeout_s, topic="addresses")
+    addresses = exchange(own, topology=topology, timeout_s=timeout_s, topic="addresses")
+    if _own_port:
+        held, _own_port = _own_port.end(), None
+    else:
         _share_port(held)
     with held:
         yield addresses
@@ -182,7 +188,6 @@ def _over_store(text: str, topology: Topology, deadline: float) -> dict[int, str
 
 
 class _Guest(NamedTuple):
-    who: str
     text: str
     connection: socket.socket
 
@@ -190,18 +195,21 @@ class _Guest(NamedTuple):
 class _Reception:
     """Listens in a thread of its own: takes in the first process of each rank, and tells all others why not them."""
 
-    def __init__(self, server: socket.socket, topology: Topology, *, topic: str = "start") -> None:
+    def __init__(self, server: socket.socket, topology: Topology, *, topic: str = _FIRST_TOPIC) -> None:
         self._server, self._topology = server, topology
         self._job, self._topic = _job_id(topology), topic
         self._guests: dict[int, _Guest] = {}
+        self._holders: dict[int, str] = {}
         self._may_enter, self._has_ended = topology.is_chief, False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
         self._thread.start()
 
-    def wait_for_all(self, deadline: float) -> dict[int, _Guest]:
+    def wait_for_all(self, topic: str, deadline: float) -> dict[int, _Guest]:
         """All ranks that have come, once they are complete or the time is up; nobody is let in any more."""
         with self._changed:
+            if topic != self._topic:
+                self._topic, self._guests, self._may_enter = topic, {}, True
             self._changed.wait_for(
                 lambda: len(self._guests) == self._topology.world_size - 1, timeout=deadline - time.monotonic()
             )
@@ -243,11 +251,14 @@ class _Reception:
             raise ValueError("of another job")
         if rank not in range(self._topology.world_size):
             raise ValueError("no rank")
+        if message["topic"] not in (self._topic, _FIRST_TOPIC):
+            raise ValueError("too early")
         if rank == self._topology.rank or not can_enter:
-            _send(connection, {**answer, "taken": guest.who if guest else _who()})
+            _send(connection, {**answer, "taken": self._holders.get(rank, _who())})
             raise ValueError("a spare process")
         _send(connection, answer)
-        self._guests[rank] = _Guest(str(message["who"]), str(message["text"]), connection)
+        self._holders[rank] = str(message["who"])
+        self._guests[rank] = _Guest(str(message["text"]), connection)
         self._changed.notify_all()
 
 
@@ -265,7 +276,7 @@ def _receive_at_own_port(topology: Topology) -> _Reception:
 def _as_chief(text: str, topology: Topology, deadline: float, *, topic: str) -> dict[int, str]:
     """Rank 0: collect until all have come or the time is up, then tell everyone."""
     reception = _own_port or _Reception(_first_contact(topology), topology, topic=topic)
-    guests = reception.wait_for_all(deadline)
+    guests = reception.wait_for_all(topic, deadline)
     if reception is not _own_port:
         reception.end().close()
     texts = {0: text, **{rank: guest.text for rank, guest in guests.items()}}
@@ -322,9 +333,9 @@ def _as_other(text: str, topology: Topology, deadline: float, timeout_s: float, 
 
 
 def _greet(
-    contact: str, text: str, topology: Topology, *, topic: str, patience_s: float = 3 * _READ_TIMEOUT_S
+    contact: str, text: str, topology: Topology, *, topic: str, patience_s: float | None = None
 ) -> socket.socket:
-    """Hand in the text at `contact`, and wait `patience_s` seconds for an answer.
+    """Hand in the text at `contact`, and wait `patience_s` seconds (15 by default) for an answer.
 
     Raises:
         RankTaken: another process has handed in this rank's.
@@ -336,7 +347,7 @@ def _greet(
         job = _job_id(topology)
         _send(connection, {"job": job, "topic": topic, "rank": topology.rank, "who": _who(), "text": text})
         # Whoever listens there may be of another job, or no program of ours.
-        connection.settimeout(patience_s)
+        connection.settimeout(patience_s or _ANSWER_S)
         with connection.makefile("rb", buffering=0) as stream:  # what comes after the greeting stays unread
             answer = _receive(stream)
         if answer["job"] != job:
@@ -357,7 +368,7 @@ def _describe_listener(address: str, topology: Topology, *, reason: str) -> str:
     """Why this process cannot listen at its address; raises RankTaken if a process that waits has its rank."""
     who = "another program has this port"
     try:
-        _greet(address, "", topology, topic="", patience_s=_PATIENCE_S).close()
+        _greet(address, "", topology, topic=_FIRST_TOPIC, patience_s=_PATIENCE_S).close()
     except _StartedError:
         return (
             f"rank {topology.rank} is taken: a training that runs already has {address}; wait for its end, or give "

@@ -164,7 +164,7 @@ def _read_tf_config(text: str) -> tuple[int, list[str]]:
     if kind not in ("chief", "worker") or not isinstance(cluster, dict) or not set(cluster) <= {"chief", "worker"}:
         raise ValueError("only chief and worker tasks train here, no parameter servers and no evaluators")
     if isinstance(index, bool) or not re.fullmatch(r"-?[0-9]{1,9}", str(index)):
-        raise ValueError(f"the index {_short(json.dumps(index))} is no whole number below {_MAX_PROCESSES:,}")
+        raise ValueError(f"the index {_short(json.dumps(index), 80)} is no whole number below {_MAX_PROCESSES:,}")
     jobs = {name: _addresses(cluster.get(name, [])) for name in ("chief", "worker")}
     if not 0 <= int(index) < len(jobs[kind]):
         raise ValueError(f"there is no {kind} {index}")
@@ -190,7 +190,7 @@ def _addresses(entries: Any) -> list[str]:
             raise ValueError("the tasks of a job are numbered from 0, without a gap")
         entries = [entries[str(number)] for number in range(len(entries))]
     if not isinstance(entries, list):
-        raise ValueError(f"{_short(json.dumps(entries))} is no host:port list")
+        raise ValueError(f"{_short(json.dumps(entries), 80)} is no host:port list")
     return [join_address(*split_address(entry)) for entry in entries]
 
 
@@ -371,7 +371,7 @@ def _expand_ranges(text: str) -> list[str]:
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if match is None or first > last:
-            raise ValueError(f"[{_short(text)}] is no list of numbers")
+            raise ValueError(f"[{_short(text, 80)}] is no list of numbers")
         if len(numbers) + last - first >= _MAX_PROCESSES:
             raise ValueError(f"more than {_MAX_PROCESSES} nodes")
         numbers += [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]

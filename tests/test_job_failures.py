@@ -4,11 +4,13 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import CHECKOUT, TRAIN, free_ports, horovodrun
+from jobs import CHECKOUT, TRAIN, free_ports, horovodrun, python_environment, result_of, tf_configs
 
 
 @pytest.fixture
@@ -79,6 +81,155 @@ def test_a_port_in_use_stops_all(args, run_job):
         results = run_job("multiworker", 2, *args, ports={1: port})
     check_line(results[0], f"rank 1 cannot take part: 127.0.0.1:{port}: cannot listen there")
     check_line(results[1], f"127.0.0.1:{port}: cannot listen there", prefix="[rank 1/2] ")
+
+
+# Takes the port of this process's server in the last moment: the programs that this could happen to have no part in it.
+LOSE_PORT = """
+import contextlib, os, socket
+from mnist_dist import rendezvous, train
+share = rendezvous._share_port
+def lose(server):
+    share(server)
+    port = server.getsockname()[1]
+    server.close()
+    taken.append(socket.create_server(("", port)))
+taken = []
+rendezvous._share_port = lose
+train.main()
+"""
+
+
+def test_a_port_that_is_lost_in_the_last_moment(args, launch, tmp_path):
+    """By none of the means that keep it: then it is one line for all that, though TensorFlow writes many."""
+    job = launch("multiworker", 2, *args, script=["-c", LOSE_PORT])
+    assert job.wait(timeout=120) == [2, 2]
+    errors = [err.read_text() for _, err in job.outputs]
+    assert all(len(text.splitlines()) == 1 for text in errors), errors
+    assert all("TensorFlow's server cannot listen there, at the port of rank" in text for text in errors), errors
+    assert not (tmp_path / "run").exists()
+
+
+GREEDY = """
+import socket, sys
+while True:
+    try:
+        server = socket.create_server(("", int(sys.argv[1])))
+    except OSError:
+        continue
+    print("got it", flush=True)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nobody_gets_a_port_between_the_check_and_tensorflows_server(rank, args, launch, start_python, tmp_path):
+    """A program that tries all the time; the job trains as if it were not there."""
+    port = free_ports(1)[0]
+    job = launch("multiworker", 2, *args, "trainer.epochs=300", ports={rank: port})
+    wait_until(lambda: is_in_use(port), job)
+    greedy = start_python("-c", GREEDY, port)
+    wait_until((tmp_path / "run" / "history.csv").exists, job)
+    greedy.kill()
+    assert "got it" not in greedy.communicate()[0]
+
+
+def is_in_use(port) -> bool:
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return True
+    return False
+
+
+def wait_until(condition, job) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert job.is_running(), job.output()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("when", ["at the start", "while it trains"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_spare_process(rank, when, args, launch, run_python, tmp_path):
+    """It ends at once; the job does not notice it."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    ports = {number: address.split(":")[1] for number, address in enumerate(addresses)}
+    epochs = 200 if when == "while it trains" else 2
+    job = launch("multiworker", 2, *args, f"trainer.epochs={epochs}", ports=ports)
+    condition = (tmp_path / "run" / "history.csv").exists if epochs == 200 else lambda: is_in_use(int(ports[rank]))
+    wait_until(condition, job)
+    result = run_python(*TRAIN, *args, env={"TF_CONFIG": tf_configs(addresses)[rank]}, timeout=30)
+    check_line(result, f"rank {rank} is taken: ", prefix="[rank 1/2] " if rank else "")
+    assert job.wait(timeout=120) == [0, 0], job.output()
+
+
+@pytest.mark.parametrize("hosts", [("[::1]", "[::1]"), ("[::1]", "localhost"), ("localhost", "[::1]")])
+def test_a_job_over_ipv6(hosts, args, train, start_python, tmp_path):
+    addresses = [f"{host}:{port}" for host, port in zip(hosts, free_ports(2), strict=True)]
+    command = [sys.executable, *TRAIN, "strategy=multiworker", *args]
+    job = [
+        subprocess.Popen(command, env={**python_environment(), "TF_CONFIG": text}, cwd=tmp_path)
+        for text in tf_configs(addresses)
+    ]
+    assert [process.wait(timeout=120) for process in job] == [0, 0]
+    assert train(tmp_path / "alone", "trainer.epochs=1").returncode == 0
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "abc"),
+        ("OMPI_COMM_WORLD_SIZE", "abc"),
+        ("HOROVOD_SIZE", "2"),
+        ("TF_CONFIG", "[1"),
+        ("SLURM_JOB_ID", "x\ny"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_variable_of_a_launcher_that_is_broken(command, variable, value, args, run_python):
+    result = run_python("-m", f"mnist_dist.{command}", f"run_dir={args[-1].partition('=')[2]}", env={variable: value})
+    check_line(result, f"{variable}={value[:1]}")
+
+
+def test_empty_variables_of_launchers(args, run_python):
+    names = (
+        "SLURM_STEP_NUM_TASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "HOROVOD_RANK",
+        "HOROVOD_SIZE",
+        "TF_CONFIG",
+        "SLURM_JOB_ID",
+    )
+    result = run_python(*TRAIN, *args, env=dict.fromkeys(names, ""))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HOROVOD_CYCLE_TIME", "abc"),
+        ("HOROVOD_CACHE_CAPACITY", "-5"),
+        ("HOROVOD_GLOO_TIMEOUT_SECONDS", "inf"),
+        ("HOROVOD_GLOO_IFACE", "nonsense"),
+    ],
+)
+def test_settings_of_horovod_that_it_would_end_on(variable, value, args, run_python, tmp_path):
+    horovodrun()
+    check_line(run_python(*TRAIN, *args, "strategy=horovod", env={variable: value}), f"{variable}={value}: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_horovod_that_do_not_matter(args, run_python):
+    horovodrun()
+    env = {
+        "HOROVOD_CONTROLLER": "abc",
+        "HOROVOD_CPU_OPERATIONS": "",
+        "HOROVOD_CYCLE_TIME": "",
+        "HOROVOD_GLOO_IFACE": " ",
+    }
+    result = run_python(*TRAIN, *args, "strategy=horovod", env=env)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_refusal_ends_a_horovod_job(args, run_job, tmp_path):

@@ -1,14 +1,28 @@
+import itertools
 import json
+import time
+import tracemalloc
 
 import pytest
 
 from mnist_dist.errors import UserError
-from mnist_dist.topology import SlurmJob, Topology, expand_node_list, expand_task_counts, read_topology
+from mnist_dist.topology import (
+    SlurmJob,
+    Topology,
+    expand_node_list,
+    expand_task_counts,
+    read_topology,
+    split_address,
+)
 
 
-def tf_config(*addresses: str, index: int = 0) -> dict[str, str]:
+def tf_config(*addresses, index=0) -> dict[str, str]:
     content = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     return {"TF_CONFIG": json.dumps(content)}
+
+
+def tf_config_of(cluster, task=None) -> dict[str, str]:
+    return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task or {"type": "worker", "index": 0}})}
 
 
 HOROVOD = {
@@ -105,7 +119,7 @@ def test_one_slurm_task_is_one_process():
     [
         ({**HOROVOD, **tf_config("a:1")}, ["HOROVOD_RANK=3", "TF_CONFIG=", "unset one"]),
         ({"HOROVOD_RANK": "0"}, ["HOROVOD_SIZE", "horovodrun"]),
-        ({**HOROVOD, "HOROVOD_SIZE": "four"}, ["HOROVOD_SIZE=four", "whole numbers"]),
+        ({**HOROVOD, "HOROVOD_SIZE": "four"}, ["HOROVOD_SIZE=four", "whole number"]),
         ({**HOROVOD, "HOROVOD_RANK": "4"}, ["do not fit together"]),
         ({"TF_CONFIG": "{oops"}, ["TF_CONFIG={oops", "expected"]),
         ({"TF_CONFIG": "{}"}, ["TF_CONFIG={}", "expected"]),
@@ -125,7 +139,28 @@ def test_one_slurm_task_is_one_process():
         ({"OMPI_COMM_WORLD_SIZE": "2"}, ["mpirun is not supported"]),
         ({**SLURM, "SLURM_LOCALID": "1"}, ["SLURM_LOCALID=1", "--distribution=block"]),
         ({**SLURM, "SLURM_STEP_NODELIST": "n1"}, ["SLURM_STEP_NODELIST=n1 names 1 nodes", "2(x2),1 3"]),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, ["Slurm's variables are not complete"]),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, ["SLURM_STEP_NUM_TASKS=2 is set but SLURM_STEP_NODELIST", "srun"]),
+        ({"SLURM_PROCID": "1"}, ["SLURM_PROCID=1", "SLURM_STEP_NUM_TASKS is not set", "srun"]),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "6"}, ["SLURM_STEP_NUM_TASKS=6", "2(x2),1 means 5 tasks"]),
+        ({**SLURM, "SLURM_PROCID": "5"}, ["SLURM_PROCID=5", "5 tasks"]),
+        ({**HOROVOD, "HOROVOD_RANK": ""}, ["HOROVOD_SIZE=4 is set but HOROVOD_RANK is not"]),
+        ({**HOROVOD, "HOROVOD_LOCAL_SIZE": "5"}, ["HOROVOD_LOCAL_SIZE=5", "do not fit together"]),
+        ({**HOROVOD, "HOROVOD_CROSS_RANK": "2", "HOROVOD_CROSS_SIZE": "2"}, ["HOROVOD_CROSS_RANK=2", "do not fit"]),
+        ({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_PORT": ""}, ["HOROVOD_GLOO_RENDEZVOUS_PORT is not"]),
+        ({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_ADDR": "a b"}, ["HOROVOD_GLOO_RENDEZVOUS_ADDR=a b", "no name of a host"]),
+        ({"TF_CONFIG": "[" * 100_000}, ["TF_CONFIG=[[[", "...: not usable"]),
+        ({"TF_CONFIG": "[]"}, ["TF_CONFIG=[]", '"cluster" is missing']),
+        ({"TF_CONFIG": "null"}, ["TF_CONFIG=null", '"cluster" is missing']),
+        ({"TF_CONFIG": '{"cluster": 1, "task": 2}'}, ['"type" is missing']),
+        (tf_config_of([]), ["only chief and worker"]),
+        (tf_config_of({"worker": {"0": "a:1", "2": "b:1"}}), ["numbered from 0"]),
+        (tf_config_of({"worker": None}), ["null is no host:port list"]),
+        (tf_config_of({"worker": ["a:1"], "chief": ["A:1"]}), ["a:1 is no host:port of its own"]),
+        (tf_config_of({"worker": ["a:1"]}, {"type": ["worker"], "index": 0}), ["only chief and worker"]),
+        *(
+            (tf_config("a:1", index=index), ["the index", "no whole number"])
+            for index in (True, 1.5, "x", None, 10**30)
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(environ, fragments):
@@ -133,6 +168,150 @@ def test_what_does_not_fit_is_refused(environ, fragments):
         read_topology(environ)
     for fragment in fragments:
         assert fragment in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+NUMBERS = (
+    [(base, name) for base in (HOROVOD, SLURM) for name, value in base.items() if value.isdigit()]
+    + [({}, name) for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")]
+    + [
+        (SLURM, name)
+        for name in ("SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    ]
+    + [(HOROVOD, name) for name in ("HOROVOD_CROSS_RANK", "HOROVOD_CROSS_SIZE")]
+)
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "1e3", "1_0", "\u0663", "99999999999", "9" * 100_000, "1\n2"])
+@pytest.mark.parametrize(("base", "name"), NUMBERS)
+def test_a_number_that_is_none_is_named(base, name, value):
+    with pytest.raises(UserError, match=f"^{name}=.*: must be a whole number from") as error:
+        read_topology({**base, name: value})
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_empty_is_not_set(value):
+    assert (
+        read_topology({name: value for base in (HOROVOD, SLURM) for name in base} | {"TF_CONFIG": value}) == Topology()
+    )
+    assert read_topology({**SLURM, "SLURM_CPUS_PER_TASK": value, "SLURM_RESTART_COUNT": value, "TF_CONFIG": value}) == (
+        read_topology(SLURM)
+    )
+    assert read_topology({"CUDA_VISIBLE_DEVICES": ""}).visible_gpus == ""  # no GPUs
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        *((f"a:{port}", "ports are 1 to 65535") for port in (0, 65_536, 99_999)),
+        *((f"a:{port}", "no host:port") for port in ("", "-5", "+5", " 5", "5 ", "\u0663", "9" * 30)),
+        *(
+            (host + ":5", "no name of a host")
+            for host in ("", " a", "a b", "a..b", "-a", "a" * 64, "a." * 150, "\u00fc")
+        ),
+        *((host + ":5", "Expected 4") for host in ("1", "127.1", "0x7f.1")),
+        ("300.0.0.1:5", "> 255"),
+        ("::1:5", "IPv6 address goes into brackets: [::1]:2345"),
+        ("http://a:5", "no host:port"),
+        ("[::1]", "no host:port"),
+        ("[a]:5", "no IPv6 address"),
+        ("[]:5", "no IPv6 address"),
+        ("[::1::]:5", "no host:port"),
+        ("[" + ":" * 100_000 + "]:5", "no host:port"),
+        (None, "null is no host:port"),
+        (["b:1"], "no host:port"),
+    ],
+)
+def test_an_address_that_is_none_is_named_wherever_it_stands(address, reason):
+    for addresses, index in itertools.product([("ok:1", address), (address, "ok:1")], (0, 1)):
+        with pytest.raises(UserError, match=r"^TF_CONFIG=") as error:
+            read_topology(tf_config(*addresses, index=index))
+        assert reason in str(error.value)
+        assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("a:1", "A:1"),
+        ("a:1", "a:01"),
+        ("a:1", "a.:1"),
+        ("[::1]:1", "[0:0:0:0:0:0:0:1]:1"),
+        ("[fd00::a]:1", "[FD00:0::A]:1"),
+        ("10.0.0.1:1", "[::ffff:10.0.0.1]:1"),
+        *itertools.combinations(["localhost:1", "127.0.0.1:1", "127.0.0.2:1", "[::1]:1", "0.0.0.0:1"], 2),
+    ],
+)
+def test_one_port_under_two_spellings(first, second):
+    with pytest.raises(UserError, match="is no host:port of its own"):
+        read_topology(tf_config(first, second))
+
+
+def test_ipv6():
+    topology = read_topology(tf_config("[FD00::1]:1", "[fd00::2]:1", "[fd00:0::1]:2", index=2))
+    assert topology.addresses == ("[fd00::1]:1", "[fd00::2]:1", "[fd00::1]:2")
+    assert (topology.local_rank, topology.local_size) == (1, 2)
+    assert split_address("[fe80::1%eth0]:5") == ("fe80::1%eth0", 5)
+    for host in ("::1", "[::1]"):
+        assert read_topology({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_ADDR": host}).store == "[::1]:5"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("SLURM_STEP_NODELIST", text)
+            for text in (
+                "a[1-99999999999]",
+                "a[1-99999999]",
+                "a[1-",
+                "a[5-1]",
+                "a[]",
+                "a]",
+                "a,,b",
+                "a b",
+                "1",
+                "a..b[1-2]",
+                "a[1-99999][1-99999]",
+                "[1-99999]" * 13_000,
+                "a[1-50000]" + "[1]" * 40_000,
+                "[1]" * 40_000,
+                "a[1-99999]," * 10_000 + "a",
+                "[" * 130_000,
+                "a[" + "0" * 100_000 + "1]",
+                "x" * 100_000 + "[1-99999]",
+            )
+        ),
+        *(
+            ("SLURM_STEP_TASKS_PER_NODE", text)
+            for text in (
+                "2(x99999999999)",
+                "99999999(x99999999)",
+                "9" * 5_000,
+                "1(x",
+                "0(x2)",
+                "1,,1",
+                "1," * 60_000 + "1",
+            )
+        ),
+    ],
+)
+def test_what_would_be_a_huge_job_is_refused_in_a_moment(name, value):
+    tracemalloc.start()
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"{name}=") as error:
+        read_topology({**SLURM, name: value})
+    assert time.monotonic() - started < 5
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    assert len(str(error.value)) < 500
+
+
+def test_as_many_processes_as_a_variable_can_name():
+    started = time.monotonic()
+    assert read_topology(tf_config(*[f"h{number}:1" for number in range(10_000)])).world_size == 10_000
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

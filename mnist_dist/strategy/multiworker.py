@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from mnist_dist.errors import UserError
 from mnist_dist.gpus import own_share
 from mnist_dist.rendezvous import serving_addresses
 from mnist_dist.strategy.mirrored import DistributeStrategy
@@ -27,8 +28,17 @@ class MultiWorker(DistributeStrategy):
         with serving_addresses(topology, timeout_s=timeout_s) as addresses:
             resolver = create_resolver(topology, addresses, num_gpus=len(own))
             on_sigterm = signal.getsignal(signal.SIGTERM)
-            super().__init__(tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver))
+            try:
+                strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+            except tf.errors.OpError as error:
+                if "Could not start gRPC server" not in str(error):
+                    raise
+                raise UserError(
+                    f"{addresses[topology.rank]}: TensorFlow's server cannot listen there, at the port of rank "
+                    f"{topology.rank}; end what else does, or choose another port, and start all processes again"
+                ) from error
         signal.signal(signal.SIGTERM, on_sigterm)  # TensorFlow's workers have put a handler of their own in its place
+        super().__init__(strategy)
 
     def is_lost_touch(self, error: tf.errors.OpError) -> bool:
         """TensorFlow's processes ask each other every few seconds, and give up after 10 s, suspended or not."""
