@@ -5,6 +5,7 @@ the exit code that scripts rely on (`errors.py`).
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -68,7 +69,10 @@ def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, con
     with existing_working_directory():
         composed = compose(config_name, told.overrides, config_dir=told.config_dir, config_name=told.config_name)
     if told.shows is not None:
-        print(printed(told, composed, command=config_name))
+        try:
+            print(printed(told, composed, command=config_name), flush=True)
+        except BrokenPipeError:  # `| head`; what is left over must not fail either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     return entry(to_config(composed), topology, console)
 

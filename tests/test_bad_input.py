@@ -966,6 +966,16 @@ def test_help_shows_keys_and_choices(flag, ask, work):
     assert snapshot(work) == {}
 
 
+@pytest.mark.parametrize("option", ["--help", "--cfg=job", "--version"])
+def test_nobody_reads_what_is_printed(option, python_environment, work):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", TRAIN, option]
+    result = subprocess.run(command, env=python_environment, cwd=work, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_help_shows_the_choices_that_were_made(ask):
     stdout = ask(TRAIN, "--help", "optimizer=sgd", "trainer.epochs=7").stdout
     assert "momentum: 0.0" in stdout
