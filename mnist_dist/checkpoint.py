@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -113,6 +114,8 @@ class CheckpointFolder:
         make_folder(self.path)
         write_atomically(self._file(progress.epoch), checkpoint.to_bytes())
         epochs = self._epochs()
+        if progress.epoch not in epochs:  # somebody has moved the folder away meanwhile
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._file(progress.epoch)))
         rows = [row for row in progress.history.epochs if row.epoch in epochs]
         # What is left of later epochs could not be read when the run went on, and these are trained again.
         kept = {row.epoch for row in rows[-keep:]} | {best_of(rows).epoch}

@@ -10,7 +10,7 @@ import pytest
 
 from mnist_dist import checkpoint, files
 from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
-from mnist_dist.files import read_regular
+from mnist_dist.files import read_regular, write_atomically
 from mnist_dist.history import EpochMetrics, History
 
 
@@ -193,6 +193,17 @@ def test_killed_at_any_moment_of_a_save(folder):
     assert moment > 5
     assert newest.progress.epoch == 4
     assert names(folder) == [f"epoch-0000{epoch}.ckpt" for epoch in (2, 3, 4)]  # no temporary file of any child
+
+
+def test_the_folder_is_moved_away_while_it_is_written(folder, monkeypatch):
+    def write_and_move(path, content):
+        write_atomically(path, content)
+        folder.path.rename(folder.path.with_name("elsewhere"))
+
+    monkeypatch.setattr(checkpoint, "write_atomically", write_and_move)
+    with pytest.raises(FileNotFoundError):
+        folder.save(make(4), keep=1)
+    assert_same(CheckpointFolder(folder.path.with_name("elsewhere")).load_newest(), make(4))
 
 
 def test_a_history_of_many_epochs(tmp_path):

@@ -214,7 +214,7 @@ def test_checkpoints_is_replaced_by_a_file(uninterrupted, train, start, args, tm
     after = contents(folder)
     result = train(folder)  # not as if there were no checkpoints
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: run_dir={folder}: checkpoints cannot be read: Not a directory\n"
+    assert result.stderr == f"error: run_dir={folder}: checkpoints cannot be written: Not a directory\n"
     assert contents(folder) == after
     (folder / "checkpoints").unlink()
     (tmp_path / "checkpoints").rename(folder / "checkpoints")
