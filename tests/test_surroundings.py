@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -173,3 +174,80 @@ def test_data_through_a_redirected_stream(args, undisturbed, small_npz, python_e
     result = shell(f"{command} < {small_npz}", python_environment, tmp_path)
     assert result.returncode == 0, result.stderr
     assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+# Other users
+
+
+@pytest.fixture(scope="module")
+def as_a_user():
+    """What goes before a command so that it runs without root's right to read and write everything."""
+    if os.geteuid() != 0:
+        return ""
+    return "setpriv --bounding-set=-dac_override,-dac_read_search,-fowner "
+
+
+@pytest.mark.parametrize("umask", ["077", "000", "0777"])
+def test_any_umask(umask, args, undisturbed, as_a_user, python_environment, tmp_path):
+    """With 0777 a run's files can be read by nobody, so that only the start of one has a chance."""
+    command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
+    first = shell(f"umask {umask}; {as_a_user}{command} trainer.epochs=1", python_environment, tmp_path)
+    if umask == "0777":
+        assert first.returncode in (1, 2)
+        assert len(first.stderr.splitlines()) == 1, first.stderr
+        assert first.stderr.startswith("error: ")
+        assert "Permission denied" in first.stderr
+        return
+    assert (first.returncode, first.stderr) == (0, "")
+    second = shell(f"umask {umask}; {as_a_user}{command}", python_environment, tmp_path)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+    modes = {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert modes == {"0o600" if umask == "077" else "0o666"}
+
+
+def test_a_home_folder_and_caches_that_cannot_be_written(args, undisturbed, as_a_user, python_environment, tmp_path):
+    (tmp_path / "home").mkdir(mode=0o555)
+    command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
+    result = shell(f"HOME={tmp_path}/home {as_a_user}{command}", python_environment, tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+    assert not any((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize("home", ["", "HOME=/nowhere"])
+def test_a_user_whom_the_machine_does_not_know(home, args, undisturbed, python_environment, tmp_path):
+    """As in a container that is given a number for a user."""
+    command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
+    unknown = f"unshare --user --map-user=54321 --map-group=54321 env -u HOME {home} "
+    result = shell(f"{unknown} {command}", python_environment, tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("command", ["train", "train trainer.epochs=5", "evaluate"])
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_the_run_of_another_user(command, mode, args, undisturbed, as_a_user, python_environment, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    folder.chmod(mode)
+    name, *more = command.split()
+    words = [sys.executable, "-m", f"mnist_dist.{name}", *(args if name == "train" else ()), *more, f"run_dir={folder}"]
+    result = shell(as_a_user + shlex.join(words), python_environment, tmp_path)
+    folder.chmod(0o755)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: run_dir={folder}: cannot be ")
+    assert line.endswith("Permission denied")
+
+
+@pytest.mark.parametrize("key", ["data.path", "plots.reference"])
+def test_files_of_another_user(key, args, small_npz, as_a_user, python_environment, tmp_path):
+    shutil.copy(small_npz, tmp_path / "theirs")
+    (tmp_path / "theirs").chmod(0)
+    words = [sys.executable, *TRAIN, *args, f"{key}=theirs", f"run_dir={tmp_path / 'run'}"]
+    result = shell(as_a_user + shlex.join(words), python_environment, tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {key}=theirs")
+    assert "Permission denied" in line
