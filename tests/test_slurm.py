@@ -33,6 +33,9 @@ def cluster():
         yield environment
 
 
+FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+
+
 class Batch(NamedTuple):
     """What became of a batch job."""
 
@@ -58,8 +61,8 @@ class Job:
     ask: Callable[..., str]
 
     def __call__(self) -> Batch:
-        # sbatch --wait would look every 32 s only.
-        wait_until(lambda: self.told("JobState") not in ("PENDING", "RUNNING", "COMPLETING"), self)
+        # sbatch --wait would look every 32 s only. On its way back into the queue a job passes through other states.
+        wait_until(lambda: self.told("JobState") in FINAL_STATES, self)
         codes = [
             int(code) for code in re.findall(r" ExitCode=(\d+):", self.ask("scontrol", "show", "job", self.job_id))
         ]
