@@ -164,7 +164,7 @@ def test_a_spare_process(rank, when, args, launch, run_python, tmp_path):
 
 
 @pytest.mark.parametrize("hosts", [("[::1]", "[::1]"), ("[::1]", "localhost"), ("localhost", "[::1]")])
-def test_a_job_over_ipv6(hosts, args, train, start_python, tmp_path):
+def test_a_job_over_ipv6(hosts, args, run_python, tmp_path):
     addresses = [f"{host}:{port}" for host, port in zip(hosts, free_ports(2), strict=True)]
     command = [sys.executable, *TRAIN, "strategy=multiworker", *args]
     job = [
@@ -172,7 +172,7 @@ def test_a_job_over_ipv6(hosts, args, train, start_python, tmp_path):
         for text in tf_configs(addresses)
     ]
     assert [process.wait(timeout=120) for process in job] == [0, 0]
-    assert train(tmp_path / "alone", "trainer.epochs=1").returncode == 0
+    assert run_python(*TRAIN, *args, f"run_dir={tmp_path / 'alone'}").returncode == 0
     assert result_of(tmp_path / "run") == result_of(tmp_path / "alone")
 
 
