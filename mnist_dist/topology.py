@@ -25,6 +25,13 @@ _HOROVOD_NAMES = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD
 _STORE_NAMES = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST_NAME = rf"{_LABEL}(?:\.{_LABEL})*"
+# Settings of Horovod that it ends on, with no word, where they are no numbers or too large for it.
+_HOROVOD_SETTINGS = {
+    "HOROVOD_CACHE_CAPACITY": 10**6,
+    "HOROVOD_CYCLE_TIME": 10**5,
+    "HOROVOD_FUSION_THRESHOLD": 2**31 - 1,
+    "HOROVOD_GLOO_TIMEOUT_SECONDS": 10**6,
+}
 _NODES = r"(?:[A-Za-z0-9._-]|\[[0-9,-]+\])+"
 
 # Ports for a job's first contact, below the range from which Linux gives out ports by itself (32768 and up).
@@ -64,6 +71,8 @@ class Topology:
     """Then: what tells these processes from all others on those hosts."""
     store: str | None = None
     """`host:port` of the key-value store that horovodrun serves to its processes."""
+    interface: str | None = None
+    """The network interface that the user chose for Horovod (HOROVOD_GLOO_IFACE)."""
     visible_gpus: str | None = None
     """CUDA_VISIBLE_DEVICES."""
     cpus_per_task: int | None = None
@@ -110,9 +119,11 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         )
     else:
         topology = Topology()
+    _check_horovod_settings(told)
     cpus = _number(told, "SLURM_CPUS_PER_TASK", default=0, minimum=1, maximum=_MAX_CORES)
     return replace(
         topology,
+        interface=told.get("HOROVOD_GLOO_IFACE"),
         visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),  # empty: no GPUs
         cpus_per_task=cpus or None if topology.launcher != "none" else None,
         slurm=_slurm_job(told),
@@ -141,6 +152,13 @@ def _from_horovod(told: Mapping[str, str]) -> Topology:
         host = _used(told, _STORE_NAMES[0], lambda text: _ipv6(text.strip("[]")) if ":" in text else _host_name(text))
         store = join_address(host, _number(told, _STORE_NAMES[1], minimum=1, maximum=65_535))
     return Topology("horovod", rank, size, local_rank, local_size, store=store)
+
+
+def _check_horovod_settings(told: Mapping[str, str]) -> None:
+    for name, largest in _HOROVOD_SETTINGS.items():
+        value = told.get(name, "0")
+        if not re.fullmatch(r"[0-9]{1,12}(?:\.[0-9]{1,12})?", value) or float(value) > largest:
+            raise UserError(f"{_shown(told, name)}: must be a number from 0 to {largest}; correct it, or unset it")
 
 
 def _from_tf_config(told: Mapping[str, str]) -> Topology:

@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from jobs import (
     CHECKOUT,
     HOROVOD,
@@ -29,7 +28,7 @@ from jobs import (
 
 from mnist_dist.artifacts import RunFolder
 from mnist_dist.checkpoint import Checkpoint
-from mnist_dist.config import conf_dir, register_schemas, to_config
+from mnist_dist.config import compose_config
 from mnist_dist.errors import UserError
 
 KILL_AT = CHECKOUT / "tests" / "kill_at.py"
@@ -314,9 +313,7 @@ def test_of_two_jobs_started_at_once_one_trains(uninterrupted, start, args, tmp_
 
 def test_a_run_that_began_while_another_job_was_starting(tmp_path):
     """That job has not seen how far the run has come, so it must not train there, even if nobody else does any more."""
-    register_schemas()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = to_config(compose("train"))
+    config = compose_config()
     late, early = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     for folder in (late, early):
         folder.claim()
