@@ -26,9 +26,9 @@ HARMLESS = {
     "TF_NUM_INTEROP_THREADS": "many",
     "TF_CPP_MIN_LOG_LEVEL": "0",
     "OMP_NUM_THREADS": "3",
-    "TMPDIR": "/nowhere",
+    "TMPDIR": "/proc/nowhere",
     "MPLCONFIGDIR": "/proc",
-    "HOME": "/nowhere",
+    "HOME": "/proc/nowhere",
     "COLUMNS": "many",
     "TERM": "nonsense",
     "CUDA_VISIBLE_DEVICES": "x,y",
@@ -133,7 +133,7 @@ def test_ranks_whose_libraries_compute_differently(run_job, args, tmp_path):
 
 
 def test_arithmetic_variables():
-    environ = {"TF_ENABLE_ONEDNN_OPTS": "0", "HOME": "/nowhere", "NVIDIA_TF32_OVERRIDE": "1"}
+    environ = {"TF_ENABLE_ONEDNN_OPTS": "0", "HOME": "/proc/nowhere", "NVIDIA_TF32_OVERRIDE": "1"}
     assert arithmetic_variables(environ) == {"TF_ENABLE_ONEDNN_OPTS": "0", "NVIDIA_TF32_OVERRIDE": "1"}
 
 
@@ -215,7 +215,7 @@ def test_a_home_folder_and_caches_that_cannot_be_written(args, undisturbed, as_a
     assert not any((tmp_path / "home").iterdir())
 
 
-@pytest.mark.parametrize("home", ["", "HOME=/nowhere"])
+@pytest.mark.parametrize("home", ["", "HOME=/proc/nowhere"])
 def test_a_user_whom_the_machine_does_not_know(home, args, undisturbed, python_environment, tmp_path):
     """As in a container that is given a number for a user."""
     command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
