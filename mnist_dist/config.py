@@ -169,7 +169,7 @@ class ModelConfig(_Checked):
 
     def layer_sizes(self, image_shape: Sequence[int], num_classes: int) -> list[LayerSize]:
         """The layers with weights, for images of shape (height, width) or (height, width, channels)."""
-        raise NotImplementedError
+        raise NotImplementedError  # each choice has it; abstract classes are no schemas
 
 
 @dataclass
@@ -246,7 +246,7 @@ class OptimizerConfig(_Checked):
     @property
     def num_slots(self) -> int:
         """Numbers that the optimizer keeps for each weight."""
-        raise NotImplementedError
+        raise NotImplementedError  # each choice has it; abstract classes are no schemas
 
 
 @dataclass

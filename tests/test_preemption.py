@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import TRAIN, free_ports, tf_configs
+from jobs import TRAIN, descendants, free_ports, send, tf_configs
 
 from mnist_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
@@ -52,15 +52,13 @@ WAITS = {
     "FIFO": "open(sys.argv[1])",
     "busy": "while True: pass",
     # As on a network mount that is dead, and not to be woken by anything but the end of the process: it waits for a
-    # child that shares its memory and has not begun its own program (vfork).
+    # child that shares its memory (CLONE_VM, CLONE_VFORK and SIGCHLD) and does nothing.
     "uninterruptible": """
 import ctypes
 libc = ctypes.CDLL(None)
-actions = ctypes.create_string_buffer(1024)
-libc.posix_spawn_file_actions_init(actions)
-libc.posix_spawn_file_actions_addopen(actions, 0, os.fsencode(sys.argv[1]), os.O_RDONLY, 0)
-arguments = (ctypes.c_char_p * 2)(b"true", None)
-libc.posix_spawn(ctypes.byref(ctypes.c_int()), b"/bin/true", actions, None, arguments, None)
+stack = ctypes.create_string_buffer(65536)
+top = ctypes.c_void_p((ctypes.addressof(stack) + 65536) & ~15)
+libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), top, 0x100 | 0x4000 | 17, None)
 """,
 }
 
@@ -91,6 +89,7 @@ def test_none_is_deadly_after_the_end(inside, python_environment):
 @pytest.mark.parametrize("wait", WAITS)
 def test_before_the_training_a_signal_ends_the_process(wait, number, code, python_environment, tmp_path):
     os.mkfifo(tmp_path / "fifo")
+    children: list[int] = []
     lines = [f"    {line}" for line in ["print('ready', flush=True)", *WAITS[wait].strip().splitlines()]]
     process = subprocess.Popen(
         [sys.executable, "-c", "\n".join([SETUP, "with request:", *lines]), tmp_path / "fifo"],
@@ -103,14 +102,13 @@ def test_before_the_training_a_signal_ends_the_process(wait, number, code, pytho
         assert process.stdout.readline() == "ready\n"
         if wait == "uninterruptible":
             wait_until(lambda: state(process.pid) == "D")
+        _, *children = descendants(process.pid)
         process.send_signal(number)
         assert process.wait(timeout=30) == code
     finally:
         process.kill()
-        # The child of the last one holds the pipes, too, and opens the FIFO sooner or later.
-        released = os.open(tmp_path / "fifo", os.O_RDWR)
+        send(children, signal.SIGKILL)  # they hold the pipes, too
         printed, _ = process.communicate(timeout=30)
-        os.close(released)
     reason = "interrupted" if number is signal.SIGINT else f"{number.name} before the training"
     assert printed == f"{reason} {code}\n"
 
