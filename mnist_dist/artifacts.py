@@ -20,12 +20,8 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_dist.checkpoint import DATA_DIGEST, Checkpoint, CheckpointFolder, Progress
-from mnist_dist.config import DataConfig, TrainConfig, training_keys
-from mnist_dist.data.formats import expand_path
-from mnist_dist.data.preprocess import SplitName
-from mnist_dist.errors import TrainingFailed, UserError
-from mnist_dist.files import (
+from mnist_dist.base.errors import TrainingFailed, UserError
+from mnist_dist.base.files import (
     check_writable,
     describe_os_error,
     is_open_as,
@@ -35,6 +31,10 @@ from mnist_dist.files import (
     remove_temporaries,
     write_atomically,
 )
+from mnist_dist.checkpoint import DATA_DIGEST, Checkpoint, CheckpointFolder, Progress
+from mnist_dist.config import DataConfig, TrainConfig, training_keys
+from mnist_dist.data.formats import expand_path
+from mnist_dist.data.preprocess import SplitName
 from mnist_dist.history import History, to_csv
 from mnist_dist.metrics import EvaluationSums
 from mnist_dist.results import MODEL, RESULT_FILES, Inspection

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.files import describe_os_error, make_folder, read_regular, remove_temporaries, write_atomically
+from mnist_dist.base.files import describe_os_error, make_folder, read_regular, remove_temporaries, write_atomically
 from mnist_dist.history import History, best_of, from_csv, to_csv
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,8 @@ from typing import Any, NoReturn
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_dist.command_line import parse_command_line, printed
-from mnist_dist.config import compose, shorten, to_config
-from mnist_dist.console import Console
-from mnist_dist.errors import (
+from mnist_dist.base.console import Console
+from mnist_dist.base.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_LOST_PEER,
@@ -27,10 +25,12 @@ from mnist_dist.errors import (
     TrainingFailed,
     UserError,
 )
+from mnist_dist.base.memory import describe_bytes, usable_memory
+from mnist_dist.base.surroundings import existing_working_directory, settle
+from mnist_dist.command_line import parse_command_line, printed
+from mnist_dist.config import compose, shorten, to_config
 from mnist_dist.explain import explain
-from mnist_dist.memory import describe_bytes, usable_memory
 from mnist_dist.preemption import end_at_once
-from mnist_dist.surroundings import existing_working_directory, settle
 from mnist_dist.topology import Topology, read_topology
 
 log = logging.getLogger(__name__)

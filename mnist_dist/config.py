@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 
 # Named here and not looked up in Keras, so that a misspelt one is refused before TensorFlow is imported.
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus", "sigmoid", "tanh", "linear")

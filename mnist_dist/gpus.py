@@ -4,7 +4,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.topology import Topology
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.config import FLOAT32_MAX, AdamConfig, LearningRateConfig, OptimizerConfig, SGDConfig
-from mnist_dist.errors import UserError
 
 
 class Optimizer(ABC):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from mnist_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from mnist_dist.base.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 log = logging.getLogger(__name__)
 

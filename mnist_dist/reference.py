@@ -9,8 +9,8 @@ from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
-from mnist_dist.errors import UserError
-from mnist_dist.files import read_regular
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.files import read_regular
 
 REFERENCE_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy")
 

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.topology import Topology, join_address, split_address
 
 _RETRY_S = 0.2

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.data.batches import PADDING, BatchPlan
 from mnist_dist.data.preprocess import Split
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.dropout import BatchPosition
-from mnist_dist.errors import TrainingFailed, UserError
 from mnist_dist.metrics import EpochSums, EvaluationSums
 from mnist_dist.model import FloatArray, Network
 from mnist_dist.optimizer import Optimizer

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 
 Launcher = Literal["none", "horovod", "tf_config", "slurm"]
 _T = TypeVar("_T")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mnist_dist import __version__, cli
 from mnist_dist.agreement import Report, agree
 from mnist_dist.artifacts import RunFolder, Timing, build_summary
+from mnist_dist.base.console import Console, progress
+from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED, UserError
+from mnist_dist.base.surroundings import arithmetic_variables
 from mnist_dist.checkpoint import DATA_DIGEST, Checkpoint, Progress
 from mnist_dist.config import TrainConfig, job_keys
-from mnist_dist.console import Console, progress
 from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
-from mnist_dist.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.footprint import check_fits
 from mnist_dist.gpus import own_uuids
 from mnist_dist.history import History
@@ -27,7 +28,6 @@ from mnist_dist.preemption import StopRequest
 from mnist_dist.reference import Reference, load_reference
 from mnist_dist.rendezvous import RankTaken, hold_own_port
 from mnist_dist.resuming import check_same_batches, settle, start_or_resume
-from mnist_dist.surroundings import arithmetic_variables
 from mnist_dist.topology import Topology
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.errors import TrainingFailed
 from mnist_dist.history import EpochMetrics, History
 from mnist_dist.metrics import EpochSums, EvaluationSums
 

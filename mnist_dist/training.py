@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import keras
 
+from mnist_dist.base.console import job_log
+from mnist_dist.base.errors import UserError
 from mnist_dist.config import TrainConfig
-from mnist_dist.console import job_log
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.data.shards import ShardPlan
-from mnist_dist.errors import UserError
 from mnist_dist.metrics import EvaluationSums, weights_digest
 from mnist_dist.model import FloatArray, Network, build_model
 from mnist_dist.optimizer import LearningRate, Optimizer, create_optimizer

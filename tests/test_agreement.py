@@ -1,7 +1,7 @@
 import pytest
 
 from mnist_dist.agreement import Report, agree, check_not_shared, find_disagreement
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.topology import Topology
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from jobs import horovodrun
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.benchmark.contenders import default_texts, parse
 from mnist_dist.benchmark.machine import Bystanders
 from mnist_dist.benchmark.report import build_rows, build_targets, format_table
-from mnist_dist.errors import UserError
 
 MODULE = ("-m", "mnist_dist.benchmark")
 SHORT = ("epochs=2", "warmup_epochs=1", "timeout_s=300")

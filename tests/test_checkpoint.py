@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_dist import checkpoint, files
+from mnist_dist import checkpoint
+from mnist_dist.base import files
+from mnist_dist.base.files import read_regular, write_atomically
 from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
-from mnist_dist.files import read_regular, write_atomically
 from mnist_dist.history import EpochMetrics, History
 
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.config import FLOAT32_MAX, FLOAT32_TINY, compose_config
-from mnist_dist.errors import UserError
 
 
 def test_the_defaults_are_the_seed_recipe():

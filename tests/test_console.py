@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mnist_dist.console import Console, progress
+from mnist_dist.base.console import Console, progress
 
 log = logging.getLogger("mnist_dist.test")
 
@@ -68,7 +68,7 @@ def test_no_bar_without_a_terminal(capsys):
 
 def test_a_bar_with_time_left_in_a_terminal(tmp_path):
     code = (
-        "import time; from mnist_dist.console import Console, progress\n"
+        "import time; from mnist_dist.base.console import Console, progress\n"
         "with Console(), progress('working') as show:\n"
         "    for n in range(4): show(n, 4); time.sleep(0.3)\n"
     )

@@ -7,8 +7,15 @@ import time
 
 import pytest
 
-from mnist_dist import files
-from mnist_dist.files import check_writable, file_lock, is_open_as, open_locked, remove_temporaries, write_atomically
+from mnist_dist.base import files
+from mnist_dist.base.files import (
+    check_writable,
+    file_lock,
+    is_open_as,
+    open_locked,
+    remove_temporaries,
+    write_atomically,
+)
 
 
 def test_writes_and_replaces(tmp_path):
@@ -126,7 +133,7 @@ def test_check_writable_of_a_relative_folder(tmp_path, monkeypatch):
 COUNT = """
 import sys, time
 from pathlib import Path
-from mnist_dist.files import file_lock
+from mnist_dist.base.files import file_lock
 counter = Path("counter")
 for _ in range(20):
     with file_lock(Path("folder/lock")):
@@ -145,7 +152,7 @@ def test_a_lock_keeps_processes_apart(tmp_path, start_python):
 
 def test_a_lock_ends_with_its_process(tmp_path, start_python):
     code = (
-        "import time; from pathlib import Path; from mnist_dist.files import file_lock\n"
+        "import time; from pathlib import Path; from mnist_dist.base.files import file_lock\n"
         "with file_lock(Path('lock')): Path('held').touch(); time.sleep(600)"
     )
     process = start_python("-c", code, cwd=tmp_path)
@@ -190,7 +197,7 @@ def test_a_lock_that_is_taken_is_refused(tmp_path):
 
 def test_a_started_program_does_not_inherit_the_lock(tmp_path, start_python):
     code = (
-        "import subprocess, time; from pathlib import Path; from mnist_dist.files import open_locked\n"
+        "import subprocess, time; from pathlib import Path; from mnist_dist.base.files import open_locked\n"
         "open_locked(Path('lock')); null = subprocess.DEVNULL\n"
         "subprocess.Popen(['sleep', '10'], close_fds=False, stdout=null, stderr=null)\n"
         "print('started', flush=True); time.sleep(600)"

@@ -1,7 +1,7 @@
 import pytest
 import tensorflow as tf
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.gpus import own_share, own_uuids, query_gpus, visible_uuids
 from mnist_dist.strategy.mirrored import Mirrored
 from mnist_dist.strategy.multiworker import create_resolver

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.config import compose_config
 from mnist_dist.data.sources import ImageDataset
 from mnist_dist.footprint import NETWORK, training_moments
-from mnist_dist.memory import describe_bytes, usable_memory
 
 GB = 1024**3
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.config import compose_config
-from mnist_dist.errors import UserError
 from mnist_dist.optimizer import LearningRate, create_optimizer
 
 KERAS = {

@@ -11,14 +11,14 @@ import time
 import pytest
 from jobs import free_ports, is_alive, ranks_of
 
-from mnist_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
 from mnist_dist.peers import _read_line
 
 # A rank that agrees, watches, and then does what its argument says; no TensorFlow.
 PEER = """
 import json, os, signal, sys, time
 from mnist_dist import peers
-from mnist_dist.errors import TrainingFailed, UserError
+from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.cli import _guarded
 from mnist_dist.rendezvous import exchange
 from mnist_dist.topology import read_topology

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mnist_dist import plots
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.history import EpochMetrics, History, to_csv
 from mnist_dist.plots import draw_confusion_matrix, draw_curves
 from mnist_dist.reference import REFERENCE_COLUMNS, load_reference

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from jobs import TRAIN, descendants, free_ports, send, tf_configs
 
-from mnist_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from mnist_dist.base.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 SETUP = """
 import os, signal, sys, time

@@ -5,9 +5,9 @@ import pytest
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import OneHotEncoder
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.data.preprocess import SPLIT_NAMES, preprocess
 from mnist_dist.data.sources import ImageDataset
-from mnist_dist.errors import UserError
 
 
 def create_dataset(arrays, **changes):

@@ -8,7 +8,7 @@ import pytest
 from jobs import free_ports
 
 from mnist_dist import rendezvous
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.rendezvous import RankTaken, exchange, hold_free_port, hold_own_port, listen, serving_addresses
 from mnist_dist.topology import Topology, split_address
 

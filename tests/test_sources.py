@@ -17,10 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.config import DataConfig
 from mnist_dist.data import digits, sources
 from mnist_dist.data.sources import ARRAY_NAMES, _dataset, array_digests, load_dataset
-from mnist_dist.errors import UserError
 
 IDX_NAMES = {
     "x_train": "train-images-idx3-ubyte",

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.strategy import choose_strategy
 from mnist_dist.strategy.horovod import describe_process, interface_towards
 from mnist_dist.topology import SlurmJob, Topology

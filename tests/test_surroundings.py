@@ -10,7 +10,7 @@ import sys
 import pytest
 from jobs import TRAIN
 
-from mnist_dist.surroundings import arithmetic_variables
+from mnist_dist.base.surroundings import arithmetic_variables
 
 # None of these may change anything, or show in what a run prints.
 HARMLESS = {

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.topology import (
     SlurmJob,
     Topology,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.errors import TrainingFailed
 from mnist_dist.metrics import EpochSums, EvaluationSums
 from mnist_dist.trainer import LogEpoch, Periodic, Trainer
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from mnist_dist import cli
 from mnist_dist.artifacts import RunFolder
+from mnist_dist.base.console import Console, progress
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
+from mnist_dist.base.files import write_atomically
 from mnist_dist.benchmark.contenders import Contender, default_texts, parse
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.machine import Bystanders, describe_machine, installed_versions
@@ -17,11 +20,8 @@ from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds
 from mnist_dist.benchmark.report import build_all_reduce, build_jobs, build_rows, build_targets, format_table
 from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_startup
 from mnist_dist.config import BenchmarkConfig
-from mnist_dist.console import Console, progress
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
-from mnist_dist.errors import EXIT_FAILURE, EXIT_OK, UserError
-from mnist_dist.files import write_atomically
 from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.benchmark")  # __name__ is __main__ when run with -m

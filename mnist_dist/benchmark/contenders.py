@@ -17,9 +17,9 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.command_line import check_override
 from mnist_dist.config import compose_config
-from mnist_dist.errors import UserError
 from mnist_dist.explain import explain
 
 OURS = "ours"

@@ -14,8 +14,8 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.benchmark.guard import Guard
-from mnist_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 

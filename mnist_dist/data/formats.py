@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.errors import UserError
-from mnist_dist.files import describe_os_error, open_regular
-from mnist_dist.memory import describe_bytes, usable_memory
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.files import describe_os_error, open_regular
+from mnist_dist.base.memory import describe_bytes, usable_memory
 
 Array = npt.NDArray[Any]
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")

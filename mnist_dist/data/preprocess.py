@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.data.sources import ImageDataset
-from mnist_dist.errors import UserError
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")

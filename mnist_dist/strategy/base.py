@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.errors import LostTouch
+from mnist_dist.base.errors import LostTouch
 
 Array = npt.NDArray[Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.gpus import own_share
 from mnist_dist.rendezvous import exchange
 from mnist_dist.strategy.base import Array, SingleDevice

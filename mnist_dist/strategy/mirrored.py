@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.strategy.base import Array, Strategy
 
 log = logging.getLogger(__name__)

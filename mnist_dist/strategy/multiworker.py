@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 from mnist_dist.gpus import own_share
 from mnist_dist.rendezvous import serving_addresses
 from mnist_dist.strategy.mirrored import DistributeStrategy

@@ -18,7 +18,7 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
-from mnist_dist.surroundings import settings_of_keras
+from mnist_dist.base.surroundings import settings_of_keras
 
 
 class _Terminal(rich.console.Console):

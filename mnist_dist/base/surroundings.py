@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mnist_dist.errors import UserError
+from mnist_dist.base.errors import UserError
 
 # Keras and TensorFlow look for Keras' settings below KERAS_HOME: there are none below a file.
 _KERAS = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
