@@ -32,7 +32,7 @@ from mnist_dist.base.files import (
     write_atomically,
 )
 from mnist_dist.checkpoint import DATA_DIGEST, Checkpoint, CheckpointFolder, Progress
-from mnist_dist.config import DataConfig, TrainConfig, training_keys
+from mnist_dist.config.commands import DataConfig, TrainConfig, training_keys
 from mnist_dist.data.formats import expand_path
 from mnist_dist.data.preprocess import SplitName
 from mnist_dist.history import History, to_csv

@@ -28,7 +28,7 @@ from mnist_dist.base.errors import (
 from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.base.surroundings import existing_working_directory, settle
 from mnist_dist.command_line import parse_command_line, printed
-from mnist_dist.config import compose, shorten, to_config
+from mnist_dist.config.commands import compose, shorten, to_config
 from mnist_dist.explain import explain
 from mnist_dist.preemption import end_at_once
 from mnist_dist.topology import Topology, read_topology

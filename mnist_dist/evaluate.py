@@ -12,7 +12,7 @@ from mnist_dist import cli
 from mnist_dist.artifacts import RunFolder
 from mnist_dist.base.console import Console
 from mnist_dist.base.errors import EXIT_OK, UserError
-from mnist_dist.config import DataConfig, EvaluateConfig, ThreadsConfig
+from mnist_dist.config.commands import DataConfig, EvaluateConfig, ThreadsConfig
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.footprint import check_data_fits

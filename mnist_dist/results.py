@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error
 from mnist_dist.checkpoint import Progress
-from mnist_dist.config import training_keys
+from mnist_dist.config.commands import training_keys
 from mnist_dist.history import History, from_csv
 
 T = TypeVar("T")

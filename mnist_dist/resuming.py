@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mnist_dist.artifacts import RunFolder
 from mnist_dist.base.errors import UserError
 from mnist_dist.checkpoint import DATA_DIGEST, Progress
-from mnist_dist.config import TrainConfig, training_keys
+from mnist_dist.config.commands import TrainConfig, training_keys
 from mnist_dist.history import History
 
 if TYPE_CHECKING:

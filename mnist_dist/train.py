@@ -16,7 +16,7 @@ from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.base.surroundings import arithmetic_variables
 from mnist_dist.checkpoint import DATA_DIGEST, Checkpoint, Progress
-from mnist_dist.config import TrainConfig, job_keys
+from mnist_dist.config.commands import TrainConfig, job_keys
 from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.footprint import check_fits

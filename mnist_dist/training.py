@@ -7,7 +7,7 @@ import keras
 
 from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
-from mnist_dist.config import TrainConfig
+from mnist_dist.config.commands import TrainConfig
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.data.shards import ShardPlan

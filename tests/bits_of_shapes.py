@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.data.preprocess import Split, Splits
 from mnist_dist.topology import Topology
 from mnist_dist.training import build_training

@@ -17,7 +17,7 @@ from jobs import CHECKOUT, NUM_EPOCHS, TRAIN, free_ports, horovodrun, kill, star
 from jobs import python_environment as clean_environment
 from small_data import create_small_arrays
 
-from mnist_dist.config import ThreadsConfig
+from mnist_dist.config.commands import ThreadsConfig
 from mnist_dist.history import History, from_csv
 from mnist_dist.model import Network
 from mnist_dist.runtime import configure_tensorflow

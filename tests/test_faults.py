@@ -29,7 +29,7 @@ from jobs import (
 from mnist_dist.artifacts import RunFolder
 from mnist_dist.base.errors import UserError
 from mnist_dist.checkpoint import Checkpoint
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 
 KILL_AT = CHECKOUT / "tests" / "kill_at.py"
 BACKWARD_CLOCK = CHECKOUT / "tests" / "backward_clock.py"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.memory import describe_bytes, usable_memory
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.data.sources import ImageDataset
 from mnist_dist.footprint import NETWORK, training_moments
 

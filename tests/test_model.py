@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.dropout import BatchPosition
 from mnist_dist.model import Network, build_model, load_network
 

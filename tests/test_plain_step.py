@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
 from mnist_dist.dropout import BatchPosition, random_uint16

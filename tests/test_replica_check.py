@@ -6,7 +6,7 @@ from faults import flip_bit_of_replica
 from jobs import job_name
 
 from mnist_dist.base.errors import TrainingFailed
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.history import from_csv
 from mnist_dist.optimizer import create_optimizer
 from mnist_dist.precision import LossScale

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mnist_dist.config import ThreadsConfig
+from mnist_dist.config.commands import ThreadsConfig
 from mnist_dist.runtime import choose_threads, own_cores
 from mnist_dist.topology import Topology, read_topology
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config import DataConfig
+from mnist_dist.config.commands import DataConfig
 from mnist_dist.data import digits, sources
 from mnist_dist.data.sources import ARRAY_NAMES, _dataset, array_digests, load_dataset
 
@@ -438,7 +438,7 @@ BUILD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from mnist_dist.config import DataConfig
+from mnist_dist.config.commands import DataConfig
 from mnist_dist.data import digits, sources
 
 here = Path.cwd()

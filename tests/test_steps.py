@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import Split
 from mnist_dist.data.shards import ShardPlan

@@ -3,7 +3,7 @@
 import pytest
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.topology import Topology
 from mnist_dist.training import choose_mode, plan_shards

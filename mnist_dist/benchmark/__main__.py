@@ -19,7 +19,7 @@ from mnist_dist.benchmark.machine import Bystanders, describe_machine, installed
 from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds
 from mnist_dist.benchmark.report import build_all_reduce, build_jobs, build_rows, build_targets, format_table
 from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_startup
-from mnist_dist.config import BenchmarkConfig
+from mnist_dist.config.commands import BenchmarkConfig
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
 from mnist_dist.topology import Topology

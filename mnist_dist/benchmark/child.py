@@ -9,7 +9,7 @@ from typing import Any
 
 from mnist_dist.base.surroundings import settings_of_keras, settle
 from mnist_dist.benchmark.protocol import Channel, Turns
-from mnist_dist.config import DataConfig, compose_config
+from mnist_dist.config.commands import DataConfig, compose_config
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
 from mnist_dist.topology import read_topology

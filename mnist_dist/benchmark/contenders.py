@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.command_line import check_override
-from mnist_dist.config import compose_config
+from mnist_dist.config.commands import compose_config
 from mnist_dist.explain import explain
 
 OURS = "ours"

@@ -590,5 +590,5 @@ def to_config(composed: DictConfig) -> Any:
 
 def conf_dir() -> Path:
     """The folder `conf/`: inside the package once installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())

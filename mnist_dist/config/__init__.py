@@ -1,0 +1,1 @@
+"""Every key of the configuration, its meaning and its range."""
