@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import cli
-from mnist_dist.artifacts import RunFolder
 from mnist_dist.base.console import Console
 from mnist_dist.base.errors import EXIT_OK, UserError
 from mnist_dist.config.commands import DataConfig, EvaluateConfig, ThreadsConfig
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.footprint import check_data_fits
-from mnist_dist.results import MODEL_ADVICE
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.summary import MODEL_ADVICE
 from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m

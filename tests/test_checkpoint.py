@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_dist import checkpoint
 from mnist_dist.base import files
 from mnist_dist.base.files import read_regular, write_atomically
-from mnist_dist.checkpoint import Checkpoint, CheckpointFolder, Progress
 from mnist_dist.history import EpochMetrics, History
+from mnist_dist.run import checkpoint
+from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder, Progress
 
 
 def make(num_epochs: int, *, val_accuracy=lambda epoch: epoch / 100) -> Checkpoint:

@@ -26,10 +26,10 @@ from jobs import (
     wait_for_epoch,
 )
 
-from mnist_dist.artifacts import RunFolder
 from mnist_dist.base.errors import UserError
-from mnist_dist.checkpoint import Checkpoint
 from mnist_dist.config.commands import compose_config
+from mnist_dist.run.checkpoint import Checkpoint
+from mnist_dist.run.folder import RunFolder
 
 KILL_AT = CHECKOUT / "tests" / "kill_at.py"
 BACKWARD_CLOCK = CHECKOUT / "tests" / "backward_clock.py"

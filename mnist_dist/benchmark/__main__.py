@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist import cli
-from mnist_dist.artifacts import RunFolder
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
 from mnist_dist.base.files import write_atomically
@@ -22,6 +21,7 @@ from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_star
 from mnist_dist.config.commands import BenchmarkConfig
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
+from mnist_dist.run.folder import RunFolder
 from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.benchmark")  # __name__ is __main__ when run with -m

@@ -4,11 +4,11 @@ import logging
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from mnist_dist.artifacts import RunFolder
 from mnist_dist.base.errors import UserError
-from mnist_dist.checkpoint import DATA_DIGEST, Progress
 from mnist_dist.config.commands import TrainConfig, training_keys
 from mnist_dist.history import History
+from mnist_dist.run.checkpoint import DATA_DIGEST, Progress
+from mnist_dist.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from mnist_dist.training import Training
