@@ -19,11 +19,11 @@ from mnist_dist.data.batches import PADDING, BatchPlan
 from mnist_dist.data.preprocess import Split
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.dropout import BatchPosition
-from mnist_dist.metrics import EpochSums, EvaluationSums
 from mnist_dist.model import FloatArray, Network
 from mnist_dist.optimizer import Optimizer
 from mnist_dist.precision import LossScale
 from mnist_dist.reduction import Reduction
+from mnist_dist.results.sums import EpochSums, EvaluationSums
 from mnist_dist.strategy.base import Array, Strategy
 
 

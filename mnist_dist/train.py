@@ -19,12 +19,12 @@ from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preproce
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.footprint import check_fits
 from mnist_dist.gpus import own_uuids
-from mnist_dist.history import History
-from mnist_dist.metrics import weights_digest
 from mnist_dist.peers import PeerWatch
 from mnist_dist.preemption import StopRequest
-from mnist_dist.reference import Reference, load_reference
 from mnist_dist.rendezvous import RankTaken, hold_own_port
+from mnist_dist.results.history import History
+from mnist_dist.results.reference import Reference, load_reference
+from mnist_dist.results.sums import weights_digest
 from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, Progress
 from mnist_dist.run.folder import RunFolder, Timing, build_summary
 from mnist_dist.run.resume import check_same_batches, settle, start_or_resume
@@ -71,7 +71,7 @@ def train_on(
         preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
     )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        from mnist_dist import plots
+        from mnist_dist.results import curves as plots
         from mnist_dist.strategy import list_gpus
         from mnist_dist.trainer import LogEpoch, Periodic
         from mnist_dist.training import build_training

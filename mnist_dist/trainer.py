@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.history import EpochMetrics, History
-from mnist_dist.metrics import EpochSums, EvaluationSums
+from mnist_dist.results.history import EpochMetrics, History
+from mnist_dist.results.sums import EpochSums, EvaluationSums
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from mnist_dist.config.commands import TrainConfig
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.data.shards import ShardPlan
-from mnist_dist.metrics import EvaluationSums, weights_digest
 from mnist_dist.model import FloatArray, Network, build_model
 from mnist_dist.optimizer import LearningRate, Optimizer, create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
 from mnist_dist.reduction import ExactSum, FastSum
+from mnist_dist.results.sums import EvaluationSums, weights_digest
 from mnist_dist.runtime import configure_tensorflow, own_cores
 from mnist_dist.steps import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
 from mnist_dist.strategy import Strategy, create_strategy

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mnist_dist.history import EpochMetrics, History, from_csv
+from mnist_dist.results.history import EpochMetrics, History, from_csv
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # What a launcher or a batch job leaves in the environment would make one process of many of every run in here.

@@ -10,7 +10,7 @@ import pytest
 
 from mnist_dist.base import files
 from mnist_dist.base.files import read_regular, write_atomically
-from mnist_dist.history import EpochMetrics, History
+from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.run import checkpoint
 from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder, Progress
 

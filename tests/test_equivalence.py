@@ -13,7 +13,7 @@ from jobs import horovodrun, job_name
 from mnist_dist.config.commands import compose_config
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
-from mnist_dist.history import from_csv
+from mnist_dist.results.history import from_csv
 
 # (strategy, processes or replicas)
 SMALL_JOBS = [("mirrored", 2), ("mirrored", 3), ("mirrored", 4), ("multiworker", 2), ("horovod", 2), ("horovod", 3)]

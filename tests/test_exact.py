@@ -8,7 +8,7 @@ import pytest
 from conftest import Job
 from jobs import CHECKOUT, TRAIN, job_name
 
-from mnist_dist.history import from_csv
+from mnist_dist.results.history import from_csv
 
 SINGLE = ("single", 1)
 JOBS = [

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mnist_dist.history import COLUMNS, EpochMetrics, History, from_csv, to_csv
+from mnist_dist.results.history import COLUMNS, EpochMetrics, History, from_csv, to_csv
 
 
 def metrics(epoch: int, val_accuracy: float = 0.5, weights_sha256: str | None = None) -> EpochMetrics:

@@ -12,11 +12,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mnist_dist import plots
 from mnist_dist.base.errors import UserError
-from mnist_dist.history import EpochMetrics, History, to_csv
-from mnist_dist.plots import draw_confusion_matrix, draw_curves
-from mnist_dist.reference import REFERENCE_COLUMNS, load_reference
+from mnist_dist.results import curves as plots
+from mnist_dist.results.curves import draw_confusion_matrix, draw_curves
+from mnist_dist.results.history import EpochMetrics, History, to_csv
+from mnist_dist.results.reference import REFERENCE_COLUMNS, load_reference
 
 HEADER = "epoch,loss,accuracy,val_loss,val_accuracy\n"
 

@@ -7,9 +7,9 @@ from jobs import job_name
 
 from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.config.commands import compose_config
-from mnist_dist.history import from_csv
 from mnist_dist.optimizer import create_optimizer
 from mnist_dist.precision import LossScale
+from mnist_dist.results.history import from_csv
 from mnist_dist.steps import ReplicaCheck, TrainState
 from mnist_dist.strategy.mirrored import Mirrored
 

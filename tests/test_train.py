@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_dist.history import from_csv
-from mnist_dist.metrics import weights_digest
 from mnist_dist.model import Network
+from mnist_dist.results.history import from_csv
+from mnist_dist.results.sums import weights_digest
 
 FILES = {"config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log", "checkpoints"}
 EPOCH_LINE = (

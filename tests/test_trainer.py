@@ -3,7 +3,7 @@ import pytest
 
 from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.metrics import EpochSums, EvaluationSums
+from mnist_dist.results.sums import EpochSums, EvaluationSums
 from mnist_dist.trainer import LogEpoch, Periodic, Trainer
 
 PLAN = BatchPlan(10, 4)

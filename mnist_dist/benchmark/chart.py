@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mnist_dist.benchmark.contenders import OURS
 from mnist_dist.benchmark.referee import EPOCH
-from mnist_dist.plots import DPI, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR
+from mnist_dist.results.curves import DPI, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR
 
 _COLORS = {OURS: TRAIN_COLOR, "floor": REFERENCE_COLOR}
 _RIVAL_COLOR = VALIDATION_COLOR

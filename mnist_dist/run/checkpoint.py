@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.base.files import describe_os_error, make_folder, read_regular, remove_temporaries, write_atomically
-from mnist_dist.history import History, best_of, from_csv, to_csv
+from mnist_dist.results.history import History, best_of, from_csv, to_csv
 
 log = logging.getLogger(__name__)
 

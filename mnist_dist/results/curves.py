@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from mnist_dist.history import History
-from mnist_dist.reference import Reference
+from mnist_dist.results.history import History
+from mnist_dist.results.reference import Reference
 
 Metric = Literal["loss", "accuracy"]
 
