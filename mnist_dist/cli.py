@@ -30,8 +30,8 @@ from mnist_dist.base.surroundings import existing_working_directory, settle
 from mnist_dist.command_line import parse_command_line, printed
 from mnist_dist.config.commands import compose, shorten, to_config
 from mnist_dist.explain import explain
-from mnist_dist.preemption import end_at_once
-from mnist_dist.topology import Topology, read_topology
+from mnist_dist.launch.stop import end_at_once
+from mnist_dist.launch.topology import Topology, read_topology
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from mnist_dist.config.commands import DataConfig, EvaluateConfig, ThreadsConfig
 from mnist_dist.data.preprocess import SplitName, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.footprint import check_data_fits
+from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.summary import MODEL_ADVICE
-from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m
 

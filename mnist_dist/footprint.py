@@ -11,8 +11,8 @@ from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.config.commands import DataConfig, TrainConfig, shorten
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.sources import ImageDataset
-from mnist_dist.gpus import own_uuids
-from mnist_dist.topology import Topology
+from mnist_dist.launch.gpus import own_uuids
+from mnist_dist.launch.topology import Topology
 
 _FLOAT32 = 4
 NETWORK, IMAGES, LABELS, CONFUSION, OUTPUTS = (

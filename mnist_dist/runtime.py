@@ -5,7 +5,7 @@ import os
 import tensorflow as tf
 
 from mnist_dist.config.commands import ThreadsConfig
-from mnist_dist.topology import Topology
+from mnist_dist.launch.topology import Topology
 
 
 def configure_tensorflow(threads: ThreadsConfig, topology: Topology, *, num_shards: int, exact: bool) -> None:

@@ -10,7 +10,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist import __version__, cli
-from mnist_dist.agreement import Report, agree
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.base.surroundings import arithmetic_variables
@@ -18,17 +17,18 @@ from mnist_dist.config.commands import TrainConfig, job_keys
 from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.data.sources import ImageDataset, load_dataset
 from mnist_dist.footprint import check_fits
-from mnist_dist.gpus import own_uuids
-from mnist_dist.peers import PeerWatch
-from mnist_dist.preemption import StopRequest
-from mnist_dist.rendezvous import RankTaken, hold_own_port
+from mnist_dist.launch.agreement import Report, agree
+from mnist_dist.launch.gpus import own_uuids
+from mnist_dist.launch.peers import PeerWatch
+from mnist_dist.launch.rendezvous import RankTaken, hold_own_port
+from mnist_dist.launch.stop import StopRequest
+from mnist_dist.launch.topology import Topology
 from mnist_dist.results.history import History
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.results.sums import weights_digest
 from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, Progress
 from mnist_dist.run.folder import RunFolder, Timing, build_summary
 from mnist_dist.run.resume import check_same_batches, settle, start_or_resume
-from mnist_dist.topology import Topology
 
 if TYPE_CHECKING:
     from mnist_dist.training import Training

@@ -11,6 +11,7 @@ from mnist_dist.config.commands import TrainConfig
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.preprocess import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.data.shards import ShardPlan
+from mnist_dist.launch.topology import Topology
 from mnist_dist.model import FloatArray, Network, build_model
 from mnist_dist.optimizer import LearningRate, Optimizer, create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
@@ -20,7 +21,6 @@ from mnist_dist.runtime import configure_tensorflow, own_cores
 from mnist_dist.steps import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
 from mnist_dist.strategy import Strategy, create_strategy
 from mnist_dist.strategy.base import Array
-from mnist_dist.topology import Topology
 from mnist_dist.trainer import EpochAction, Trainer
 
 _FAST_ROWS = 128

@@ -92,7 +92,7 @@ log=/proc/$$/fd/2 # where srun will say which process ended how
 [[ -f $log ]] || log=/dev/null
 log_size=$(stat --dereference --format=%s "$log")
 
-# No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/topology.py). When one fails, srun
+# No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/launch/topology.py). When one fails, srun
 # ends the others.
 export PYTHONUNBUFFERED=1 # each line goes into the log at once (srun --unbuffered would pretend a terminal)
 srun --mpi=none --distribution=block --kill-on-bad-exit=1 \

@@ -12,7 +12,7 @@ import numpy as np
 
 from mnist_dist.config.commands import compose_config
 from mnist_dist.data.preprocess import Split, Splits
-from mnist_dist.topology import Topology
+from mnist_dist.launch.topology import Topology
 from mnist_dist.training import build_training
 
 # Network, precision, rows of a shard, shards, side of the images. Each has been seen to differ for some number of

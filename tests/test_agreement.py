@@ -1,8 +1,8 @@
 import pytest
 
-from mnist_dist.agreement import Report, agree, check_not_shared, find_disagreement
 from mnist_dist.base.errors import UserError
-from mnist_dist.topology import Topology
+from mnist_dist.launch.agreement import Report, agree, check_not_shared, find_disagreement
+from mnist_dist.launch.topology import Topology
 
 
 def test_one_process_agrees_with_itself():

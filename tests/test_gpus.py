@@ -2,10 +2,10 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.gpus import own_share, own_uuids, query_gpus, visible_uuids
+from mnist_dist.launch.gpus import own_share, own_uuids, query_gpus, visible_uuids
+from mnist_dist.launch.topology import SlurmJob, Topology
 from mnist_dist.strategy.mirrored import Mirrored
 from mnist_dist.strategy.multiworker import create_resolver
-from mnist_dist.topology import SlurmJob, Topology
 
 UUIDS = ["GPU-aa", "GPU-bb", "GPU-cc"]
 

@@ -86,7 +86,9 @@ def test_a_port_in_use_stops_all(args, run_job):
 # Takes the port of this process's server in the last moment: the programs that this could happen to have no part in it.
 LOSE_PORT = """
 import contextlib, socket
-from mnist_dist import rendezvous, train
+from mnist_dist import train
+
+from mnist_dist.launch import rendezvous
 share = rendezvous._share_port
 def lose(server):
     share(server)

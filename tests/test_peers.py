@@ -12,16 +12,16 @@ import pytest
 from jobs import free_ports, is_alive, ranks_of
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
-from mnist_dist.peers import _read_line
+from mnist_dist.launch.peers import _read_line
 
 # A rank that agrees, watches, and then does what its argument says; no TensorFlow.
 PEER = """
 import json, os, signal, sys, time
-from mnist_dist import peers
+from mnist_dist.launch import peers
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.cli import _guarded
-from mnist_dist.rendezvous import exchange
-from mnist_dist.topology import read_topology
+from mnist_dist.launch.rendezvous import exchange
+from mnist_dist.launch.topology import read_topology
 
 topology = read_topology()
 peers._JOIN_S = 5.0
@@ -180,8 +180,8 @@ def test_strangers_are_not_heard(tmp_path, python_environment):
     """Whoever connects without the word of this job, and then leaves."""
     code = """
 import sys, threading, time
-from mnist_dist.peers import PeerWatch
-from mnist_dist.topology import Topology
+from mnist_dist.launch.peers import PeerWatch
+from mnist_dist.launch.topology import Topology
 chief = PeerWatch(Topology("tf_config", 0, 2, 0, 2))
 print(chief.contact, flush=True)
 with chief.watching(chief.contact):

@@ -12,7 +12,7 @@ from mnist_dist.config.commands import compose_config
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
 from mnist_dist.dropout import BatchPosition, random_uint16
-from mnist_dist.topology import Topology
+from mnist_dist.launch.topology import Topology
 from mnist_dist.training import build_training
 
 SEED, RATE, NUM_STEPS = 3, 0.4, 97

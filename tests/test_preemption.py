@@ -18,7 +18,7 @@ from mnist_dist.base.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 SETUP = """
 import os, signal, sys, time
 import numpy  # its threads take signals too
-from mnist_dist.preemption import StopRequest
+from mnist_dist.launch.stop import StopRequest
 
 told = []
 request = StopRequest(tell_others=lambda *words: print(*words, flush=True), has_others=False)

@@ -7,10 +7,10 @@ import time
 import pytest
 from jobs import free_ports
 
-from mnist_dist import rendezvous
 from mnist_dist.base.errors import UserError
-from mnist_dist.rendezvous import RankTaken, exchange, hold_free_port, hold_own_port, listen, serving_addresses
-from mnist_dist.topology import Topology, split_address
+from mnist_dist.launch import rendezvous
+from mnist_dist.launch.rendezvous import RankTaken, exchange, hold_free_port, hold_own_port, listen, serving_addresses
+from mnist_dist.launch.topology import Topology, split_address
 
 
 @pytest.fixture(params=["127.0.0.1", "[::1]"])

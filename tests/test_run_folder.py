@@ -12,10 +12,10 @@ from jobs import NUM_EPOCHS, TRAIN, checkpoints_of, history_of, result_of, summa
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import compose_config
+from mnist_dist.launch.topology import Topology
 from mnist_dist.run.checkpoint import Checkpoint
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.summary import RESULT_FILES
-from mnist_dist.topology import Topology
 from mnist_dist.train import RunInput, agree_on_input
 
 MADE_AGAIN = f": made again from the checkpoint of epoch {NUM_EPOCHS}"

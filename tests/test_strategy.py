@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.launch.topology import SlurmJob, Topology
 from mnist_dist.strategy import choose_strategy
 from mnist_dist.strategy.horovod import describe_process, interface_towards
-from mnist_dist.topology import SlurmJob, Topology
 
 ONE = Topology()
 HOROVOD = Topology("horovod", rank=1, world_size=2, local_rank=1, local_size=2)

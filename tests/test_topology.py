@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.topology import (
+from mnist_dist.launch.topology import (
     SlurmJob,
     Topology,
     expand_node_list,

@@ -5,7 +5,7 @@ import pytest
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import compose_config
 from mnist_dist.data.shards import ShardPlan
-from mnist_dist.topology import Topology
+from mnist_dist.launch.topology import Topology
 from mnist_dist.training import choose_mode, plan_shards
 
 ONE_PROCESS, NINE_PROCESSES = Topology(), Topology("horovod", 0, 9, 0, 9)

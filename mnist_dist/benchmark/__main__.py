@@ -21,8 +21,8 @@ from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_star
 from mnist_dist.config.commands import BenchmarkConfig
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
+from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
-from mnist_dist.topology import Topology
 
 log = logging.getLogger("mnist_dist.benchmark")  # __name__ is __main__ when run with -m
 

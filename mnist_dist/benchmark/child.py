@@ -12,7 +12,7 @@ from mnist_dist.benchmark.protocol import Channel, Turns
 from mnist_dist.config.commands import DataConfig, compose_config
 from mnist_dist.data.preprocess import preprocess
 from mnist_dist.data.sources import load_dataset
-from mnist_dist.topology import read_topology
+from mnist_dist.launch.topology import read_topology
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.gpus import query_gpus
+from mnist_dist.launch.gpus import query_gpus
 
 _PACKAGES = ("mnist-dist", "tensorflow", "keras", "numpy", "horovod", "torch")
 

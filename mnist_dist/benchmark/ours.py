@@ -12,11 +12,11 @@ from mnist_dist.benchmark.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.commands import TrainConfig
 from mnist_dist.data.preprocess import Splits
+from mnist_dist.launch.topology import Topology
 from mnist_dist.reduction import ExactSum, FastSum
 from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
 from mnist_dist.strategy import Strategy, list_gpus
 from mnist_dist.strategy.base import Array, SingleDevice
-from mnist_dist.topology import Topology
 from mnist_dist.trainer import Trainer
 from mnist_dist.training import Training, build_training
 

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import StrategyConfig
+from mnist_dist.launch.topology import Topology
 from mnist_dist.strategy.base import SingleDevice, Strategy
-from mnist_dist.topology import Topology
 
 __all__ = ["Strategy", "choose_strategy", "create_strategy", "list_gpus"]
 

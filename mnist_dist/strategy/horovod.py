@@ -13,10 +13,10 @@ from typing import Any
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.gpus import own_share
-from mnist_dist.rendezvous import exchange
+from mnist_dist.launch.gpus import own_share
+from mnist_dist.launch.rendezvous import exchange
+from mnist_dist.launch.topology import Topology
 from mnist_dist.strategy.base import Array, SingleDevice
-from mnist_dist.topology import Topology
 
 # Horovod's own settings, measured for one message a step between 2 CPU ranks: without its cache of agreed names, which
 # is made for hundreds of messages, an all-reduce of 1.08 MB takes 1.6 ms in place of 4. And Gloo would give up after

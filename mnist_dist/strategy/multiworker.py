@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.gpus import own_share
-from mnist_dist.rendezvous import serving_addresses
+from mnist_dist.launch.gpus import own_share
+from mnist_dist.launch.rendezvous import serving_addresses
+from mnist_dist.launch.topology import Topology
 from mnist_dist.strategy.mirrored import DistributeStrategy
-from mnist_dist.topology import Topology
 
 
 class MultiWorker(DistributeStrategy):

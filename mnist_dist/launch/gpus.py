@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.topology import Topology
+from mnist_dist.launch.topology import Topology
 
 
 def own_share(num_gpus: int, topology: Topology) -> range:

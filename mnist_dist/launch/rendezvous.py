@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.topology import Topology, join_address, split_address
+from mnist_dist.launch.topology import Topology, join_address, split_address
 
 _RETRY_S = 0.2
 _READ_TIMEOUT_S, _ANSWER_S = 5.0, 15.0

@@ -20,9 +20,9 @@ from typing import Any
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, LostTouch, TrainingFailed, UserError
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.preemption import end_at_once
-from mnist_dist.rendezvous import describe_rank, hold_free_port
-from mnist_dist.topology import Topology, join_address, split_address
+from mnist_dist.launch.rendezvous import describe_rank, hold_free_port
+from mnist_dist.launch.stop import end_at_once
+from mnist_dist.launch.topology import Topology, join_address, split_address
 
 log = logging.getLogger(__name__)
 

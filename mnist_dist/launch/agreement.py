@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.rendezvous import exchange
-from mnist_dist.topology import Topology
+from mnist_dist.launch.rendezvous import exchange
+from mnist_dist.launch.topology import Topology
 
 
 @dataclass(frozen=True)
