@@ -12,8 +12,8 @@ from mnist_dist import cli
 from mnist_dist.base.console import Console
 from mnist_dist.base.errors import EXIT_OK, UserError
 from mnist_dist.config.commands import DataConfig, EvaluateConfig, ThreadsConfig
-from mnist_dist.data.preprocess import SplitName, preprocess
-from mnist_dist.data.sources import ImageDataset, load_dataset
+from mnist_dist.data.load import ImageDataset, load_dataset
+from mnist_dist.data.splits import SplitName, preprocess
 from mnist_dist.footprint import check_data_fits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder

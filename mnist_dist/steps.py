@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.data.batches import PADDING, BatchPlan
-from mnist_dist.data.preprocess import Split
 from mnist_dist.data.shards import ShardPlan
+from mnist_dist.data.splits import Split
 from mnist_dist.dropout import BatchPosition
 from mnist_dist.model import FloatArray, Network
 from mnist_dist.optimizer import Optimizer

@@ -14,8 +14,8 @@ from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.base.surroundings import arithmetic_variables
 from mnist_dist.config.commands import TrainConfig, job_keys
-from mnist_dist.data.preprocess import SPLIT_NAMES, check_val_fraction, preprocess
-from mnist_dist.data.sources import ImageDataset, load_dataset
+from mnist_dist.data.load import ImageDataset, load_dataset
+from mnist_dist.data.splits import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.footprint import check_fits
 from mnist_dist.launch.agreement import Report, agree
 from mnist_dist.launch.gpus import own_uuids

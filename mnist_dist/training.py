@@ -9,8 +9,8 @@ from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import TrainConfig
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.data.preprocess import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.data.shards import ShardPlan
+from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.model import FloatArray, Network, build_model
 from mnist_dist.optimizer import LearningRate, Optimizer, create_optimizer

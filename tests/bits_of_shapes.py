@@ -11,7 +11,7 @@ import sys
 import numpy as np
 
 from mnist_dist.config.commands import compose_config
-from mnist_dist.data.preprocess import Split, Splits
+from mnist_dist.data.splits import Split, Splits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.training import build_training
 

@@ -11,8 +11,8 @@ import pytest
 from jobs import horovodrun, job_name
 
 from mnist_dist.config.commands import compose_config
-from mnist_dist.data.preprocess import preprocess
-from mnist_dist.data.sources import load_dataset
+from mnist_dist.data.load import load_dataset
+from mnist_dist.data.splits import preprocess
 from mnist_dist.results.history import from_csv
 
 # (strategy, processes or replicas)

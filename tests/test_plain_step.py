@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.config.commands import compose_config
-from mnist_dist.data.preprocess import preprocess
-from mnist_dist.data.sources import load_dataset
+from mnist_dist.data.load import load_dataset
+from mnist_dist.data.splits import preprocess
 from mnist_dist.dropout import BatchPosition, random_uint16
 from mnist_dist.launch.topology import Topology
 from mnist_dist.training import build_training

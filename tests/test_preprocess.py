@@ -6,8 +6,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import OneHotEncoder
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.data.preprocess import SPLIT_NAMES, preprocess
-from mnist_dist.data.sources import ImageDataset
+from mnist_dist.data.load import ImageDataset
+from mnist_dist.data.splits import SPLIT_NAMES, preprocess
 
 
 def create_dataset(arrays, **changes):

@@ -19,8 +19,9 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import DataConfig
-from mnist_dist.data import digits, sources
-from mnist_dist.data.sources import ARRAY_NAMES, _dataset, array_digests, load_dataset
+from mnist_dist.data import digits
+from mnist_dist.data import load as sources
+from mnist_dist.data.load import ARRAY_NAMES, _dataset, array_digests, load_dataset
 
 IDX_NAMES = {
     "x_train": "train-images-idx3-ubyte",
@@ -439,7 +440,9 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from mnist_dist.config.commands import DataConfig
-from mnist_dist.data import digits, sources
+from mnist_dist.data import digits
+
+from mnist_dist.data import load as sources
 
 here = Path.cwd()
 arrays = dict(np.load(sys.argv[1]))

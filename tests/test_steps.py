@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from mnist_dist.config.commands import compose_config
 from mnist_dist.data.batches import BatchPlan
-from mnist_dist.data.preprocess import Split
 from mnist_dist.data.shards import ShardPlan
+from mnist_dist.data.splits import Split
 from mnist_dist.model import Network, build_model
 from mnist_dist.optimizer import create_optimizer
 from mnist_dist.precision import LossScale, choose_precision

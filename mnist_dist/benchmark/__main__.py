@@ -19,8 +19,8 @@ from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds
 from mnist_dist.benchmark.report import build_all_reduce, build_jobs, build_rows, build_targets, format_table
 from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_startup
 from mnist_dist.config.commands import BenchmarkConfig
-from mnist_dist.data.preprocess import preprocess
-from mnist_dist.data.sources import load_dataset
+from mnist_dist.data.load import load_dataset
+from mnist_dist.data.splits import preprocess
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 

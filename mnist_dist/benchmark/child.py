@@ -10,8 +10,8 @@ from typing import Any
 from mnist_dist.base.surroundings import settings_of_keras, settle
 from mnist_dist.benchmark.protocol import Channel, Turns
 from mnist_dist.config.commands import DataConfig, compose_config
-from mnist_dist.data.preprocess import preprocess
-from mnist_dist.data.sources import load_dataset
+from mnist_dist.data.load import load_dataset
+from mnist_dist.data.splits import preprocess
 from mnist_dist.launch.topology import read_topology
 
 

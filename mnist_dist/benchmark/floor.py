@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from mnist_dist.benchmark.keras_fit import BATCH_SIZE, describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
-from mnist_dist.data.preprocess import Splits
+from mnist_dist.data.splits import Splits
 
 HIDDEN = (256, 256)
 

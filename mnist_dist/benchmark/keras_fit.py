@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from mnist_dist.benchmark.protocol import Turns
-from mnist_dist.data.preprocess import Splits
+from mnist_dist.data.splits import Splits
 
 BATCH_SIZE = 512
 _ENDLESS = 1_000_000

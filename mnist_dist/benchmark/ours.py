@@ -11,7 +11,7 @@ import tensorflow as tf
 from mnist_dist.benchmark.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.commands import TrainConfig
-from mnist_dist.data.preprocess import Splits
+from mnist_dist.data.splits import Splits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.reduction import ExactSum, FastSum
 from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split

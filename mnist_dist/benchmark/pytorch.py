@@ -6,7 +6,7 @@ import time
 import torch
 
 from mnist_dist.benchmark.protocol import Turns
-from mnist_dist.data.preprocess import Splits
+from mnist_dist.data.splits import Splits
 
 BATCH_SIZE = 512
 _TYPES = {"float32": "float32", "mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}

@@ -33,7 +33,7 @@ from mnist_dist.base.files import (
 )
 from mnist_dist.config.commands import DataConfig, TrainConfig, training_keys
 from mnist_dist.data.formats import expand_path
-from mnist_dist.data.preprocess import SplitName
+from mnist_dist.data.splits import SplitName
 from mnist_dist.results.history import History, to_csv
 from mnist_dist.results.sums import EvaluationSums
 from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, CheckpointFolder, Progress

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.data.sources import ImageDataset
+from mnist_dist.data.load import ImageDataset
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
