@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        from mnist_dist.model import load_network
+        from mnist_dist.models.build import load_network
         from mnist_dist.results import curves as plots
         from mnist_dist.runtime import configure_tensorflow
         from mnist_dist.steps import EvaluateProgram, place_split

@@ -19,7 +19,7 @@ from mnist_dist.data.batches import PADDING, BatchPlan
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.data.splits import Split
 from mnist_dist.dropout import BatchPosition
-from mnist_dist.model import FloatArray, Network
+from mnist_dist.models.build import FloatArray, Network
 from mnist_dist.optimizer import Optimizer
 from mnist_dist.precision import LossScale
 from mnist_dist.reduction import Reduction

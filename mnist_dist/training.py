@@ -12,7 +12,7 @@ from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.launch.topology import Topology
-from mnist_dist.model import FloatArray, Network, build_model
+from mnist_dist.models.build import FloatArray, Network, build_model
 from mnist_dist.optimizer import LearningRate, Optimizer, create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
 from mnist_dist.reduction import ExactSum, FastSum

@@ -19,7 +19,7 @@ from small_data import create_small_arrays
 
 from mnist_dist.config.commands import ThreadsConfig
 from mnist_dist.launch.topology import Topology
-from mnist_dist.model import Network
+from mnist_dist.models.build import Network
 from mnist_dist.results.history import History, from_csv
 from mnist_dist.runtime import configure_tensorflow
 

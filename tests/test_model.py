@@ -6,7 +6,7 @@ import tensorflow as tf
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import compose_config
 from mnist_dist.dropout import BatchPosition
-from mnist_dist.model import Network, build_model, load_network
+from mnist_dist.models.build import Network, build_model, load_network
 
 
 def build(*overrides: str, image_shape=(28, 28), num_classes=10, seed=0) -> keras.Model:

@@ -9,7 +9,7 @@ from mnist_dist.config.commands import compose_config
 from mnist_dist.data.batches import BatchPlan
 from mnist_dist.data.shards import ShardPlan
 from mnist_dist.data.splits import Split
-from mnist_dist.model import Network, build_model
+from mnist_dist.models.build import Network, build_model
 from mnist_dist.optimizer import create_optimizer
 from mnist_dist.precision import LossScale, choose_precision
 from mnist_dist.reduction import ExactSum, FastSum

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_dist.model import Network
+from mnist_dist.models.build import Network
 from mnist_dist.results.history import from_csv
 from mnist_dist.results.sums import weights_digest
 
