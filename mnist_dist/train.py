@@ -72,7 +72,7 @@ def train_on(
     )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist.results import curves as plots
-        from mnist_dist.strategy import list_gpus
+        from mnist_dist.strategy.choose import list_gpus
         from mnist_dist.trainer import LogEpoch, Periodic
         from mnist_dist.training import build_training
 

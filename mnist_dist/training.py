@@ -19,8 +19,8 @@ from mnist_dist.reduction import ExactSum, FastSum
 from mnist_dist.results.sums import EvaluationSums, weights_digest
 from mnist_dist.runtime import configure_tensorflow, own_cores
 from mnist_dist.steps import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
-from mnist_dist.strategy import Strategy, create_strategy
 from mnist_dist.strategy.base import Array
+from mnist_dist.strategy.choose import Strategy, create_strategy
 from mnist_dist.trainer import EpochAction, Trainer
 
 _FAST_ROWS = 128

@@ -95,7 +95,7 @@ def test_variables_start_with_rank_0s_value(job, run_job, tmp_path):
     script.write_text(
         "import sys, numpy as np\n"
         "from mnist_dist.config.commands import compose_config\n"
-        "from mnist_dist.strategy import create_strategy\n"
+        "from mnist_dist.strategy.choose import create_strategy\n"
         "from mnist_dist.launch.topology import read_topology\n"
         "topology = read_topology()\n"
         "strategy = create_strategy(compose_config(*sys.argv[1:]).strategy, topology, num_gpus=0)\n"

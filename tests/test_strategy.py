@@ -4,7 +4,7 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.topology import SlurmJob, Topology
-from mnist_dist.strategy import choose_strategy
+from mnist_dist.strategy.choose import choose_strategy
 from mnist_dist.strategy.horovod import describe_process, interface_towards
 
 ONE = Topology()

@@ -15,8 +15,8 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.reduction import ExactSum, FastSum
 from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
-from mnist_dist.strategy import Strategy, list_gpus
 from mnist_dist.strategy.base import Array, SingleDevice
+from mnist_dist.strategy.choose import Strategy, list_gpus
 from mnist_dist.trainer import Trainer
 from mnist_dist.training import Training, build_training
 

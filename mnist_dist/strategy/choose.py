@@ -1,0 +1,93 @@
+"""Placement and collectives: one interface (`base.Strategy`), one implementation a backend, and the choice of one."""
+
+import importlib.util
+import logging
+
+import tensorflow as tf
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.config.commands import StrategyConfig
+from mnist_dist.launch.topology import Topology
+from mnist_dist.strategy.base import SingleDevice, Strategy
+
+__all__ = ["Strategy", "choose_strategy", "create_strategy", "list_gpus"]
+
+log = logging.getLogger(__name__)
+
+
+def list_gpus() -> list[tf.config.PhysicalDevice]:
+    """The GPUs that TensorFlow can use."""
+    return list(tf.config.list_physical_devices("GPU"))
+
+
+def create_strategy(config: StrategyConfig, topology: Topology, *, num_gpus: int) -> Strategy:
+    """The configured strategy, ready for use.
+
+    Raises:
+        UserError: it does not fit the launched processes or the devices, or something it needs is missing.
+    """
+    has_horovod = importlib.util.find_spec("horovod") is not None
+    name, reason = choose_strategy(config.name, topology, num_gpus=num_gpus, has_horovod=has_horovod)
+    if config.num_replicas is not None and name != "mirrored":
+        raise UserError(
+            f"strategy.num_replicas={config.num_replicas}: is for strategy=mirrored; with strategy={name} the number "
+            "of replicas follows from the processes and devices"
+        )
+    log.info("Strategy: %s (%s)", name, reason)
+    # Each backend is imported only when it is chosen.
+    if name == "mirrored":
+        from mnist_dist.strategy.mirrored import Mirrored
+
+        return Mirrored(num_replicas=config.num_replicas)
+    if name == "multiworker":
+        from mnist_dist.strategy.multiworker import MultiWorker
+
+        return MultiWorker(topology=topology, timeout_s=config.start_timeout_s)
+    if name == "horovod":
+        from mnist_dist.strategy.horovod import Horovod
+
+        return Horovod(topology=topology, timeout_s=config.start_timeout_s)
+    return SingleDevice()
+
+
+def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod: bool) -> tuple[str, str]:
+    """The strategy's name and why it is this one.
+
+    Raises:
+        UserError: the configured strategy cannot serve the launched processes.
+    """
+    several = topology.world_size > 1
+    if name == "auto":
+        return _choose_automatically(topology, num_gpus=num_gpus, has_horovod=has_horovod)
+    if several and name in ("single", "mirrored"):
+        raise UserError(
+            f"strategy={name}: is for one process, but {topology.launcher} started {topology.world_size}; "
+            "say strategy=horovod or strategy=multiworker, or start one process"
+            + (" (slurm/train.sh does: #SBATCH --nodes=1)" if topology.slurm else "")
+        )
+    if several and name == "multiworker" and topology.launcher == "horovod":
+        raise UserError(
+            "strategy=multiworker: horovodrun started the processes, and does not tell their addresses; "
+            "say strategy=horovod, or set TF_CONFIG in place of using horovodrun"
+        )
+    if several and name == "horovod" and topology.launcher == "tf_config":
+        raise UserError(
+            "strategy=horovod: the processes were started by tf_config; start them with horovodrun or srun, "
+            "or say strategy=multiworker"
+        )
+    return name, "as configured"
+
+
+def _choose_automatically(topology: Topology, *, num_gpus: int, has_horovod: bool) -> tuple[str, str]:
+    if topology.launcher == "horovod":
+        return "horovod", "HOROVOD_RANK is set"
+    if topology.world_size > 1:
+        started = f"{topology.world_size} processes were started by {topology.launcher}"
+        if not topology.addresses:  # Slurm's: Horovod can start among them too
+            if has_horovod:
+                return "horovod", f"{started}, and Horovod is installed"
+            return "multiworker", f"{started}, and Horovod is not installed"
+        return "multiworker", started
+    if num_gpus >= 2:
+        return "mirrored", f"one process, {num_gpus} GPUs"
+    return "single", f"one process, {num_gpus} GPU" + ("" if num_gpus else "s: training on the CPU")
