@@ -8,9 +8,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist import cli
 from mnist_dist.base.console import Console
 from mnist_dist.base.errors import EXIT_OK, UserError
+from mnist_dist.cli import main as cli
 from mnist_dist.config.commands import DataConfig, EvaluateConfig, ThreadsConfig
 from mnist_dist.data.load import ImageDataset, load_dataset
 from mnist_dist.data.splits import SplitName, preprocess

@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mnist_dist import __version__, cli
+from mnist_dist import __version__
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.base.surroundings import arithmetic_variables
+from mnist_dist.cli import main as cli
 from mnist_dist.config.commands import TrainConfig, job_keys
 from mnist_dist.data.load import ImageDataset, load_dataset
 from mnist_dist.data.splits import SPLIT_NAMES, check_val_fraction, preprocess

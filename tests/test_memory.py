@@ -150,7 +150,7 @@ def test_what_is_counted_for_the_network():
 
 RUNS_OUT = """
 import sys
-from mnist_dist import cli
+from mnist_dist.cli import main as cli
 
 def entry(config, topology, console):
     if config.seed == 0:

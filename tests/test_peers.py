@@ -19,7 +19,7 @@ PEER = """
 import json, os, signal, sys, time
 from mnist_dist.launch import peers
 from mnist_dist.base.errors import TrainingFailed, UserError
-from mnist_dist.cli import _guarded
+from mnist_dist.cli.main import _guarded
 from mnist_dist.launch.rendezvous import exchange
 from mnist_dist.launch.topology import read_topology
 

@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mnist_dist import cli
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
 from mnist_dist.base.files import write_atomically
@@ -18,6 +17,7 @@ from mnist_dist.benchmark.machine import Bystanders, describe_machine, installed
 from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds
 from mnist_dist.benchmark.report import build_all_reduce, build_jobs, build_rows, build_targets, format_table
 from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_startup
+from mnist_dist.cli import main as cli
 from mnist_dist.config.commands import BenchmarkConfig
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess

@@ -27,9 +27,9 @@ from mnist_dist.base.errors import (
 )
 from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.base.surroundings import existing_working_directory, settle
-from mnist_dist.command_line import parse_command_line, printed
+from mnist_dist.cli.command_line import parse_command_line, printed
+from mnist_dist.cli.explain import explain
 from mnist_dist.config.commands import compose, shorten, to_config
-from mnist_dist.explain import explain
 from mnist_dist.launch.stop import end_at_once
 from mnist_dist.launch.topology import Topology, read_topology
 
