@@ -14,7 +14,7 @@ from mnist_dist.cli import main as cli
 from mnist_dist.config.commands import DataConfig, EvaluateConfig, ThreadsConfig
 from mnist_dist.data.load import ImageDataset, load_dataset
 from mnist_dist.data.splits import SplitName, preprocess
-from mnist_dist.footprint import check_data_fits
+from mnist_dist.engine.footprint import check_data_fits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.summary import MODEL_ADVICE
@@ -44,10 +44,10 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
+        from mnist_dist.engine.programs.train import EvaluateProgram, place_split
+        from mnist_dist.engine.runtime import configure_tensorflow
         from mnist_dist.models.build import load_network
         from mnist_dist.results import curves as plots
-        from mnist_dist.runtime import configure_tensorflow
-        from mnist_dist.steps import EvaluateProgram, place_split
         from mnist_dist.strategy.base import SingleDevice
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)

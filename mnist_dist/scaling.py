@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_dist.data.shards import ShardPlan
+from mnist_dist.engine.shards import ShardPlan
 
 Mode = Literal["strong", "weak"]
 """strong: the global batch is divided over the replicas. weak: each replica has as many rows as one has alone."""

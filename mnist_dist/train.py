@@ -17,7 +17,7 @@ from mnist_dist.cli import main as cli
 from mnist_dist.config.commands import TrainConfig, job_keys
 from mnist_dist.data.load import ImageDataset, load_dataset
 from mnist_dist.data.splits import SPLIT_NAMES, check_val_fraction, preprocess
-from mnist_dist.footprint import check_fits
+from mnist_dist.engine.footprint import check_fits
 from mnist_dist.launch.agreement import Report, agree
 from mnist_dist.launch.gpus import own_uuids
 from mnist_dist.launch.peers import PeerWatch
@@ -32,7 +32,7 @@ from mnist_dist.run.folder import RunFolder, Timing, build_summary
 from mnist_dist.run.resume import check_same_batches, settle, start_or_resume
 
 if TYPE_CHECKING:
-    from mnist_dist.training import Training
+    from mnist_dist.engine.build import Training
 
 log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run with -m
 
@@ -72,10 +72,10 @@ def train_on(
         preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
     )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
+        from mnist_dist.engine.build import build_training
+        from mnist_dist.engine.trainer import LogEpoch, Periodic
         from mnist_dist.results import curves as plots
         from mnist_dist.strategy.choose import list_gpus
-        from mnist_dist.trainer import LogEpoch, Periodic
-        from mnist_dist.training import build_training
 
         num_gpus = len(list_gpus())
         splits = preparing.result()

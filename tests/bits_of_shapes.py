@@ -12,8 +12,8 @@ import numpy as np
 
 from mnist_dist.config.commands import compose_config
 from mnist_dist.data.splits import Split, Splits
+from mnist_dist.engine.build import build_training
 from mnist_dist.launch.topology import Topology
-from mnist_dist.training import build_training
 
 # Network, precision, rows of a shard, shards, side of the images. Each has been seen to differ for some number of
 # threads where operations have several.

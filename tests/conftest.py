@@ -18,10 +18,10 @@ from jobs import python_environment as clean_environment
 from small_data import create_small_arrays
 
 from mnist_dist.config.commands import ThreadsConfig
+from mnist_dist.engine.runtime import configure_tensorflow
 from mnist_dist.launch.topology import Topology
 from mnist_dist.models.build import Network
 from mnist_dist.results.history import History, from_csv
-from mnist_dist.runtime import configure_tensorflow
 
 # Before anything starts TensorFlow's devices: as many logical CPUs as the largest `mirrored` test has replicas.
 tf.config.set_logical_device_configuration(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mnist_dist.data.batches import PADDING, BatchPlan
+from mnist_dist.engine.batches import PADDING, BatchPlan
 
 # The order of 10 examples for seed 1, epoch 2.
 RECORDED = [1, 4, 5, 0, 7, 6, 8, 2, 3, 9]
@@ -51,7 +51,7 @@ def test_the_batch_size_does_not_change_the_order():
 def test_other_processes_compute_the_same(run_python):
     """Also the same as ever: resuming with a newer NumPy or on another machine must not reshuffle."""
     code = (
-        "from mnist_dist.data.batches import BatchPlan\n"
+        "from mnist_dist.engine.batches import BatchPlan\n"
         "print(*BatchPlan(10, 5).shuffled(seed=1, epoch=2).reshape(-1).tolist())"
     )
     result = run_python("-c", code)

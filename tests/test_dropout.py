@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.dropout import BatchPosition, PositionalDropout, at_position, random_uint16
+from mnist_dist.engine.layers.dropout import BatchPosition, PositionalDropout, at_position, random_uint16
 
 
 def position(step: int, row: int) -> BatchPosition:

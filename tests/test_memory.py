@@ -6,7 +6,7 @@ import pytest
 from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.config.commands import compose_config
 from mnist_dist.data.load import ImageDataset
-from mnist_dist.footprint import NETWORK, training_moments
+from mnist_dist.engine.footprint import NETWORK, training_moments
 
 GB = 1024**3
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import compose_config
-from mnist_dist.optimizer import LearningRate, create_optimizer
+from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 
 KERAS = {
     "adam": lambda: keras.optimizers.Adam(0.01),

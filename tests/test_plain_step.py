@@ -11,9 +11,9 @@ import tensorflow as tf
 from mnist_dist.config.commands import compose_config
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
-from mnist_dist.dropout import BatchPosition, random_uint16
+from mnist_dist.engine.build import build_training
+from mnist_dist.engine.layers.dropout import BatchPosition, random_uint16
 from mnist_dist.launch.topology import Topology
-from mnist_dist.training import build_training
 
 SEED, RATE, NUM_STEPS = 3, 0.4, 97
 

@@ -1,6 +1,6 @@
 import pytest
 
-from mnist_dist.precision import choose_precision
+from mnist_dist.engine.precision import choose_precision
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.data.shards import ShardPlan
-from mnist_dist.reduction import ExactSum, FastSum
+from mnist_dist.engine.reduction import ExactSum, FastSum
+from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.strategy.base import SingleDevice
 from mnist_dist.strategy.mirrored import Mirrored
 

@@ -7,10 +7,10 @@ from jobs import job_name
 
 from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.config.commands import compose_config
-from mnist_dist.optimizer import create_optimizer
-from mnist_dist.precision import LossScale
+from mnist_dist.engine.optimizer import create_optimizer
+from mnist_dist.engine.precision import LossScale
+from mnist_dist.engine.programs.train import ReplicaCheck, TrainState
 from mnist_dist.results.history import from_csv
-from mnist_dist.steps import ReplicaCheck, TrainState
 from mnist_dist.strategy.mirrored import Mirrored
 
 NUM_WEIGHTS = 1000

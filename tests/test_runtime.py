@@ -6,8 +6,8 @@ import os
 import pytest
 
 from mnist_dist.config.commands import ThreadsConfig
+from mnist_dist.engine.runtime import choose_threads, own_cores
 from mnist_dist.launch.topology import Topology, read_topology
-from mnist_dist.runtime import choose_threads, own_cores
 
 # Runs `mnist_dist.train` up to the point where everything is built, and prints TensorFlow's settings.
 SETTINGS = """

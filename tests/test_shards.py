@@ -2,7 +2,7 @@
 
 import pytest
 
-from mnist_dist.data.shards import Node, ShardPlan
+from mnist_dist.engine.shards import Node, ShardPlan
 
 PLANS = [ShardPlan(shards, 4, replicas) for shards in range(1, 18) for replicas in range(1, shards + 1)]
 

@@ -6,14 +6,14 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.config.commands import compose_config
-from mnist_dist.data.batches import BatchPlan
-from mnist_dist.data.shards import ShardPlan
 from mnist_dist.data.splits import Split
+from mnist_dist.engine.batches import BatchPlan
+from mnist_dist.engine.optimizer import create_optimizer
+from mnist_dist.engine.precision import LossScale, choose_precision
+from mnist_dist.engine.programs.train import EvaluateProgram, TrainProgram, TrainState, place_split
+from mnist_dist.engine.reduction import ExactSum, FastSum
+from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.models.build import Network, build_model
-from mnist_dist.optimizer import create_optimizer
-from mnist_dist.precision import LossScale, choose_precision
-from mnist_dist.reduction import ExactSum, FastSum
-from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
 from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.strategy.mirrored import Mirrored
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.errors import TrainingFailed
-from mnist_dist.data.batches import BatchPlan
+from mnist_dist.engine.batches import BatchPlan
+from mnist_dist.engine.trainer import LogEpoch, Periodic, Trainer
 from mnist_dist.results.sums import EpochSums, EvaluationSums
-from mnist_dist.trainer import LogEpoch, Periodic, Trainer
 
 PLAN = BatchPlan(10, 4)
 

@@ -4,9 +4,9 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import compose_config
-from mnist_dist.data.shards import ShardPlan
+from mnist_dist.engine.build import choose_mode, plan_shards
+from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.launch.topology import Topology
-from mnist_dist.training import choose_mode, plan_shards
 
 ONE_PROCESS, NINE_PROCESSES = Topology(), Topology("horovod", 0, 9, 0, 9)
 NINE_REPLICAS = ("strategy=mirrored", "strategy.num_replicas=9")

@@ -12,13 +12,13 @@ from mnist_dist.benchmark.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.commands import TrainConfig
 from mnist_dist.data.splits import Splits
+from mnist_dist.engine.build import Training, build_training
+from mnist_dist.engine.programs.train import EvaluateProgram, TrainProgram, TrainState, place_split
+from mnist_dist.engine.reduction import ExactSum, FastSum
+from mnist_dist.engine.trainer import Trainer
 from mnist_dist.launch.topology import Topology
-from mnist_dist.reduction import ExactSum, FastSum
-from mnist_dist.steps import EvaluateProgram, TrainProgram, TrainState, place_split
 from mnist_dist.strategy.base import Array, SingleDevice
 from mnist_dist.strategy.choose import Strategy, list_gpus
-from mnist_dist.trainer import Trainer
-from mnist_dist.training import Training, build_training
 
 MESSAGE_BYTES = tuple(1024 * 2**n for n in range(14))
 """1 KiB to 8 MiB."""

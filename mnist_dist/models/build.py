@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import MAX_LAYERS, CNNConfig, MLPConfig, ModelConfig
-from mnist_dist.dropout import BatchPosition, PositionalDropout, at_position
+from mnist_dist.engine.layers.dropout import BatchPosition, PositionalDropout, at_position
 from mnist_dist.run.summary import MODEL_ADVICE
 
 FloatArray = npt.NDArray[np.float32]

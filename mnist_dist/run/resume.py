@@ -11,7 +11,7 @@ from mnist_dist.run.checkpoint import DATA_DIGEST, Progress
 from mnist_dist.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from mnist_dist.training import Training
+    from mnist_dist.engine.build import Training
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import tensorflow as tf
 
-from mnist_dist.data.shards import Node, ShardPlan
+from mnist_dist.engine.shards import Node, ShardPlan
 from mnist_dist.strategy.base import Strategy
 
 Sums = Sequence[tf.Tensor]

@@ -15,14 +15,14 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mnist_dist.base.errors import TrainingFailed, UserError
-from mnist_dist.data.batches import PADDING, BatchPlan
-from mnist_dist.data.shards import ShardPlan
 from mnist_dist.data.splits import Split
-from mnist_dist.dropout import BatchPosition
+from mnist_dist.engine.batches import PADDING, BatchPlan
+from mnist_dist.engine.layers.dropout import BatchPosition
+from mnist_dist.engine.optimizer import Optimizer
+from mnist_dist.engine.precision import LossScale
+from mnist_dist.engine.reduction import Reduction
+from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.models.build import FloatArray, Network
-from mnist_dist.optimizer import Optimizer
-from mnist_dist.precision import LossScale
-from mnist_dist.reduction import Reduction
 from mnist_dist.results.sums import EpochSums, EvaluationSums
 from mnist_dist.strategy.base import Array, Strategy
 

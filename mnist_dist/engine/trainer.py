@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.base.errors import TrainingFailed
-from mnist_dist.data.batches import BatchPlan
+from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.results.sums import EpochSums, EvaluationSums
 

@@ -8,20 +8,20 @@ import keras
 from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.commands import TrainConfig
-from mnist_dist.data.batches import BatchPlan
-from mnist_dist.data.shards import ShardPlan
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
+from mnist_dist.engine.batches import BatchPlan
+from mnist_dist.engine.optimizer import LearningRate, Optimizer, create_optimizer
+from mnist_dist.engine.precision import LossScale, choose_precision
+from mnist_dist.engine.programs.train import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
+from mnist_dist.engine.reduction import ExactSum, FastSum
+from mnist_dist.engine.runtime import configure_tensorflow, own_cores
+from mnist_dist.engine.shards import ShardPlan
+from mnist_dist.engine.trainer import EpochAction, Trainer
 from mnist_dist.launch.topology import Topology
 from mnist_dist.models.build import FloatArray, Network, build_model
-from mnist_dist.optimizer import LearningRate, Optimizer, create_optimizer
-from mnist_dist.precision import LossScale, choose_precision
-from mnist_dist.reduction import ExactSum, FastSum
 from mnist_dist.results.sums import EvaluationSums, weights_digest
-from mnist_dist.runtime import configure_tensorflow, own_cores
-from mnist_dist.steps import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
 from mnist_dist.strategy.base import Array
 from mnist_dist.strategy.choose import Strategy, create_strategy
-from mnist_dist.trainer import EpochAction, Trainer
 
 _FAST_ROWS = 128
 """Rows of a part of a replica's batch on a CPU, with reproducibility=fast: parts keep the cores busy side by side."""

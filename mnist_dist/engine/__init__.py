@@ -1,0 +1,1 @@
+"""The training: what is computed, in which order, on which rows."""
