@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from mnist_dist.scaling import (
+from mnist_dist.benchmark.cost_model import (
     Device,
     Link,
     Mode,

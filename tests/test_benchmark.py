@@ -10,7 +10,7 @@ import pytest
 from jobs import horovodrun
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.benchmark.contenders import default_texts, parse
+from mnist_dist.benchmark.entries import default_texts, parse
 from mnist_dist.benchmark.machine import Bystanders
 from mnist_dist.benchmark.report import build_rows, build_targets, format_table
 
@@ -164,7 +164,7 @@ def wait_for(condition, *, seconds=240):
 
 def is_child(pid: int) -> bool:
     try:
-        return b"mnist_dist.benchmark.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"mnist_dist.benchmark.contenders.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from mnist_dist.scaling import (
+from mnist_dist.benchmark.cost_model import (
     Collective,
     Device,
     Link,

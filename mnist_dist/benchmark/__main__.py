@@ -11,7 +11,7 @@ from typing import Any
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
 from mnist_dist.base.files import write_atomically
-from mnist_dist.benchmark.contenders import Contender, default_texts, parse
+from mnist_dist.benchmark.entries import Contender, default_texts, parse
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.machine import Bystanders, describe_machine, installed_versions
 from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mnist_dist.benchmark.contenders import OURS
+from mnist_dist.benchmark.entries import OURS
 from mnist_dist.benchmark.referee import EPOCH
 from mnist_dist.results.curves import DPI, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.benchmark.contenders import Contender
+from mnist_dist.benchmark.entries import Contender
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.protocol import Channel, Lost, Message, receive_all
 from mnist_dist.config.commands import DataConfig
@@ -121,7 +121,7 @@ class Referee:
             "overrides": contender.overrides,
         }
         job.write_text(json.dumps(content))
-        child = [sys.executable, "-m", "mnist_dist.benchmark.child", str(job)]
+        child = [sys.executable, "-m", "mnist_dist.benchmark.contenders.child", str(job)]
         with entry.output.open("wb") as output:
             for command in contender.commands(child):
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mnist_dist.benchmark.contenders import OURS
+from mnist_dist.benchmark.entries import OURS
 from mnist_dist.benchmark.referee import EPOCH, MESSAGES, Entry
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.benchmark.keras_fit import describe_tensorflow
+from mnist_dist.benchmark.contenders.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.commands import TrainConfig
 from mnist_dist.data.splits import Splits

@@ -1,4 +1,4 @@
-"""A child of the benchmark: `python -m mnist_dist.benchmark.child JOB.json`. Builds one contender, and waits."""
+"""A child of the benchmark: `python -m mnist_dist.benchmark.contenders.child JOB.json`. Builds one contender, and waits."""
 
 import json
 import os
@@ -32,21 +32,21 @@ def main() -> None:
     # Each knows its own framework, and nothing of the others' settings.
     if kind == "keras":
         with settings_of_keras():
-            from mnist_dist.benchmark import keras_fit
+            from mnist_dist.benchmark.contenders import keras_fit
 
         keras_fit.take_part(turns, splits, precision=precision, options=options)
     elif kind == "floor":
         with settings_of_keras():
-            from mnist_dist.benchmark import floor
+            from mnist_dist.benchmark.contenders import floor
 
         floor.take_part(turns, splits, precision=precision)
     elif kind == "torch":
-        from mnist_dist.benchmark import pytorch
+        from mnist_dist.benchmark.contenders import pytorch
 
         pytorch.take_part(turns, splits, precision=precision)
     else:
         with settings_of_keras():
-            from mnist_dist.benchmark import ours
+            from mnist_dist.benchmark.contenders import ours
 
         ours.take_part(turns, splits, config=compose_config(*job["overrides"]), topology=topology)
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.benchmark.keras_fit import BATCH_SIZE, describe_tensorflow
+from mnist_dist.benchmark.contenders.keras_fit import BATCH_SIZE, describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.data.splits import Splits
 
