@@ -1,4 +1,4 @@
-"""A child of the benchmark: `python -m mnist_dist.benchmark.contenders.child JOB.json`. Builds one contender, and waits."""
+"""A child of the benchmark: `python -m mnist_dist.benchmark.contenders.child JOB.json`. Builds a contender, and waits."""
 
 import json
 import os
