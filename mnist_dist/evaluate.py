@@ -2,16 +2,21 @@
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from omegaconf import MISSING
 
 from mnist_dist.base.console import Console
 from mnist_dist.base.errors import EXIT_OK, UserError
-from mnist_dist.cli import main as cli
-from mnist_dist.config.commands import DataConfig, EvaluateConfig, ThreadsConfig
+from mnist_dist.cli.main import run
+from mnist_dist.config.compose import Command
+from mnist_dist.config.data import DataConfig
+from mnist_dist.config.devices import ThreadsConfig
+from mnist_dist.config.rules import Checked, one_of, ruled
+from mnist_dist.config.train import ConsoleConfig
 from mnist_dist.data.load import ImageDataset, load_dataset
 from mnist_dist.data.splits import SplitName, preprocess
 from mnist_dist.engine.footprint import check_data_fits
@@ -20,6 +25,28 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.summary import MODEL_ADVICE
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m
+
+
+@dataclass
+class EvaluateDataConfig:
+    """Where a run's data is now."""
+
+    path: str | None = None
+    """The data file, if it has moved since the training."""
+
+
+@dataclass
+class EvaluateConfig(Checked):
+    """Everything that `python -m mnist_dist.evaluate` can be told."""
+
+    run_dir: str | None = ruled(
+        lambda value: value is not None, "say which run to evaluate: run_dir=runs/...", default=None
+    )
+    """The run folder to evaluate."""
+    split: str = one_of("train", "val", "test")
+    """train | val | test."""
+    data: EvaluateDataConfig = MISSING
+    console: ConsoleConfig = MISSING
 
 
 def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> int:
@@ -123,7 +150,7 @@ def _log_report(report: dict[str, Any], run_folder: RunFolder) -> None:
 
 def main() -> None:
     """The console script."""
-    cli.run(evaluate, config_name="evaluate")
+    run(Command("evaluate", EvaluateConfig), evaluate)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from mnist_dist import __version__
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.base.surroundings import arithmetic_variables
-from mnist_dist.cli import main as cli
-from mnist_dist.config.commands import TrainConfig, job_keys
+from mnist_dist.cli.main import run
+from mnist_dist.config.compare import job_keys
+from mnist_dist.config.compose import TRAIN
+from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.load import ImageDataset, load_dataset
 from mnist_dist.data.splits import SPLIT_NAMES, check_val_fraction, preprocess
 from mnist_dist.engine.footprint import check_fits
@@ -294,7 +296,7 @@ def log_results(summary: Mapping[str, Any], run_folder: RunFolder) -> None:
 
 def main() -> None:
     """The console script."""
-    cli.run(train, config_name="train")
+    run(TRAIN, train)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import Split, Splits
 from mnist_dist.engine.build import build_training
 from mnist_dist.launch.topology import Topology

@@ -17,7 +17,7 @@ from jobs import CHECKOUT, NUM_EPOCHS, TRAIN, free_ports, horovodrun, kill, star
 from jobs import python_environment as clean_environment
 from small_data import create_small_arrays
 
-from mnist_dist.config.commands import ThreadsConfig
+from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.engine.runtime import configure_tensorflow
 from mnist_dist.launch.topology import Topology
 from mnist_dist.models.build import Network

@@ -14,7 +14,7 @@ import pytest
 
 from mnist_dist import __version__
 from mnist_dist.base.memory import describe_bytes, usable_memory
-from mnist_dist.config.commands import DataConfig
+from mnist_dist.config.data import DataConfig
 from mnist_dist.data.load import load_dataset
 
 TRAIN, EVALUATE, BENCHMARK = "mnist_dist.train", "mnist_dist.evaluate", "mnist_dist.benchmark.__main__"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import FLOAT32_MAX, FLOAT32_TINY, compose_config
+from mnist_dist.config.compose import compose_config
+from mnist_dist.config.rules import FLOAT32_MAX, FLOAT32_TINY
 
 
 def test_the_defaults_are_the_seed_recipe():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jobs import horovodrun, job_name
 
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.results.history import from_csv
@@ -94,7 +94,7 @@ def test_variables_start_with_rank_0s_value(job, run_job, tmp_path):
     script = tmp_path / "broadcast.py"
     script.write_text(
         "import sys, numpy as np\n"
-        "from mnist_dist.config.commands import compose_config\n"
+        "from mnist_dist.config.compose import compose_config\n"
         "from mnist_dist.strategy.choose import create_strategy\n"
         "from mnist_dist.launch.topology import read_topology\n"
         "topology = read_topology()\n"

@@ -27,7 +27,7 @@ from jobs import (
 )
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.run.checkpoint import Checkpoint
 from mnist_dist.run.folder import RunFolder
 

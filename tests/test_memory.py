@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.memory import describe_bytes, usable_memory
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.data.load import ImageDataset
 from mnist_dist.engine.footprint import NETWORK, training_moments
 
@@ -151,6 +151,7 @@ def test_what_is_counted_for_the_network():
 RUNS_OUT = """
 import sys
 from mnist_dist.cli import main as cli
+from mnist_dist.config.compose import TRAIN
 
 def entry(config, topology, console):
     if config.seed == 0:
@@ -160,7 +161,7 @@ def entry(config, topology, console):
         import tensorflow as tf
     tf.fill([2**46], 1.0)
 
-cli.run(entry, config_name="train")
+cli.run(TRAIN, entry)
 """
 
 

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.layers.dropout import BatchPosition
 from mnist_dist.models.build import Network, build_model, load_network
 

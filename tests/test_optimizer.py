@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 
 KERAS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.engine.build import build_training

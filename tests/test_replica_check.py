@@ -6,7 +6,7 @@ from faults import flip_bit_of_replica
 from jobs import job_name
 
 from mnist_dist.base.errors import TrainingFailed
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale
 from mnist_dist.engine.programs.train import ReplicaCheck, TrainState

@@ -11,7 +11,7 @@ import pytest
 from jobs import NUM_EPOCHS, TRAIN, checkpoints_of, history_of, result_of, summary_of
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.checkpoint import Checkpoint
 from mnist_dist.run.folder import RunFolder

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mnist_dist.config.commands import ThreadsConfig
+from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.engine.runtime import choose_threads, own_cores
 from mnist_dist.launch.topology import Topology, read_topology
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import DataConfig
+from mnist_dist.config.data import DataConfig
 from mnist_dist.data import digits
 from mnist_dist.data import load as sources
 from mnist_dist.data.load import ARRAY_NAMES, _dataset, array_digests, load_dataset
@@ -439,7 +439,7 @@ BUILD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from mnist_dist.config.commands import DataConfig
+from mnist_dist.config.data import DataConfig
 from mnist_dist.data import digits
 
 from mnist_dist.data import load as sources

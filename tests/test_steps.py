@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import Split
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.optimizer import create_optimizer

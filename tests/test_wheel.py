@@ -31,7 +31,7 @@ def installed(tmp_path_factory):
 
 
 def test_the_wheel_composes_its_configuration(installed, tmp_path):
-    code = "import mnist_dist; from mnist_dist.config.commands import compose_config; print(mnist_dist.__file__)\n"
+    code = "import mnist_dist; from mnist_dist.config.compose import compose_config; print(mnist_dist.__file__)\n"
     code += "print(compose_config('experiment=debug', 'model=cnn').trainer.epochs)"
     result = subprocess.run(
         [installed / "python", "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=100, check=True

@@ -11,14 +11,15 @@ from typing import Any
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
 from mnist_dist.base.files import write_atomically
+from mnist_dist.benchmark.config import BenchmarkConfig
 from mnist_dist.benchmark.entries import Contender, default_texts, parse
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.machine import Bystanders, describe_machine, installed_versions
 from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds
 from mnist_dist.benchmark.report import build_all_reduce, build_jobs, build_rows, build_targets, format_table
 from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_startup
-from mnist_dist.cli import main as cli
-from mnist_dist.config.commands import BenchmarkConfig
+from mnist_dist.cli.main import run
+from mnist_dist.config.compose import Command
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.launch.topology import Topology
@@ -202,7 +203,7 @@ def log_report(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
 
 def main() -> None:
     """The console script."""
-    cli.run(benchmark, config_name="benchmark")
+    run(Command("benchmark", BenchmarkConfig), benchmark)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_dist.base.errors import UserError
 from mnist_dist.cli.command_line import check_override
 from mnist_dist.cli.explain import explain
-from mnist_dist.config.commands import compose_config
+from mnist_dist.config.compose import compose_config
 
 OURS = "ours"
 _PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")

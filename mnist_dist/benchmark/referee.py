@@ -22,7 +22,7 @@ from typing import Any
 from mnist_dist.benchmark.entries import Contender
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.protocol import Channel, Lost, Message, receive_all
-from mnist_dist.config.commands import DataConfig
+from mnist_dist.config.data import DataConfig
 
 log = logging.getLogger(__name__)
 

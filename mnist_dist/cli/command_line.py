@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_dist import __version__
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import conf_dir, shorten
+from mnist_dist.config.compose import conf_dir
+from mnist_dist.config.rules import shorten
 
 # Groups that are none of a command's keys: Hydra's own settings, and the dataclasses.
 _NOT_FOR_USERS = ("hydra", "schema")

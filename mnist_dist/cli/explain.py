@@ -9,7 +9,7 @@ from typing import Any
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from mnist_dist.config.commands import shorten
+from mnist_dist.config.rules import shorten
 
 
 def explain(error: Exception) -> str:

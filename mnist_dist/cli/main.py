@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -29,52 +29,55 @@ from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.base.surroundings import existing_working_directory, settle
 from mnist_dist.cli.command_line import parse_command_line, printed
 from mnist_dist.cli.explain import explain
-from mnist_dist.config.commands import compose, shorten, to_config
+from mnist_dist.config.compose import Command, Config, compose, to_config
+from mnist_dist.config.rules import shorten
 from mnist_dist.launch.stop import end_at_once
 from mnist_dist.launch.topology import Topology, read_topology
 
 log = logging.getLogger(__name__)
 
-Entry = Callable[[Any, Topology, Console], int]
-"""An entry point: typed configuration, process layout and console in, exit code out."""
 
-
-def run(entry: Entry, *, config_name: str) -> NoReturn:
-    """Compose the configuration `config_name` of conf/ with the command line, call `entry` with it, and exit."""
+def run(command: Command[Config], entry: Callable[[Config, Topology, Console], int]) -> NoReturn:
+    """Call `entry` with the configuration that the command line gives `command`, and exit with the code it returns."""
 
     def action() -> int:
         settle()
-        return _run_in_console(entry, config_name=config_name)
+        return _run_in_console(command, entry)
 
     sys.exit(_guarded(action))
 
 
-def _run_in_console(entry: Entry, *, config_name: str) -> int:
+def _run_in_console(command: Command[Config], entry: Callable[[Config, Topology, Console], int]) -> int:
     topology = read_topology()
     with Console(rank=topology.rank, world_size=topology.world_size) as console:
-        # Here, where the log is open: errors belong into it, with the rank's number.
+        # Here, where the log is open: errors belong in it, with the rank's number.
         try:
-            code = _guarded(lambda: _compose_and_call(entry, topology, console, config_name=config_name))
+            code = _guarded(lambda: _compose_and_call(command, entry, topology, console))
         except Exception:
             console.show_held_back()
-            log.exception("error: a bug, or a failure that nobody has thought of")
+            log.exception("error: unexpected failure, please report it")
             code = EXIT_FAILURE
     if code != EXIT_OK and topology.world_size > 1:
         end_at_once(code)
     return code
 
 
-def _compose_and_call(entry: Entry, topology: Topology, console: Console, *, config_name: str) -> int:
-    told = parse_command_line(sys.argv[1:], command=config_name)
+def _compose_and_call(
+    command: Command[Config],
+    entry: Callable[[Config, Topology, Console], int],
+    topology: Topology,
+    console: Console,
+) -> int:
+    told = parse_command_line(sys.argv[1:], command=command.name)
     with existing_working_directory():
-        composed = compose(config_name, told.overrides, config_dir=told.config_dir, config_name=told.config_name)
+        composed = compose(command, told.overrides, config_dir=told.config_dir, config_name=told.config_name)
     if told.shows is not None:
         try:
-            print(printed(told, composed, command=config_name), flush=True)
+            print(printed(told, composed, command=command.name), flush=True)
         except BrokenPipeError:  # `| head`; what is left over must not fail either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    return entry(to_config(composed), topology, console)
+    return entry(to_config(command, composed), topology, console)
 
 
 def _guarded(action: Callable[[], int]) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 from mnist_dist.base.console import progress
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, file_lock, write_atomically
-from mnist_dist.config.commands import DataConfig
+from mnist_dist.config.data import DataConfig
 from mnist_dist.data.formats import ARRAY_NAMES, Array, expand_path, read_idx_folder, read_npz, readable
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import keras
 
 from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import TrainConfig
+from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.optimizer import LearningRate, Optimizer, create_optimizer

@@ -8,7 +8,9 @@ import numpy as np
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.memory import describe_bytes, usable_memory
-from mnist_dist.config.commands import DataConfig, TrainConfig, shorten
+from mnist_dist.config.data import DataConfig
+from mnist_dist.config.rules import shorten
+from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.load import ImageDataset
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.launch.gpus import own_uuids

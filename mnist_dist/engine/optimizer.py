@@ -13,7 +13,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import FLOAT32_MAX, AdamConfig, LearningRateConfig, OptimizerConfig, SGDConfig
+from mnist_dist.config.optimization import AdamConfig, LearningRateConfig, OptimizerConfig, SGDConfig
+from mnist_dist.config.rules import FLOAT32_MAX
 
 
 class Optimizer(ABC):

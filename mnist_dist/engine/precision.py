@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from mnist_dist.config.commands import PrecisionConfig
+from mnist_dist.config.devices import PrecisionConfig
 
 
 def choose_precision(name: str, compute_capability: tuple[int, int] | None) -> str:

@@ -4,7 +4,7 @@ import os
 
 import tensorflow as tf
 
-from mnist_dist.config.commands import ThreadsConfig
+from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.launch.topology import Topology
 
 

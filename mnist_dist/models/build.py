@@ -16,7 +16,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import MAX_LAYERS, CNNConfig, MLPConfig, ModelConfig
+from mnist_dist.config.model import MAX_LAYERS, CNNConfig, MLPConfig, ModelConfig
 from mnist_dist.engine.layers.dropout import BatchPosition, PositionalDropout, at_position
 from mnist_dist.run.summary import MODEL_ADVICE
 

@@ -31,7 +31,9 @@ from mnist_dist.base.files import (
     remove_temporaries,
     write_atomically,
 )
-from mnist_dist.config.commands import DataConfig, TrainConfig, training_keys
+from mnist_dist.config.compare import training_keys
+from mnist_dist.config.data import DataConfig
+from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.formats import expand_path
 from mnist_dist.data.splits import SplitName
 from mnist_dist.results.history import History, to_csv

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import TrainConfig, training_keys
+from mnist_dist.config.compare import training_keys
+from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History
 from mnist_dist.run.checkpoint import DATA_DIGEST, Progress
 from mnist_dist.run.folder import RunFolder

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.config.commands import training_keys
+from mnist_dist.config.compare import training_keys
 from mnist_dist.results.history import History, from_csv
 from mnist_dist.run.checkpoint import Progress
 

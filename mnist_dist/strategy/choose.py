@@ -6,7 +6,7 @@ import logging
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.commands import StrategyConfig
+from mnist_dist.config.devices import StrategyConfig
 from mnist_dist.launch.topology import Topology
 from mnist_dist.strategy.base import SingleDevice, Strategy
 

@@ -1,4 +1,4 @@
-"""A child of the benchmark: `python -m mnist_dist.benchmark.contenders.child JOB.json`. Builds a contender, and waits."""
+"""A child of the benchmark: `python -m mnist_dist.benchmark.contenders.child JOB.json`; it builds one contender."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from typing import Any
 
 from mnist_dist.base.surroundings import settings_of_keras, settle
 from mnist_dist.benchmark.protocol import Channel, Turns
-from mnist_dist.config.commands import DataConfig, compose_config
+from mnist_dist.config.compose import compose_config
+from mnist_dist.config.data import DataConfig
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.launch.topology import read_topology

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from mnist_dist.benchmark.contenders.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
-from mnist_dist.config.commands import TrainConfig
+from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import Splits
 from mnist_dist.engine.build import Training, build_training
 from mnist_dist.engine.programs.train import EvaluateProgram, TrainProgram, TrainState, place_split

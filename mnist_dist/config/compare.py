@@ -1,0 +1,35 @@
+"""Which keys the processes of a job, and the commands of a run, must have in common."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Keys that may differ between the processes of one job.
+_FREE_IN_A_JOB = ("run_dir", "plots.", "console.", "threads.", "data.path", "data.cache_dir", "data.keras_home")
+
+
+# Keys that may differ between two commands of one run: they do not alter what an epoch makes of the weights.
+_FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.epochs", "checkpoint.", "resume")
+
+
+def job_keys(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a configuration (as nested mappings) that all processes of a job must share, dotted."""
+    return _select(tree, without=_FREE_IN_A_JOB)
+
+
+def training_keys(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a configuration (as nested mappings) that its training depends on, dotted."""
+    return _select(tree, without=_FREE_IN_A_RUN)
+
+
+def _select(tree: Mapping[str, Any], *, without: tuple[str, ...]) -> dict[str, str]:
+    return {key: str(value) for key, value in _flatten(tree).items() if not key.startswith(without)}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

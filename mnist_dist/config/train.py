@@ -1,0 +1,77 @@
+"""The keys of `python -m mnist_dist.train`."""
+
+import math
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from mnist_dist.config.data import DataConfig
+from mnist_dist.config.devices import PrecisionConfig, StrategyConfig, ThreadsConfig
+from mnist_dist.config.model import ModelConfig
+from mnist_dist.config.optimization import BatchConfig, LearningRateConfig, OptimizerConfig
+from mnist_dist.config.rules import MAX_INT32, Checked, between, one_of
+
+
+@dataclass
+class TrainerConfig(Checked):
+    """The outer loop."""
+
+    section = "trainer."
+
+    epochs: int = between(1, MAX_INT32)
+
+
+@dataclass
+class CheckpointConfig(Checked):
+    """What is kept of the training while it runs, to go on from."""
+
+    section = "checkpoint."
+
+    every_epochs: int = between(1, MAX_INT32)
+    """A checkpoint after so many epochs, and after the last one."""
+    every_s: float = between(0, math.inf)
+    """And after the epoch that ends so many seconds after the last checkpoint, or later."""
+    keep: int = between(1, MAX_INT32)
+    """How many of the newest are kept; the best by validation accuracy is kept besides."""
+
+
+@dataclass
+class PlotsConfig:
+    """The pictures."""
+
+    reference: str | None = None
+    """A history to overlay on the curves: `seed` (the original run, shipped with the package) or a CSV file."""
+
+
+@dataclass
+class ConsoleConfig:
+    """What the terminal shows."""
+
+    tensorflow_messages: bool = MISSING
+    """Show TensorFlow's own start-up messages."""
+
+
+@dataclass
+class TrainConfig(Checked):
+    """Everything that `python -m mnist_dist.train` can be told."""
+
+    run_dir: str | None = None
+    """The run folder; by default a new one below `runs/`, named by date and time."""
+    seed: int = between(0, MAX_INT32)
+    """Initial weights, shuffling and dropout follow from it."""
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    learning_rate: LearningRateConfig = MISSING
+    batch: BatchConfig = MISSING
+    strategy: StrategyConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    reproducibility: str = one_of("auto", "exact", "fast")
+    """auto | exact | fast; auto is exact on CPUs and fast on GPUs."""
+    threads: ThreadsConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    resume: str = one_of("auto", "never")
+    """auto | never: whether to go on with a run that was started in `run_dir`."""
+    plots: PlotsConfig = MISSING
+    console: ConsoleConfig = MISSING
