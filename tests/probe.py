@@ -31,7 +31,7 @@ def watch(event: str, args: tuple) -> None:
 sys.addaudithook(watch)
 
 from mnist_dist import train  # noqa: E402  (only now: imports are watched too)
-from mnist_dist.launch.topology import read_topology  # noqa: E402
+from mnist_dist.launch.environment import read_topology  # noqa: E402
 from mnist_dist.results.sums import weights_digest  # noqa: E402
 
 describe_placement = train.describe_placement

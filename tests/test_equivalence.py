@@ -96,7 +96,7 @@ def test_variables_start_with_rank_0s_value(job, run_job, tmp_path):
         "import sys, numpy as np\n"
         "from mnist_dist.config.compose import compose_config\n"
         "from mnist_dist.strategy.choose import create_strategy\n"
-        "from mnist_dist.launch.topology import read_topology\n"
+        "from mnist_dist.launch.environment import read_topology\n"
         "topology = read_topology()\n"
         "strategy = create_strategy(compose_config(*sys.argv[1:]).strategy, topology, num_gpus=0)\n"
         "variable = strategy.create_variable(np.full(3, 5.0 + topology.rank, np.float32))\n"

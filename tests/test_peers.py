@@ -21,7 +21,7 @@ from mnist_dist.launch import peers
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.cli.main import _guarded
 from mnist_dist.launch.rendezvous import exchange
-from mnist_dist.launch.topology import read_topology
+from mnist_dist.launch.environment import read_topology
 
 topology = read_topology()
 peers._JOIN_S = 5.0

@@ -9,8 +9,9 @@ from jobs import free_ports
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch import rendezvous
+from mnist_dist.launch.address import split_address
 from mnist_dist.launch.rendezvous import RankTaken, exchange, hold_free_port, hold_own_port, listen, serving_addresses
-from mnist_dist.launch.topology import Topology, split_address
+from mnist_dist.launch.topology import Topology
 
 
 @pytest.fixture(params=["127.0.0.1", "[::1]"])

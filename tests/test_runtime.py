@@ -7,7 +7,8 @@ import pytest
 
 from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.engine.runtime import choose_threads, own_cores
-from mnist_dist.launch.topology import Topology, read_topology
+from mnist_dist.launch.environment import read_topology
+from mnist_dist.launch.topology import Topology
 
 # Runs `mnist_dist.train` up to the point where everything is built, and prints TensorFlow's settings.
 SETTINGS = """

@@ -6,14 +6,10 @@ import tracemalloc
 import pytest
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.launch.topology import (
-    SlurmJob,
-    Topology,
-    expand_node_list,
-    expand_task_counts,
-    read_topology,
-    split_address,
-)
+from mnist_dist.launch.address import split_address
+from mnist_dist.launch.environment import read_topology
+from mnist_dist.launch.slurm import expand_node_list, expand_task_counts
+from mnist_dist.launch.topology import SlurmJob, Topology
 
 
 def tf_config(*addresses, index=0) -> dict[str, str]:

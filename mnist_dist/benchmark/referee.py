@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.base.wire import Garbled, Message, Wire
 from mnist_dist.benchmark.entries import Contender
 from mnist_dist.benchmark.guard import Guard
-from mnist_dist.benchmark.protocol import Channel, Lost, Message, receive_all
+from mnist_dist.benchmark.protocol import Lost, receive_all, send
 from mnist_dist.config.data import DataConfig
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Entry:
     """All answers by part, the warm-up included."""
     error: str | None = None
     """Why it takes part no longer."""
-    channels: list[Channel] = field(default_factory=list)
+    wires: list[Wire] = field(default_factory=list)
     """To its processes, by rank."""
     pids: list[int] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -86,7 +87,7 @@ class Referee:
         try:
             self._launch(entry)
             self._meet(entry)
-            ready = receive_all(entry.channels, timeout_s=self._timeout_s)[0]
+            ready = receive_all(entry.wires, timeout_s=self._timeout_s)[0]
             entry.facts, entry.parts = ready["ready"], ready["parts"]
             self._pause(entry, signal.SIGSTOP)
         except Lost as lost:
@@ -97,9 +98,9 @@ class Referee:
         """Let one contender measure one part, all its processes at once; the answer of rank 0, None if it failed."""
         self._pause(entry, signal.SIGCONT)
         try:
-            for channel in entry.channels:
-                channel.send({"do": part})
-            answer = receive_all(entry.channels, timeout_s=self._timeout_s)[0]
+            for wire in entry.wires:
+                send(wire, {"do": part})
+            answer = receive_all(entry.wires, timeout_s=self._timeout_s)[0]
         except Lost as lost:
             self._fail(entry, f"{part}: {lost}")
             return None
@@ -130,27 +131,26 @@ class Referee:
 
     def _meet(self, entry: Entry) -> None:
         """Wait for the connections of all ranks; raises Lost."""
-        channels: dict[int, Channel] = {}
+        wires: dict[int, Wire] = {}
         token = f"{self._token}-{len(self._entries)}"
         end = time.monotonic() + self._timeout_s
-        while len(channels) < entry.contender.processes:
+        while len(wires) < entry.contender.processes:
             if any(process.poll() is not None for process in entry.processes):
                 raise Lost("ended")
             if time.monotonic() > end:
                 raise Lost(f"did not answer within {self._timeout_s:g} s")
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(OSError, Garbled):  # a stranger, or nobody yet
                 connection, _ = self._server.accept()
-                connection.settimeout(self._timeout_s)
-                channel = Channel(connection)
-                hello = channel.receive()
+                wire = Wire(connection)
+                hello = wire.receive(timeout_s=self._timeout_s)
                 if hello.get("token") != token:  # a latecomer of a contender that has failed, or a stranger
-                    channel.close()
+                    wire.close()
                     continue
                 connection.settimeout(None)
-                channels[int(hello["rank"])] = channel
+                wires[int(hello["rank"])] = wire
                 entry.pids.append(int(hello["pid"]))
                 self._guard.watch(entry.pids[-1])
-        entry.channels = [channels[rank] for rank in sorted(channels)]
+        entry.wires = [wires[rank] for rank in sorted(wires)]
 
     def _pause(self, entry: Entry, number: signal.Signals) -> None:
         if entry.contender.is_paused:
@@ -172,8 +172,8 @@ class Referee:
                 log.warning("    %s", line)
 
     def _stop(self, entry: Entry) -> None:
-        for channel in entry.channels:
-            channel.close()
+        for wire in entry.wires:
+            wire.close()
         for pid in entry.pids:
             # A launcher has not taken the end of its child yet, so the number is still the child's.
             with contextlib.suppress(ProcessLookupError):
@@ -183,7 +183,7 @@ class Referee:
         for process in entry.processes:
             process.kill()
             process.wait()
-        entry.pids, entry.channels = [], []
+        entry.pids, entry.wires = [], []
 
     @staticmethod
     def _await_exit(entry: Entry, seconds: float) -> None:

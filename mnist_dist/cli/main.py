@@ -31,8 +31,9 @@ from mnist_dist.cli.command_line import parse_command_line, printed
 from mnist_dist.cli.explain import explain
 from mnist_dist.config.compose import Command, Config, compose, to_config
 from mnist_dist.config.rules import shorten
+from mnist_dist.launch.environment import read_topology
 from mnist_dist.launch.stop import end_at_once
-from mnist_dist.launch.topology import Topology, read_topology
+from mnist_dist.launch.topology import Topology
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.launch.rendezvous import exchange
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.rendezvous import Rendezvous
 
 
 @dataclass(frozen=True)
@@ -21,22 +20,22 @@ class Report:
     """Whether the run folder holds this run, finished; what the chief says counts."""
     progress: str = ""
     """The checkpoint that the run goes on from (`Progress.to_json`), if any; what the chief says counts."""
-    contact: str = ""
-    """Where it is to be watched (`peers.PeerWatch`); what the chief says counts."""
+    watch_address: str = ""
+    """Of `peers.PeerWatch`; what the chief says counts."""
     error: str | None = None
     """Why it cannot take part."""
 
 
-def agree(report: Report, *, topology: Topology, timeout_s: float) -> Report:
+def agree(report: Report, rendezvous: Rendezvous) -> Report:
     """Compare the reports of all ranks and return the chief's; every process calls this.
 
     Raises:
         UserError: somebody did not come, cannot take part, or means something else; the message names rank and key.
     """
-    texts = exchange(json.dumps(asdict(report)), topology=topology, timeout_s=timeout_s)
+    texts = rendezvous.exchange(json.dumps(asdict(report)))
     reports = [Report(**json.loads(text)) for text in texts]
     for rank, other in enumerate(reports):
-        if other.error is not None and rank != topology.rank:
+        if other.error is not None and rank != rendezvous.topology.rank:
             raise UserError(f"rank {rank} cannot take part: {other.error}")
     problem = find_disagreement([report.facts for report in reports])
     if problem is not None:

@@ -7,7 +7,6 @@ whatever collective it waits.
 """
 
 import contextlib
-import json
 import logging
 import secrets
 import selectors
@@ -16,13 +15,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, LostTouch, TrainingFailed, UserError
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.launch.rendezvous import describe_rank, hold_free_port
+from mnist_dist.base.wire import Message, Wire
+from mnist_dist.launch.address import join_address, split_address
+from mnist_dist.launch.ports import hold_free_port
 from mnist_dist.launch.stop import end_at_once
-from mnist_dist.launch.topology import Topology, join_address, split_address
+from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,8 @@ class _Link:
     """The connection to one other process."""
 
     name: str
-    socket: socket.socket
+    wire: Wire
     heard_s: float = field(default_factory=time.monotonic)
-    unread: bytes = b""
 
 
 class PeerWatch:
@@ -58,16 +57,16 @@ class PeerWatch:
         self._lock = threading.Lock()
         self._has_left, self._is_ending = threading.Event(), threading.Event()
         self._silence_s = _SILENCE_S
-        self.contact = ""
-        """What the others have to know to come."""
+        self.address = ""
+        """`host:port:token` on rank 0, which the others have to know to come."""
         if topology.world_size > 1 and topology.is_chief:
             server = hold_free_port()
             self._selector.register(server, selectors.EVENT_READ)
-            self.contact = f"{join_address(_own_host(topology), server.getsockname()[1])}:{self._token}"
+            self.address = f"{join_address(_own_host(topology), server.getsockname()[1])}:{self._token}"
 
     @contextlib.contextmanager
-    def watching(self, contact: str, *, start_silence_s: float = _SILENCE_S) -> Iterator[None]:
-        """While the block runs, no other process may end; `contact` is rank 0's.
+    def watching(self, address: str, *, start_silence_s: float = _SILENCE_S) -> Iterator[None]:
+        """While the block runs, no other process may end; `address` is rank 0's.
 
         Until `started` a process may be silent for `start_silence_s` seconds: what it loads may stop all its threads.
 
@@ -82,7 +81,7 @@ class PeerWatch:
             return
         self._silence_s = start_silence_s
         if not self._topology.is_chief:
-            self._connect(contact)
+            self._connect(address)
         thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         thread.start()
         try:
@@ -106,9 +105,9 @@ class PeerWatch:
         """Tell the others, as far as they are connected, why this process ends now; for any thread."""
         self._leave({"failed": reason, "code": code}, farewell_s=_HASTY_FAREWELL_S)
 
-    def _connect(self, contact: str) -> None:
-        address, _, self._token = contact.rpartition(":")
-        name = describe_rank(0, self._topology, host=split_address(address)[0])
+    def _connect(self, watch_address: str) -> None:
+        address, _, self._token = watch_address.rpartition(":")
+        name = self._topology.describe_rank(0, host=split_address(address)[0])
         try:
             connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
         except OSError as error:
@@ -116,13 +115,13 @@ class PeerWatch:
                 f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
                 "is between"
             ) from error
-        self._add(_Link(name, connection))
+        self._add(_Link(name, Wire(connection)))
         self._send({"token": self._token, "rank": self._topology.rank, "host": socket.gethostname()})
 
     def _add(self, link: _Link) -> None:
-        link.socket.settimeout(_FAREWELL_S)
+        link.wire.connection.settimeout(_FAREWELL_S)
         self._links.append(link)
-        self._selector.register(link.socket, selectors.EVENT_READ, link)
+        self._selector.register(link.wire.connection, selectors.EVENT_READ, link)
 
     def _watch(self) -> None:
         """The thread: listen to all, and say that this process is alive."""
@@ -147,7 +146,7 @@ class PeerWatch:
                 if now - link.heard_s > self._silence_s:
                     self._lose(link.name, f"silent for {self._silence_s:.0f} s")
             if self._missing and now - started_s > _JOIN_S:
-                self._lose(describe_rank(min(self._missing), self._topology), "it came, and ended before all had come")
+                self._lose(self._topology.describe_rank(min(self._missing)), "it came, and ended before all had come")
 
     def _accept(self, server: socket.socket) -> None:
         """A newcomer: another rank, or a stranger. Once all have come, nobody is let in."""
@@ -155,16 +154,19 @@ class PeerWatch:
             connection, _ = server.accept()
         except OSError:
             return
+        wire = Wire(connection)
         try:
-            hello = json.loads(_read_line(connection))
+            hello = wire.receive(timeout_s=_FAREWELL_S)
             if hello["token"] != self._token:
                 raise ValueError("a stranger")
             self._missing.remove(hello["rank"])
-            name = describe_rank(hello["rank"], self._topology, host=str(hello["host"]))
+            name = self._topology.describe_rank(hello["rank"], host=str(hello["host"]))
         except (OSError, ValueError, KeyError, TypeError):
-            connection.close()
+            wire.close()
             return
-        self._add(_Link(name, connection))
+        link = _Link(name, wire)
+        self._add(link)
+        self._heed(link, wire.arrived())
         if not self._missing:
             self._selector.unregister(server)
             server.close()
@@ -172,19 +174,21 @@ class PeerWatch:
     def _listen(self, link: _Link) -> None:
         """Read what has come from another process."""
         try:
-            data = link.socket.recv(65536)
+            messages = link.wire.receive_ready()
         except TimeoutError:
             return
-        except OSError:
-            data = b""
-        if not data:
+        except (OSError, ValueError):
             self._lose(link.name, "its connection broke")
+            return
         link.heard_s = time.monotonic()
-        *lines, link.unread = (link.unread + data).split(b"\n")
-        for message in map(json.loads, lines):
+        self._heed(link, messages)
+
+    def _heed(self, link: _Link, messages: list[Message]) -> None:
+        """Do what another process says."""
+        for message in messages:
             if "done" in message:
                 self._links.remove(link)
-                self._selector.unregister(link.socket)
+                self._selector.unregister(link.wire.connection)
             elif "failed" in message:
                 self._end(f"{link.name} ended: {message['failed']}", message["code"], grace_s=_GRACE_S)
             elif "end" in message:
@@ -211,14 +215,14 @@ class PeerWatch:
         self._say_farewell()
         end_at_once(code)
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: Message) -> None:
         """To all that are connected: rank 0's word goes to all ranks, the others' to rank 0."""
         with self._lock:
             for link in tuple(self._links):
                 with contextlib.suppress(OSError):  # its end is seen where it is listened to
-                    link.socket.sendall(json.dumps(message).encode() + b"\n")
+                    link.wire.send(message)
 
-    def _leave(self, message: dict[str, Any], *, farewell_s: float = _FAREWELL_S) -> None:
+    def _leave(self, message: Message, *, farewell_s: float = _FAREWELL_S) -> None:
         self._has_left.set()
         self._send(message)
         self._say_farewell(farewell_s)
@@ -229,43 +233,33 @@ class PeerWatch:
         links = tuple(self._links)  # the other thread may still remove some
         for link in links:
             with contextlib.suppress(OSError):
-                link.socket.shutdown(socket.SHUT_WR)
+                link.wire.connection.shutdown(socket.SHUT_WR)
         for link in links:
             with contextlib.suppress(OSError):
                 while (left := deadline - time.monotonic()) > 0:
-                    link.socket.settimeout(left)
-                    if not link.socket.recv(65536):
+                    link.wire.connection.settimeout(left)
+                    if not link.wire.connection.recv(65536):
                         break
 
 
-def _last_words(error: BaseException) -> dict[str, Any]:
+def _last_words(error: BaseException) -> Message:
     """What the others are told of the error that ends this process."""
     codes = {UserError: EXIT_USER_ERROR, LostTouch: EXIT_LOST_PEER}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILURE)
     return {"failed": str(error)[:500] or type(error).__name__, "code": code}
 
 
-def _read_line(connection: socket.socket) -> bytes:
-    """A line of a newcomer, who has a moment for it, however slowly it drips; raises OSError."""
-    deadline, line = time.monotonic() + _FAREWELL_S, b""
-    while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
-        connection.settimeout(left)
-        # Byte by byte: what comes after the line is for later.
-        if not (byte := connection.recv(1)):
-            break
-        line += byte
-    return line
-
-
 def _own_host(topology: Topology) -> str:
     """The name or address under which the others reach this process's machine."""
     if topology.local_size == topology.world_size:
         return "127.0.0.1"
-    if topology.addresses:
-        return split_address(topology.addresses[topology.rank])[0]
-    if topology.hosts:
-        return topology.hosts[topology.rank]
-    store = topology.store or "localhost:1"
+    launcher = topology.launcher
+    if isinstance(launcher, TFConfig):
+        return split_address(launcher.addresses[topology.rank])[0]
+    if isinstance(launcher, SlurmStep):
+        return launcher.hosts[topology.rank]
+    assert isinstance(launcher, HorovodRun), launcher
+    store = launcher.store or "localhost:1"
     try:
         with socket.create_connection(split_address(store), timeout=_JOIN_S) as probe:
             return str(probe.getsockname()[0])

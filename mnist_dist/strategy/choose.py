@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.devices import StrategyConfig
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.rendezvous import Rendezvous
+from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
 from mnist_dist.strategy.base import SingleDevice, Strategy
 
 __all__ = ["Strategy", "choose_strategy", "create_strategy", "list_gpus"]
@@ -20,12 +21,13 @@ def list_gpus() -> list[tf.config.PhysicalDevice]:
     return list(tf.config.list_physical_devices("GPU"))
 
 
-def create_strategy(config: StrategyConfig, topology: Topology, *, num_gpus: int) -> Strategy:
+def create_strategy(config: StrategyConfig, rendezvous: Rendezvous, *, num_gpus: int) -> Strategy:
     """The configured strategy, ready for use.
 
     Raises:
         UserError: it does not fit the launched processes or the devices, or something it needs is missing.
     """
+    topology = rendezvous.topology
     has_horovod = importlib.util.find_spec("horovod") is not None
     name, reason = choose_strategy(config.name, topology, num_gpus=num_gpus, has_horovod=has_horovod)
     if config.num_replicas is not None and name != "mirrored":
@@ -42,11 +44,11 @@ def create_strategy(config: StrategyConfig, topology: Topology, *, num_gpus: int
     if name == "multiworker":
         from mnist_dist.strategy.multiworker import MultiWorker
 
-        return MultiWorker(topology=topology, timeout_s=config.start_timeout_s)
+        return MultiWorker(rendezvous)
     if name == "horovod":
         from mnist_dist.strategy.horovod import Horovod
 
-        return Horovod(topology=topology, timeout_s=config.start_timeout_s)
+        return Horovod(rendezvous)
     return SingleDevice()
 
 
@@ -61,16 +63,16 @@ def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod
         return _choose_automatically(topology, num_gpus=num_gpus, has_horovod=has_horovod)
     if several and name in ("single", "mirrored"):
         raise UserError(
-            f"strategy={name}: is for one process, but {topology.launcher} started {topology.world_size}; "
+            f"strategy={name}: is for one process, but {topology.launcher.name} started {topology.world_size}; "
             "say strategy=horovod or strategy=multiworker, or start one process"
             + (" (slurm/train.sh does: #SBATCH --nodes=1)" if topology.slurm else "")
         )
-    if several and name == "multiworker" and topology.launcher == "horovod":
+    if several and name == "multiworker" and isinstance(topology.launcher, HorovodRun):
         raise UserError(
             "strategy=multiworker: horovodrun started the processes, and does not tell their addresses; "
             "say strategy=horovod, or set TF_CONFIG in place of using horovodrun"
         )
-    if several and name == "horovod" and topology.launcher == "tf_config":
+    if several and name == "horovod" and isinstance(topology.launcher, TFConfig):
         raise UserError(
             "strategy=horovod: the processes were started by tf_config; start them with horovodrun or srun, "
             "or say strategy=multiworker"
@@ -79,11 +81,11 @@ def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod
 
 
 def _choose_automatically(topology: Topology, *, num_gpus: int, has_horovod: bool) -> tuple[str, str]:
-    if topology.launcher == "horovod":
+    if isinstance(topology.launcher, HorovodRun):
         return "horovod", "HOROVOD_RANK is set"
     if topology.world_size > 1:
-        started = f"{topology.world_size} processes were started by {topology.launcher}"
-        if not topology.addresses:  # Slurm's: Horovod can start among them too
+        started = f"{topology.world_size} processes were started by {topology.launcher.name}"
+        if isinstance(topology.launcher, SlurmStep):  # Horovod can start among its tasks too
             if has_horovod:
                 return "horovod", f"{started}, and Horovod is installed"
             return "multiworker", f"{started}, and Horovod is not installed"

@@ -4,18 +4,17 @@
 """
 
 import contextlib
-import fcntl
 import os
 import socket
-import struct
 from typing import Any
 
+import psutil
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.gpus import own_share
-from mnist_dist.launch.rendezvous import exchange
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.rendezvous import Rendezvous
+from mnist_dist.launch.topology import SlurmStep, Topology
 from mnist_dist.strategy.base import Array, SingleDevice
 
 # Horovod's own settings, measured for one message a step between 2 CPU ranks: without its cache of agreed names, which
@@ -46,15 +45,16 @@ class Horovod(SingleDevice):
 
     name = "horovod"
 
-    def __init__(self, *, topology: Topology, timeout_s: float) -> None:
-        """Start Horovod; where horovodrun did not launch the processes, do its part within `timeout_s` seconds."""
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        """Start Horovod; where srun launched the processes, do horovodrun's part too."""
+        topology = rendezvous.topology
         self._hvd = load_horovod()
         gpus = tf.config.list_physical_devices("GPU")
         if gpus:
             tf.config.set_visible_devices(gpus[own_share(len(gpus), topology)[0]], "GPU")
         _settle_variables(topology)
-        if topology.hosts:
-            self._server = _launch(topology, timeout_s=timeout_s)
+        if isinstance(topology.launcher, SlurmStep):
+            self._server = _launch(rendezvous, topology.launcher.hosts)
         self._hvd.init()
         super().__init__()
         self.num_replicas = self._hvd.size()
@@ -97,12 +97,12 @@ def _settle_variables(topology: Topology) -> None:
         )
 
 
-def _launch(topology: Topology, *, timeout_s: float) -> Any:
+def _launch(rendezvous: Rendezvous, hosts: tuple[str, ...]) -> Any:
     """What horovodrun does for its processes, done by themselves: with no MPI and no ssh.
 
     Rank 0 serves Horovod's own store, in which the others look up each other's addresses, and tells where.
     """
-    hosts = topology.hosts
+    topology = rendezvous.topology
     server, port = None, ""
     if topology.is_chief:
         from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
@@ -112,8 +112,8 @@ def _launch(topology: Topology, *, timeout_s: float) -> Any:
         port = str(server.start())
         slots = ",".join(f"{host}:{hosts.count(host)}" for host in dict.fromkeys(hosts))
         server.init(get_host_assignments(parse_hosts(slots), topology.world_size))
-    port = exchange(port, topology=topology, timeout_s=timeout_s, topic="horovod")[0]
-    os.environ.update(describe_process(topology))
+    port = rendezvous.exchange(port, topic="horovod")[0]
+    os.environ.update(describe_process(topology, hosts))
     os.environ.update(HOROVOD_GLOO_RENDEZVOUS_ADDR=_resolve(hosts[0]), HOROVOD_GLOO_RENDEZVOUS_PORT=port)
     # The network between the nodes, if there are several; the user knows better where there is more than one.
     far = next((host for host in hosts if host != hosts[topology.rank]), hosts[0])
@@ -122,11 +122,11 @@ def _launch(topology: Topology, *, timeout_s: float) -> Any:
     return server
 
 
-def describe_process(topology: Topology) -> dict[str, str]:
-    """Horovod's variables for one process, all of which know the hosts of all."""
-    own = topology.hosts[topology.rank]
+def describe_process(topology: Topology, hosts: tuple[str, ...]) -> dict[str, str]:
+    """Horovod's variables for this process; `hosts` are those of all ranks."""
+    own = hosts[topology.rank]
     # The nodes that have a process of this local rank: with other numbers of processes not all have.
-    nodes = [host for host in dict.fromkeys(topology.hosts) if topology.hosts.count(host) > topology.local_rank]
+    nodes = [host for host in dict.fromkeys(hosts) if hosts.count(host) > topology.local_rank]
     return {
         "HOROVOD_RANK": str(topology.rank),
         "HOROVOD_SIZE": str(topology.world_size),
@@ -149,15 +149,12 @@ def interface_towards(address: str) -> str | None:
 
     Gloo takes by default the one that this machine's own name stands for, which often is the loopback.
     """
-    ask_for_address = 0x8915  # SIOCGIFADDR of Linux
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((address, 9))  # sends nothing
-        own = socket.inet_aton(probe.getsockname()[0])
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an address
-                answer = fcntl.ioctl(probe.fileno(), ask_for_address, struct.pack("256s", name.encode()[:15]))
-                if answer[20:24] == own:
-                    return name
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in (entry.address for entry in addresses):
+                return name
     return None
 
 

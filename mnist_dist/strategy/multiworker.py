@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.gpus import own_share
-from mnist_dist.launch.rendezvous import serving_addresses
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 from mnist_dist.strategy.mirrored import DistributeStrategy
 
@@ -18,14 +18,15 @@ class MultiWorker(DistributeStrategy):
 
     name = "multiworker"
 
-    def __init__(self, *, topology: Topology, timeout_s: float) -> None:
-        """Start TensorFlow's servers, once all processes have told their addresses, within `timeout_s` seconds."""
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        """Start TensorFlow's servers, once all processes have told their addresses."""
+        topology = rendezvous.topology
         gpus = tf.config.list_physical_devices("GPU")
         own = [gpus[index] for index in own_share(len(gpus), topology)]
         if gpus:
             tf.config.set_visible_devices(own, "GPU")
         os.environ["TF_GRPC_REUSE_PORT"] = "true"
-        with serving_addresses(topology, timeout_s=timeout_s) as addresses:
+        with rendezvous.serving_addresses() as addresses:
             resolver = create_resolver(topology, addresses, num_gpus=len(own))
             on_sigterm = signal.getsignal(signal.SIGTERM)
             try:

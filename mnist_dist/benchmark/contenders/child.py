@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.base.surroundings import settings_of_keras, settle
-from mnist_dist.benchmark.protocol import Channel, Turns
+from mnist_dist.base.wire import Wire
+from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.compose import compose_config
 from mnist_dist.config.data import DataConfig
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
-from mnist_dist.launch.topology import read_topology
+from mnist_dist.launch.environment import read_topology
 
 
 def main() -> None:
@@ -25,11 +26,11 @@ def main() -> None:
     output = os.open(f"{job['output']}.{topology.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    channel = Channel(socket.create_connection(("127.0.0.1", job["port"])))
-    channel.send({"token": job["token"], "rank": topology.rank, "pid": os.getpid()})
+    wire = Wire(socket.create_connection(("127.0.0.1", job["port"])))
+    wire.send({"token": job["token"], "rank": topology.rank, "pid": os.getpid()})
     data = DataConfig(**job["data"])
     splits = preprocess(load_dataset(data), val_fraction=data.val_fraction, split_seed=data.split_seed)
-    turns, kind, precision, options = Turns(channel), job["kind"], job["precision"], job["options"]
+    turns, kind, precision, options = Turns(wire), job["kind"], job["precision"], job["options"]
     # Each knows its own framework, and nothing of the others' settings.
     if kind == "keras":
         with settings_of_keras():

@@ -1,0 +1,32 @@
+"""Ports of this machine: to listen at, to hold until they are needed, and to hand over."""
+
+import contextlib
+import random
+import socket
+
+from mnist_dist.base.errors import UserError
+
+_OWN_PORTS = range(20_000, 32_768)  # Linux hands out those above by itself, to whoever asks next
+
+
+def listen(port: int) -> socket.socket:
+    """A server at a port of this machine, for IPv4 and IPv6 where there is both; raises OSError."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def hold_free_port() -> socket.socket:
+    """A server at a port of this machine that was free, and is nobody else's until it is closed."""
+    for port in random.SystemRandom().sample(_OWN_PORTS, 100):
+        with contextlib.suppress(OSError):
+            return listen(port)
+    raise UserError(f"no free port from {_OWN_PORTS.start} to {_OWN_PORTS.stop - 1} on this machine")
+
+
+def share_port(server: socket.socket) -> None:
+    """Stop listening, but keep the port from all but servers of this user that share theirs (SO_REUSEPORT)."""
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    with contextlib.suppress(OSError):
+        server.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for somebody

@@ -1,0 +1,132 @@
+"""Where the ranks of a job come to: a server that lets in one process of each rank, and tells the others why not them."""
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.wire import Message, Wire
+from mnist_dist.launch.ports import share_port
+from mnist_dist.launch.topology import SlurmStep, TFConfig, Topology
+
+FIRST_TOPIC = "start"
+READ_TIMEOUT_S = 5.0
+"""For a message that has begun to come."""
+_RETRY_S = 0.2
+
+
+class RankTaken(UserError):
+    """Another process of this job has the rank of this one; the job goes on without it."""
+
+    def __init__(self, topology: Topology, holder: str) -> None:
+        super().__init__(
+            f"rank {topology.rank} is taken: {holder} has it; give each process of the job its own "
+            f"{topology.launcher.rank_variable}, and start no more than {topology.world_size}"
+        )
+
+
+class Guest(NamedTuple):
+    """A process that has come."""
+
+    text: str
+    wire: Wire
+
+
+class Reception:
+    """Listens in a thread of its own, on behalf of one process."""
+
+    def __init__(self, server: socket.socket, topology: Topology, *, topic: str = FIRST_TOPIC) -> None:
+        """Let guests in where `topology` is rank 0's, to talk about `topic`; all others only hear who is here."""
+        self._server, self._topology = server, topology
+        self._job, self._topic = job_id(topology), topic
+        self._guests: dict[int, Guest] = {}
+        self._holders: dict[int, str] = {}
+        self._may_enter, self._has_ended = topology.is_chief, False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
+        self._thread.start()
+
+    def wait_for_all(self, topic: str, deadline: float) -> dict[int, Guest]:
+        """All ranks that have come, once they are complete or the time is up; nobody is let in any more."""
+        with self._changed:
+            if topic != self._topic:
+                self._topic, self._guests, self._may_enter = topic, {}, True
+            self._changed.wait_for(
+                lambda: len(self._guests) == self._topology.world_size - 1, timeout=deadline - time.monotonic()
+            )
+            self._may_enter = False
+            return self._guests
+
+    def end(self) -> socket.socket:
+        """Answer no more; returns the socket, which keeps the port until it is closed."""
+        self._has_ended = True
+        share_port(self._server)
+        self._thread.join(_RETRY_S)
+        return self._server
+
+    def _run(self) -> None:
+        while not self._has_ended:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                time.sleep(_RETRY_S / 10)
+                continue
+            wire = Wire(connection)
+            try:
+                message = wire.receive(timeout_s=READ_TIMEOUT_S)
+                with self._changed:
+                    self._answer(message, wire)
+            except (OSError, ValueError, KeyError, TypeError):
+                wire.close()  # a stranger knocked
+
+    def _answer(self, message: Message, wire: Wire) -> None:
+        """Let somebody in, or say why not, and raise ValueError."""
+        rank, answer = message["rank"], {"job": self._job, "who": own_name(), "size": self._topology.world_size}
+        guest = self._guests.get(rank)
+        if guest and self._may_enter and _has_gone(guest.wire.connection):
+            guest = None  # and was started again
+        can_enter = self._may_enter and message["topic"] == self._topic and guest is None
+        if message["job"] != self._job:
+            wire.send(answer)
+            raise ValueError("of another job")
+        if rank not in range(self._topology.world_size):
+            raise ValueError("no rank")
+        if message["topic"] not in (self._topic, FIRST_TOPIC):
+            raise ValueError("too early")
+        if rank == self._topology.rank or not can_enter:
+            wire.send({**answer, "taken": self._holders.get(rank, own_name())})
+            raise ValueError("a spare process")
+        wire.send(answer)
+        self._holders[rank] = str(message["who"])
+        self._guests[rank] = Guest(str(message["text"]), wire)
+        self._changed.notify_all()
+
+
+def own_name() -> str:
+    """This process, as the user can find it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def job_id(topology: Topology) -> str:
+    """What the processes of one job have in common, so that two jobs on one port do not mix."""
+    parts: tuple[str, ...] = ()
+    if isinstance(topology.launcher, TFConfig):
+        parts = topology.launcher.addresses
+    elif isinstance(topology.launcher, SlurmStep):
+        parts = (topology.launcher.step_id, *topology.launcher.hosts)
+    return hashlib.sha256(",".join(parts).encode()).hexdigest()
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(READ_TIMEOUT_S)
