@@ -1,8 +1,9 @@
 """Evaluate a saved model: `python -m mnist_dist.evaluate run_dir=runs/... split=test`."""
 
+import json
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +23,8 @@ from mnist_dist.data.splits import SplitName, preprocess
 from mnist_dist.engine.footprint import check_data_fits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
-from mnist_dist.run.summary import MODEL_ADVICE
+from mnist_dist.run.inspection import MODEL_ADVICE, check_has_model, read_data_config, read_data_sha256
+from mnist_dist.run.summary import MODEL
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m
 
@@ -56,10 +58,11 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     run_folder = RunFolder.from_config(config.run_dir)
     split_name = cast(SplitName, config.split)
     report_name, picture_name = f"evaluation_{split_name}.json", f"confusion_matrix_{split_name}.png"
-    run_folder.check_has_model()
-    data_config = run_folder.read_data_config()
+    check_has_model(run_folder.path)
+    model_path = run_folder.path / MODEL
+    data_config = read_data_config(run_folder.path)
     run_folder.check_usable(files=[report_name, f"plots/{picture_name}"], folders=["plots"])
-    trained_on = run_folder.read_data_sha256()
+    trained_on = read_data_sha256(run_folder.path)
     dataset = _load_data(config, data_config)
     if dataset.sha256 != trained_on:
         raise UserError(
@@ -71,31 +74,32 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
 
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        from mnist_dist.engine.programs.train import EvaluateProgram, place_split
+        from mnist_dist.engine.flat_model import load_flat_model
+        from mnist_dist.engine.programs.evaluate import EvaluateProgram
+        from mnist_dist.engine.programs.placement import place_split
         from mnist_dist.engine.runtime import configure_tensorflow
-        from mnist_dist.models.build import load_network
         from mnist_dist.results import curves as plots
         from mnist_dist.strategy.base import SingleDevice
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
         strategy = SingleDevice()
         num_pixels = splits.test.images.shape[1]
-        network = load_network(run_folder.model_path, num_pixels=num_pixels, num_classes=splits.num_classes)
+        flat_model = load_flat_model(model_path, num_pixels=num_pixels, num_classes=splits.num_classes)
 
-    program = EvaluateProgram(network=network, strategy=strategy, split=place_split(splits[split_name], strategy))
-    sums = program.run(strategy.create_variable(network.get_weights()))
+    program = EvaluateProgram(flat_model, strategy=strategy, split=place_split(splits[split_name], strategy))
+    sums = program.run(strategy.create_variable(flat_model.get_weights()))
     if not math.isfinite(sums.loss):
         problem = f"its loss on the {split_name} set is {sums.loss}"
-        raise UserError(f"{run_folder.model_path}: not a usable model: {problem}; {MODEL_ADVICE}")
+        raise UserError(f"{model_path}: not a usable model: {problem}; {MODEL_ADVICE}")
 
     report = {
         "dataset": {"name": dataset.name, "sha256": dataset.sha256},
         "split": split_name,
-        **sums.to_dict(),
+        **asdict(sums.metrics()),
         "classes": class_report(sums.confusion, class_names=splits.class_names),
         "confusion_matrix": sums.confusion.tolist(),
     }
-    run_folder.write_json(report_name, report)
+    run_folder.write_text(report_name, json.dumps(report, indent=2, allow_nan=False) + "\n")
     picture = plots.plot_split(sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names)
     run_folder.write_plots([(picture_name, picture)])
     _log_report(report, run_folder)

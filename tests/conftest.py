@@ -18,9 +18,9 @@ from jobs import python_environment as clean_environment
 from small_data import create_small_arrays
 
 from mnist_dist.config.devices import ThreadsConfig
+from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.runtime import configure_tensorflow
 from mnist_dist.launch.topology import Topology
-from mnist_dist.models.build import Network
 from mnist_dist.results.history import History, from_csv
 
 # Before anything starts TensorFlow's devices: as many logical CPUs as the largest `mirrored` test has replicas.
@@ -234,7 +234,7 @@ class Job(NamedTuple):
         return from_csv((self.folder / "history.csv").read_text())
 
     def weights(self) -> np.ndarray:
-        return Network(keras.models.load_model(self.folder / "model.keras")).get_weights()
+        return FlatModel(keras.models.load_model(self.folder / "model.keras")).get_weights()
 
 
 @pytest.fixture(scope="session")

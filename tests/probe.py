@@ -50,7 +50,7 @@ def catch(training, topology):
 def flip_a_bit(in_epoch: int, replica: int, *, what: str) -> None:
     from faults import flip_bit_of_replica  # not before TensorFlow is to start
 
-    from mnist_dist.engine.programs.train import ReplicaCheck
+    from mnist_dist.engine.programs.replica_check import ReplicaCheck
 
     check = ReplicaCheck.run
 

@@ -5,8 +5,9 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
+from mnist_dist.engine.flat_model import FlatModel, load_flat_model
 from mnist_dist.engine.layers.dropout import BatchPosition
-from mnist_dist.models.build import Network, build_model, load_network
+from mnist_dist.models.build import build_model
 
 
 def build(*overrides: str, image_shape=(28, 28), num_classes=10, seed=0) -> keras.Model:
@@ -26,7 +27,7 @@ def test_mlp_is_the_recipe():
 
 
 def test_initial_weights_follow_the_seed():
-    first, again, other = (Network(build(seed=seed)).get_weights() for seed in (0, 0, 1))
+    first, again, other = (FlatModel(build(seed=seed)).get_weights() for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     kernels = [layer.kernel.numpy() for layer in build().layers if hasattr(layer, "kernel")]
@@ -86,7 +87,7 @@ def test_the_seeds_of_the_recipe_are_those_of_always():
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_network_computes_what_the_model_does(name):
     model = build(f"model={name}")
-    network = Network(model)
+    network = FlatModel(model)
     images = np.random.default_rng(0).random((5, 784), np.float32)
     weights = network.split(tf.constant(network.get_weights()))
     logits = network.logits(weights, tf.constant(images))
@@ -94,17 +95,17 @@ def test_network_computes_what_the_model_does(name):
 
 
 def test_export_takes_the_weights_and_stays_plain_keras(tmp_path):
-    network = Network(build())
+    network = FlatModel(build())
     weights = np.random.default_rng(0).normal(size=network.num_parameters).astype(np.float32)
     model = network.export(weights)
-    np.testing.assert_array_equal(Network(model).get_weights(), weights)
+    np.testing.assert_array_equal(FlatModel(model).get_weights(), weights)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert {type(layer).__module__.split(".")[0] for layer in loaded.layers} == {"keras"}
 
 
 def test_dropout_acts_in_training_only_and_by_position():
-    network = Network(build())
+    network = FlatModel(build())
     weights = network.split(tf.constant(network.get_weights()))
     images = tf.constant(np.random.default_rng(0).random((6, 784), np.float32))
 
@@ -124,7 +125,7 @@ def test_dropout_acts_in_training_only_and_by_position():
 )
 def test_the_precision_policy_reaches_the_layers_that_compute(policy, dtype, name):
     model = build(f"model={name}")
-    network = Network(model, policy=policy)
+    network = FlatModel(model, policy=policy)
     layers = network._twin.layers
     assert {layer.compute_dtype for layer in layers} == {dtype}
     assert {layer.variable_dtype for layer in layers} == {"float32"}
@@ -136,12 +137,12 @@ def test_the_precision_policy_reaches_the_layers_that_compute(policy, dtype, nam
 def test_models_with_other_state_are_refused():
     layers = [keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(2, activation="softmax")]
     with pytest.raises(ValueError, match="not trained"):
-        Network(keras.Sequential(layers))
+        FlatModel(keras.Sequential(layers))
 
 
 def test_models_without_softmax_are_refused():
     with pytest.raises(ValueError, match="softmax"):
-        Network(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+        FlatModel(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
 
 
 layers = keras.layers
@@ -232,7 +233,7 @@ def test_a_model_that_is_not_ours(name, tmp_path, capfd):
     make().save(path)
     capfd.readouterr()
     with pytest.raises(UserError) as error:
-        load_network(path, num_pixels=64, num_classes=4)
+        load_flat_model(path, num_pixels=64, num_classes=4)
     line = str(error.value)
     assert line.startswith(f"{path}: not a usable model: ")
     assert problem in line
@@ -248,5 +249,5 @@ def test_a_model_that_is_not_ours(name, tmp_path, capfd):
 def test_a_model_that_will_do(parts, tmp_path):
     model = sequential(*parts)
     model.save(tmp_path / "model.keras")
-    network = load_network(tmp_path / "model.keras", num_pixels=64, num_classes=4)
-    np.testing.assert_array_equal(network.get_weights(), Network(model).get_weights())
+    network = load_flat_model(tmp_path / "model.keras", num_pixels=64, num_classes=4)
+    np.testing.assert_array_equal(network.get_weights(), FlatModel(model).get_weights())

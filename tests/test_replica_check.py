@@ -9,7 +9,8 @@ from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale
-from mnist_dist.engine.programs.train import ReplicaCheck, TrainState
+from mnist_dist.engine.programs.replica_check import ReplicaCheck
+from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.results.history import from_csv
 from mnist_dist.strategy.mirrored import Mirrored
 

@@ -8,12 +8,16 @@ import tensorflow as tf
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import Split
 from mnist_dist.engine.batches import BatchPlan
+from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
-from mnist_dist.engine.programs.train import EvaluateProgram, TrainProgram, TrainState, place_split
+from mnist_dist.engine.programs.evaluate import EvaluateProgram
+from mnist_dist.engine.programs.placement import place_split
+from mnist_dist.engine.programs.state import TrainState
+from mnist_dist.engine.programs.train import TrainProgram
 from mnist_dist.engine.reduction import ExactSum, FastSum
 from mnist_dist.engine.shards import ShardPlan
-from mnist_dist.models.build import Network, build_model
+from mnist_dist.models.build import build_model
 from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.strategy.mirrored import Mirrored
 
@@ -33,7 +37,7 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     config.precision.name = policy
     model = build_model(config.model, image_shape=(4, 5), num_classes=NUM_CLASSES, seed=0)
     parts = {
-        "network": Network(model, policy=policy),
+        "network": FlatModel(model, policy=policy),
         "optimizer": create_optimizer(config.optimizer),
         "loss_scale": LossScale(config.precision),
         "strategy": strategy,

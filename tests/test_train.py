@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_dist.models.build import Network
+from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.results.history import from_csv
 from mnist_dist.results.sums import weights_digest
 
@@ -76,7 +76,7 @@ def test_summary_agrees_with_history_and_model(run):
     assert summary["variance_percent"] == pytest.approx(variance)
     assert summary["timing"].keys() == {"startup_s", "first_epoch_s", "median_epoch_s", "total_s"}
     model = keras.models.load_model(folder / "model.keras")
-    assert weights_digest(Network(model).get_weights()) == summary["weights_sha256"]
+    assert weights_digest(FlatModel(model).get_weights()) == summary["weights_sha256"]
 
 
 def test_auto_is_exact_on_cpus_and_recorded(run):

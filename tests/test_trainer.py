@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.errors import TrainingFailed
+from mnist_dist.engine.actions import LogEpoch, Periodic
 from mnist_dist.engine.batches import BatchPlan
-from mnist_dist.engine.trainer import LogEpoch, Periodic, Trainer
+from mnist_dist.engine.trainer import Trainer
 from mnist_dist.results.sums import EpochSums, EvaluationSums
 
 PLAN = BatchPlan(10, 4)

@@ -4,8 +4,8 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
-from mnist_dist.engine.build import choose_mode, plan_shards
-from mnist_dist.engine.shards import ShardPlan
+from mnist_dist.engine.build import choose_mode
+from mnist_dist.engine.shards import ShardPlan, plan_shards
 from mnist_dist.launch.topology import Topology
 
 ONE_PROCESS, NINE_PROCESSES = Topology(), Topology("horovod", 0, 9, 0, 9)

@@ -1,5 +1,6 @@
 """Benchmark: `python -m mnist_dist.benchmark KEY=VALUE ...`. From top to bottom."""
 
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,11 @@ from typing import Any
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
 from mnist_dist.base.files import write_atomically
+from mnist_dist.base.versions import installed_versions
 from mnist_dist.benchmark.config import BenchmarkConfig
 from mnist_dist.benchmark.entries import Contender, default_texts, parse
 from mnist_dist.benchmark.guard import Guard
-from mnist_dist.benchmark.machine import Bystanders, describe_machine, installed_versions
+from mnist_dist.benchmark.machine import Bystanders, describe_machine
 from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds
 from mnist_dist.benchmark.report import build_all_reduce, build_jobs, build_rows, build_targets, format_table
 from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_startup
@@ -79,7 +81,7 @@ def benchmark(config: BenchmarkConfig, topology: Topology, console: Console) -> 
         "startup": measured.startup,
         "targets": [target.to_dict() for target in targets],
     }
-    run_folder.write_json(_REPORT, report)
+    run_folder.write_text(_REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
     from mnist_dist.benchmark.chart import plot_benchmark  # Matplotlib is imported with settings of ours
 
     title = f"{described['name']} on {machine['cpu']}, {machine['cores']} cores"

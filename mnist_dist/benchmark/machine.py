@@ -5,13 +5,10 @@ import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mnist_dist.launch.gpus import query_gpus
-
-_PACKAGES = ("mnist-dist", "tensorflow", "keras", "numpy", "horovod", "torch")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -29,17 +26,6 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.platform(),
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
     }
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions by what is installed: importing it all would take seconds."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass(frozen=True)

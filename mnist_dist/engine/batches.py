@@ -21,6 +21,13 @@ class BatchPlan:
 
     num_examples: int
     global_batch_size: int
+    """Examples of a step, of all but the last one."""
+    num_rows: int = 0
+    """Rows of a step, if more than that: the rest is padding, as where shards have more rows than examples."""
+
+    def __post_init__(self) -> None:
+        if self.num_rows < self.global_batch_size:
+            object.__setattr__(self, "num_rows", self.global_batch_size)
 
     @classmethod
     def for_evaluation(cls, num_examples: int) -> "BatchPlan":
@@ -37,17 +44,21 @@ class BatchPlan:
         """Example indices of one epoch's steps.
 
         Returns:
-            Shape (steps_per_epoch, global_batch_size): each of 0..num_examples-1 exactly once, then `PADDING`.
+            Shape (steps_per_epoch, num_rows): each of 0..num_examples-1 exactly once; the other rows are `PADDING`.
         """
         # Philox is a counter-based generator: (seed, epoch) is its whole state.
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
-        return self._cut(generator.permutation(self.num_examples))
+        return self._cut(generator.permutation(self.num_examples), num_steps=self.steps_per_epoch)
 
-    def in_order(self) -> npt.NDArray[np.int32]:
-        """Example indices in their own order, cut and padded like an epoch's; for evaluation."""
-        return self._cut(np.arange(self.num_examples))
+    def in_order(self, *, multiple_of: int = 1) -> npt.NDArray[np.int32]:
+        """Example indices in their own order, for evaluation; the number of steps is made a multiple of this."""
+        num_steps = -(-self.steps_per_epoch // multiple_of) * multiple_of
+        return self._cut(np.arange(self.num_examples), num_steps=num_steps)
 
-    def _cut(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        rows = np.full((self.steps_per_epoch, self.global_batch_size), PADDING, np.int32)
-        rows.reshape(-1)[: self.num_examples] = order
+    def _cut(self, order: npt.NDArray[np.int64], *, num_steps: int) -> npt.NDArray[np.int32]:
+        """The only place where rows without an example are made."""
+        examples = np.full((num_steps, self.global_batch_size), PADDING, np.int32)
+        examples.reshape(-1)[: self.num_examples] = order
+        rows = np.full((num_steps, self.num_rows), PADDING, np.int32)
+        rows[:, : self.global_batch_size] = examples
         return rows

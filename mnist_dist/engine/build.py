@@ -1,107 +1,183 @@
-"""The parts of a training run, put together: from configuration and data to a trainer that is ready to go."""
+"""The engine: everything that a training needs, from configuration and data to programs that are ready to run."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import keras
+import numpy as np
+import numpy.typing as npt
 
 from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
+from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
-from mnist_dist.engine.optimizer import LearningRate, Optimizer, create_optimizer
+from mnist_dist.engine.flat_model import FlatModel, FloatArray
+from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
-from mnist_dist.engine.programs.train import EvaluateProgram, ReplicaCheck, TrainProgram, TrainState, place_split
+from mnist_dist.engine.programs.evaluate import EvaluateProgram
+from mnist_dist.engine.programs.placement import place_split
+from mnist_dist.engine.programs.replica_check import ReplicaCheck
+from mnist_dist.engine.programs.state import TrainState
+from mnist_dist.engine.programs.train import TrainProgram
 from mnist_dist.engine.reduction import ExactSum, FastSum
 from mnist_dist.engine.runtime import configure_tensorflow, own_cores
-from mnist_dist.engine.shards import ShardPlan
-from mnist_dist.engine.trainer import EpochAction, Trainer
+from mnist_dist.engine.shards import ShardPlan, plan_shards
+from mnist_dist.engine.trainer import Trainer
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
-from mnist_dist.models.build import FloatArray, Network, build_model
-from mnist_dist.results.sums import EvaluationSums, weights_digest
-from mnist_dist.strategy.base import Array
-from mnist_dist.strategy.choose import Strategy, create_strategy
+from mnist_dist.models.build import build_model
+from mnist_dist.results.placement import Placement
+from mnist_dist.results.sums import EpochSums, EvaluationSums, weights_digest
+from mnist_dist.strategy.base import Array, Strategy
+from mnist_dist.strategy.choose import create_strategy
 
-_FAST_ROWS = 128
-"""Rows of a part of a replica's batch on a CPU, with reproducibility=fast: parts keep the cores busy side by side."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Training:
-    """A training run before its first epoch."""
+class Engine:
+    """A training before its first epoch."""
 
     config: TrainConfig
     """With what each `auto` has become."""
     splits: Splits
     strategy: Strategy
     model: keras.Model
-    network: Network
+    flat_model: FlatModel
     plan: BatchPlan
     shards: ShardPlan
-    optimizer: Optimizer
-    loss_scale: LossScale
     state: TrainState
     learning_rate: LearningRate
-    num_cores: int
-    """Of this process."""
+    topology: Topology
 
-    def create_trainer(
-        self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
-    ) -> Trainer:
-        """The trainer, with its data on the devices."""
-        dtype, config = self.network.compute_dtype, self.config
-        is_exact = config.reproducibility == "exact"
-        train_program = TrainProgram(
-            network=self.network,
-            optimizer=self.optimizer,
-            loss_scale=self.loss_scale,
-            strategy=self.strategy,
-            state=self.state,
-            split=place_split(self.splits.train, self.strategy, dtype=dtype),
-            shards=self.shards,
-            reduction=ExactSum(self.strategy, self.shards) if is_exact else FastSum(self.strategy),
-        )
-        validation = EvaluateProgram(
-            network=self.network,
-            strategy=self.strategy,
-            split=place_split(self.splits.val, self.strategy, dtype=dtype),
-        )
-        replica_check = ReplicaCheck(strategy=self.strategy, state=self.state, wants_to_stop=wants_to_stop)
-        return Trainer(
-            train_epoch=train_program.run_epoch,
-            validate=lambda: validation.run(self.state.weights),
-            plan=self.plan,
-            seed=config.seed,
-            learning_rate_at=self.learning_rate.at,
-            check_replicas=replica_check.run,
-            digest_weights=lambda: weights_digest(self.weights()) if is_exact else None,
-            actions=actions,
-        )
+    @property
+    def is_exact(self) -> bool:
+        """Whether the number of replicas changes no bit."""
+        return self.config.reproducibility == "exact"
 
     def weights(self) -> FloatArray:
         """The weights as they are now."""
         return self.strategy.read(self.state.weights)
 
+    def create_trainer(
+        self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
+    ) -> Trainer:
+        """The trainer, with its data on the devices."""
+        return Trainer(
+            Programs(self, wants_to_stop=wants_to_stop),
+            plan=self.plan,
+            seed=self.config.seed,
+            learning_rate_at=self.learning_rate.at,
+            actions=actions,
+        )
+
     def evaluate(self) -> dict[SplitName, EvaluationSums]:
         """Evaluate the model that is saved, which is float32, on every example of every split; a collective."""
-        saved = Network(self.network.export(self.weights()))
+        saved = FlatModel(self.flat_model.export(self.weights()))
         return {
             name: EvaluateProgram(
-                network=saved, strategy=self.strategy, split=place_split(self.splits[name], self.strategy)
+                saved, strategy=self.strategy, split=place_split(self.splits[name], self.strategy)
             ).run(self.state.weights)
             for name in SPLIT_NAMES
         }
 
+    def placement(self) -> Placement:
+        """Where and how it trains."""
+        num_replicas, global_batch_size = self.strategy.num_replicas, self.plan.global_batch_size
+        return Placement(
+            strategy=self.strategy.name,
+            world_size=self.topology.world_size,
+            num_replicas=num_replicas,
+            global_batch_size=global_batch_size,
+            per_replica_batch_size=-(-global_batch_size // num_replicas),
+            precision=self.config.precision.name,
+            reproducibility=self.config.reproducibility,
+            num_shards=self.shards.num_shards,
+        )
 
-def build_training(
+    def log_description(self) -> None:
+        """Log what will be trained, on what, and how the examples are divided: nothing is scaled without a word."""
+        placement = self.placement()
+        if (job := self.topology.slurm) is not None:
+            log.info("Slurm: job %s on %s, restarted %d time(s)", job.job_id, job.node_list, job.restart_count)
+        log.info("Model: %s, %s parameters", self.config.model.name, f"{self.flat_model.num_parameters:,}")
+        log.info("Devices: %s; precision %s", ", ".join(self.strategy.devices()), placement.precision)
+        log.info(
+            "Batch: %d over %d replica(s) in %d process(es), %d each; %d steps an epoch; learning rate %s",
+            placement.global_batch_size,
+            placement.num_replicas,
+            placement.world_size,
+            placement.per_replica_batch_size,
+            self.plan.steps_per_epoch,
+            self.learning_rate.describe(),
+        )
+        log.info(
+            "Reproducibility: %s",
+            f"exact, {placement.num_shards} shards: bit-identical on up to {placement.num_shards} replicas"
+            if self.is_exact
+            else "fast: the number of replicas may change the last bits",
+        )
+        num_shards, num_cores = -(-placement.num_shards // placement.world_size), own_cores(self.topology)
+        if self.is_exact and self.strategy.compute_capability() is None and num_cores > num_shards:
+            log.info(
+                "Cores: %d of this process's %d compute at a time, one for each of its shards; a larger "
+                "batch.num_shards uses more, with other bits",
+                num_shards,
+                num_cores,
+            )
+
+    def on(self, strategy: Strategy) -> "Engine":
+        """The same training from its beginning, on another strategy."""
+        return replace(self, strategy=strategy, state=_create_state(self.config, self.flat_model, strategy))
+
+
+class Programs:
+    """The compiled programs of a training, with its data on the devices; all of them are collectives."""
+
+    def __init__(self, engine: Engine, *, wants_to_stop: Callable[[], bool] = lambda: False) -> None:
+        strategy, dtype = engine.strategy, engine.flat_model.compute_dtype
+        self._engine = engine
+        self._train = TrainProgram(
+            engine.flat_model,
+            engine.state,
+            strategy=strategy,
+            split=place_split(engine.splits.train, strategy, dtype=dtype),
+            shards=engine.shards,
+            reduction=ExactSum(strategy, engine.shards) if engine.is_exact else FastSum(strategy),
+        )
+        self._validate = EvaluateProgram(
+            engine.flat_model, strategy=strategy, split=place_split(engine.splits.val, strategy, dtype=dtype)
+        )
+        self._replica_check = ReplicaCheck(strategy=strategy, state=engine.state, wants_to_stop=wants_to_stop)
+
+    def train_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
+        """Train on the steps of `indices`, each with its learning rate (see `TrainProgram.run_epoch`)."""
+        return self._train.run_epoch(indices, learning_rates=learning_rates)
+
+    def validate(self) -> EvaluationSums:
+        """Evaluate the weights as they are now on the validation split."""
+        return self._validate.run(self._engine.state.weights)
+
+    def agree_to_stop(self, epoch: int) -> bool:
+        """Whether any process wants to stop after this epoch; raises TrainingFailed if replicas differ."""
+        return self._replica_check.run(epoch)
+
+    def digest_weights(self) -> str | None:
+        """The digest of the weights as they are now, where it means something to other runs: with exact."""
+        return weights_digest(self._engine.weights()) if self._engine.is_exact else None
+
+
+def build_engine(
     config: TrainConfig,
-    topology: Topology,
+    rendezvous: Rendezvous,
     splits: Splits,
     *,
     num_gpus: int,
     restored: Mapping[str, Array] | None = None,
-) -> Training:
+) -> Engine:
     """Start the devices, of which `num_gpus` are GPUs, and build everything that the training needs.
 
     The state is a new one, or the chief's `restored` one on all processes.
@@ -109,6 +185,7 @@ def build_training(
     Raises:
         UserError: strategy, devices and batch do not fit together.
     """
+    topology = rendezvous.topology
     mode = choose_mode(config, topology, num_gpus=num_gpus)
     configure_tensorflow(
         config.threads,
@@ -116,40 +193,31 @@ def build_training(
         num_shards=-(-config.batch.num_shards // topology.world_size),
         exact=mode == "exact",
     )
-    strategy = create_strategy(config.strategy, topology, num_gpus=num_gpus)
+    strategy = create_strategy(config.strategy, rendezvous, num_gpus=num_gpus)
     policy = choose_precision(config.precision.name, strategy.compute_capability())
-    batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
-    plan = BatchPlan(len(splits.train), min(config.batch.global_size * batch_factor, len(splits.train)))
-    if strategy.num_replicas > plan.global_batch_size:
-        raise UserError(
-            f"batch.global_size={config.batch.global_size}: fewer examples than the {strategy.num_replicas} replicas; "
-            "ask for a larger batch or fewer replicas"
-        )
     config = replace(config, precision=replace(config.precision, name=policy), reproducibility=mode)
-    shards = plan_shards(config, plan.global_batch_size, num_replicas=strategy.num_replicas, on_gpu=num_gpus > 0)
+    batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
+    global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
+    shards = plan_shards(config, global_batch_size, num_replicas=strategy.num_replicas, on_gpu=num_gpus > 0)
+    plan = BatchPlan(len(splits.train), global_batch_size, num_rows=shards.num_rows)
     model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
-    network = Network(model, seed=config.seed, policy=policy)
-    optimizer, loss_scale = create_optimizer(config.optimizer), LossScale(config.precision)
-    return Training(
+    flat_model = FlatModel(model, seed=config.seed, policy=policy)
+    return Engine(
         config=config,
         splits=splits,
         strategy=strategy,
         model=model,
-        network=network,
+        flat_model=flat_model,
         plan=plan,
         shards=shards,
-        optimizer=optimizer,
-        loss_scale=loss_scale,
-        state=TrainState(
-            network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy, restored=restored
-        ),
+        state=_create_state(config, flat_model, strategy, restored),
         learning_rate=LearningRate(
             config.learning_rate,
             base=config.optimizer.learning_rate,
             batch_factor=batch_factor,
             steps_per_epoch=plan.steps_per_epoch,
         ),
-        num_cores=own_cores(topology),
+        topology=topology,
     )
 
 
@@ -181,20 +249,26 @@ def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> st
     return mode
 
 
-def plan_shards(config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool) -> ShardPlan:
-    """How a global batch is cut, in a mode that is settled.
-
-    Raises:
-        UserError: exact with more replicas than shards.
-    """
-    num_shards = config.batch.num_shards
-    if config.reproducibility == "fast":
-        parts = 1 if on_gpu else max(1, global_batch_size // num_replicas // _FAST_ROWS)
-        num_shards = num_replicas * parts
-    elif num_replicas > num_shards:
+def _global_batch_size(config: TrainConfig, num_examples: int, batch_factor: int, num_replicas: int) -> int:
+    size = min(config.batch.global_size * batch_factor, num_examples)
+    if num_replicas > size:
         raise UserError(
-            f"batch.num_shards={num_shards}: fewer shards than the {num_replicas} replicas, and each replica computes "
-            f"whole shards; say batch.num_shards={num_replicas} (other bits than with {num_shards}), "
-            "or reproducibility=fast"
+            f"batch.global_size={config.batch.global_size}: fewer examples than the {num_replicas} replicas; "
+            "ask for a larger batch or fewer replicas"
         )
-    return ShardPlan(num_shards, rows_per_shard=-(-global_batch_size // num_shards), num_replicas=num_replicas)
+    return size
+
+
+def _create_state(
+    config: TrainConfig,
+    flat_model: FlatModel,
+    strategy: Strategy,
+    restored: Mapping[str, Array] | None = None,
+) -> TrainState:
+    return TrainState(
+        flat_model.get_weights(),
+        optimizer=create_optimizer(config.optimizer),
+        loss_scale=LossScale(config.precision),
+        strategy=strategy,
+        restored=restored,
+    )

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mnist_dist.base.errors import UserError
+from mnist_dist.config.train import TrainConfig
+
 
 class Node(NamedTuple):
     """A subtree: the shards `first`, ..., `last` - 1."""
@@ -62,3 +65,26 @@ class ShardPlan:
             return [found for child in node.children() for found in inside(child)]
 
         return inside(self.root)
+
+
+_FAST_ROWS = 128
+"""Rows of a part of a replica's batch on a CPU, with reproducibility=fast: parts keep the cores busy side by side."""
+
+
+def plan_shards(config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool) -> ShardPlan:
+    """How a global batch is cut, in a mode that is settled.
+
+    Raises:
+        UserError: exact with more replicas than shards.
+    """
+    num_shards = config.batch.num_shards
+    if config.reproducibility == "fast":
+        parts = 1 if on_gpu else max(1, global_batch_size // num_replicas // _FAST_ROWS)
+        num_shards = num_replicas * parts
+    elif num_replicas > num_shards:
+        raise UserError(
+            f"batch.num_shards={num_shards}: fewer shards than the {num_replicas} replicas, and each replica computes "
+            f"whole shards; say batch.num_shards={num_replicas} (other bits than with {num_shards}), "
+            "or reproducibility=fast"
+        )
+    return ShardPlan(num_shards, rows_per_shard=-(-global_batch_size // num_shards), num_replicas=num_replicas)

@@ -10,46 +10,50 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.base.errors import TrainingFailed
+from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.results.sums import EpochSums, EvaluationSums
 
 log = logging.getLogger(__name__)
 
-EpochAction = Callable[[History], None]
-"""Something to do after each epoch, with all epochs so far."""
 
+class Programs(Protocol):
+    """What the trainer calls; all of them are collectives (see `build.Programs`)."""
 
-class RunEpoch(Protocol):
-    """Train on one epoch's batches (see `steps.TrainProgram.run_epoch`)."""
-
-    def __call__(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
+    def train_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, each with its learning rate."""
+        ...
+
+    def validate(self) -> EvaluationSums:
+        """Evaluate the weights as they are now on the validation split."""
+        ...
+
+    def agree_to_stop(self, epoch: int) -> bool:
+        """Whether any process wants to stop after this epoch; raises TrainingFailed if replicas differ."""
+        ...
+
+    def digest_weights(self) -> str | None:
+        """The digest of the weights as they are now, where it means something to other runs."""
         ...
 
 
 class Trainer:
-    """Trains epoch after epoch; knows neither files nor devices, which it is handed as callables."""
+    """Trains epoch after epoch; knows neither files nor devices."""
 
     def __init__(
         self,
+        programs: Programs,
         *,
-        train_epoch: RunEpoch,
-        validate: Callable[[], EvaluationSums],
         plan: BatchPlan,
         seed: int,
         learning_rate_at: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
-        check_replicas: Callable[[int], bool] = lambda epoch: False,
-        digest_weights: Callable[[], str | None] = lambda: None,
         actions: Sequence[EpochAction] = (),
     ) -> None:
-        self._train_epoch = train_epoch
-        self._validate = validate
+        self.programs = programs
         self._plan = plan
         self._seed = seed
         self._learning_rate_at = learning_rate_at
-        self._check_replicas = check_replicas
-        self._digest_weights = digest_weights
         self._actions = actions
 
     def fit(self, *, num_epochs: int, history: History = History()) -> History:  # noqa: B008 (a frozen value)
@@ -57,10 +61,10 @@ class Trainer:
 
         Raises TrainingFailed. The state of the programs must be that after the last epoch of `history`.
         """
-        stops = len(history.epochs) < num_epochs and self._check_replicas(len(history.epochs))
+        stops = len(history.epochs) < num_epochs and self.programs.agree_to_stop(len(history.epochs))
         while len(history.epochs) < num_epochs and not stops:
             row = self.run_epoch(len(history.epochs) + 1)
-            stops = self._check_replicas(row.epoch)
+            stops = self.programs.agree_to_stop(row.epoch)
             history = history.append(row)
             for action in self._actions:
                 action(history)
@@ -71,10 +75,10 @@ class Trainer:
         start = time.perf_counter()
         indices = self._plan.shuffled(seed=self._seed, epoch=epoch)
         learning_rates = self._learning_rate_at(np.arange(len(indices)) + (epoch - 1) * len(indices))
-        sums = self._train_epoch(indices, learning_rates=learning_rates)
+        sums = self.programs.train_epoch(indices, learning_rates=learning_rates)
         train_s = time.perf_counter() - start
         _check_finite(sums.losses, epoch=epoch)
-        validation = self._validate()
+        validation = self.programs.validate()
         if not math.isfinite(validation.loss):
             raise TrainingFailed(
                 f"the validation loss became {validation.loss} after epoch {epoch}; the results of earlier epochs are "
@@ -90,7 +94,7 @@ class Trainer:
             learning_rate=learning_rates[-1].item(),
             epoch_s=epoch_s,
             images_per_s=self._plan.num_examples / train_s,
-            weights_sha256=self._digest_weights(),
+            weights_sha256=self.programs.digest_weights(),
         )
 
 
@@ -101,57 +105,4 @@ def _check_finite(losses: npt.NDArray[np.float32], *, epoch: int) -> None:
         raise TrainingFailed(
             f"the training loss became {losses[step]} at epoch {epoch}, step {step + 1} of {len(losses)}; "
             "the results of earlier epochs are kept. A smaller optimizer.learning_rate usually helps"
-        )
-
-
-class Periodic:
-    """Does something after every so many epochs, and earlier where these take longer than so many seconds."""
-
-    def __init__(
-        self,
-        action: EpochAction,
-        *,
-        every_epochs: int,
-        every_s: float,
-        start_epoch: int = 0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Begin to count after `start_epoch`."""
-        self._action = action
-        self._every_epochs = every_epochs
-        self._every_s = every_s
-        self._clock = clock
-        self._last_epoch, self._last_s = start_epoch, clock()
-
-    def __call__(self, history: History) -> None:
-        """Do it, if it is time to."""
-        if len(history.epochs) % self._every_epochs == 0 or self._clock() - self._last_s >= self._every_s:
-            self.catch_up(history)
-
-    def catch_up(self, history: History) -> None:
-        """Do it, unless it was done after the last epoch already."""
-        epoch = len(history.epochs)
-        if epoch > self._last_epoch:
-            self._action(history)
-            self._last_epoch, self._last_s = epoch, self._clock()
-
-
-class LogEpoch:
-    """Logs one plain line an epoch, in the form Keras prints."""
-
-    def __init__(self, *, num_epochs: int) -> None:
-        self._num_epochs = num_epochs
-
-    def __call__(self, history: History) -> None:
-        """Log the last epoch."""
-        row = history.epochs[-1]
-        log.info(
-            "Epoch %d/%d - %.1fs - loss: %.4f - accuracy: %.4f - val_loss: %.4f - val_accuracy: %.4f",
-            row.epoch,
-            self._num_epochs,
-            row.epoch_s,
-            row.loss,
-            row.accuracy,
-            row.val_loss,
-            row.val_accuracy,
         )

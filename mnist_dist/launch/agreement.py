@@ -4,7 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from mnist_dist import __version__
 from mnist_dist.base.errors import UserError
+from mnist_dist.base.surroundings import arithmetic_variables
+from mnist_dist.base.versions import installed_version
 from mnist_dist.launch.rendezvous import Rendezvous
 
 
@@ -18,12 +21,24 @@ class Report:
     """UUIDs of the GPUs that it will use; no other rank may use them."""
     is_finished: bool = False
     """Whether the run folder holds this run, finished; what the chief says counts."""
-    progress: str = ""
-    """The checkpoint that the run goes on from (`Progress.to_json`), if any; what the chief says counts."""
+    resume_point: str = ""
+    """How far the run has come that is resumed (`ResumePoint.to_json`), if any; what the chief says counts."""
     watch_address: str = ""
     """Of `peers.PeerWatch`; what the chief says counts."""
     error: str | None = None
     """Why it cannot take part."""
+
+
+def job_facts(keys: Mapping[str, str], *, num_gpus: int) -> dict[str, str]:
+    """What all processes of a job must have in common: `keys`, software, GPUs, and variables of arithmetic."""
+    versions = {f"version of {name}": installed_version(name) or "none" for name in ("tensorflow", "horovod")}
+    return {
+        **keys,
+        "version of mnist_dist": __version__,
+        **versions,
+        "number of GPUs": str(num_gpus),
+        **arithmetic_variables(),
+    }
 
 
 def agree(report: Report, rendezvous: Rendezvous) -> Report:

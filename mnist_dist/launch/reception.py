@@ -1,4 +1,4 @@
-"""Where the ranks of a job come to: a server that lets in one process of each rank, and tells the others why not them."""
+"""Where the ranks of a job come to: a server that lets in one process of each rank, and tells the others why not."""
 
 import hashlib
 import os

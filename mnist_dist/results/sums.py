@@ -1,6 +1,7 @@
 """What the compiled programs find: sums over examples, to be divided by the number of examples once, at the end."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,17 @@ class EpochSums(NamedTuple):
     """Shape (steps,)."""
 
 
+@dataclass(frozen=True)
+class SplitMetrics:
+    """The metrics of a model on one split, as `summary.json` has them."""
+
+    loss: float
+    """The mean over the examples."""
+    accuracy: float
+    num_correct: int
+    num_examples: int
+
+
 class EvaluationSums(NamedTuple):
     """Sums over the examples of a split."""
 
@@ -25,7 +37,7 @@ class EvaluationSums(NamedTuple):
 
     @property
     def num_correct(self) -> int:
-        """Examples taken for what they are."""
+        """Correctly classified examples."""
         return int(np.trace(self.confusion))
 
     @property
@@ -33,14 +45,10 @@ class EvaluationSums(NamedTuple):
         """All examples."""
         return int(self.confusion.sum())
 
-    def to_dict(self) -> dict[str, float | int]:
-        """Mean loss, accuracy and the counts behind it, as `summary.json` has them."""
-        return {
-            "loss": self.loss / self.num_examples,
-            "accuracy": self.num_correct / self.num_examples,
-            "num_correct": self.num_correct,
-            "num_examples": self.num_examples,
-        }
+    def metrics(self) -> SplitMetrics:
+        """What they come to."""
+        accuracy = self.num_correct / self.num_examples
+        return SplitMetrics(self.loss / self.num_examples, accuracy, self.num_correct, self.num_examples)
 
 
 def weights_digest(weights: npt.NDArray[np.float32]) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,18 @@ DATA_DIGEST = "data.sha256"
 """The name under which the digest of the data stands beside the keys that a training depends on."""
 
 _MAGIC = b"mnist_dist checkpoint 1 sha256 "
-_PROGRESS = "progress"
+# Names in the files, which were chosen before those in the code.
+_RESUME_POINT = "progress"
+_KEYS = {"fingerprint": "training"}
 _FILE_NAME = re.compile(r"epoch-([0-9]+)\.ckpt")
 
 
 @dataclass(frozen=True)
-class Progress:
+class ResumePoint:
     """How far a training has come, and which training it is; the part of a checkpoint that every process knows."""
 
     history: History
-    training: Mapping[str, str]
+    fingerprint: Mapping[str, str]
     """What the training depends on: keys of the configuration, and the digest of the data."""
     num_replicas: int
     """Those that trained the last epoch."""
@@ -49,18 +51,25 @@ class Progress:
     """The epoch after which the run went on, for each time that it did."""
 
     @property
+    def data_sha256(self) -> str:
+        """The digest of the data."""
+        return self.fingerprint[DATA_DIGEST]
+
+    @property
     def epoch(self) -> int:
         """The last finished epoch, counted from 1."""
         return len(self.history.epochs)
 
     def to_json(self) -> str:
         """As text; floats read back to the same bits."""
-        return json.dumps({**asdict(self), "history": to_csv(self.history)})
+        values = {**asdict(self), "history": to_csv(self.history)}
+        return json.dumps({_KEYS.get(key, key): value for key, value in values.items()})
 
     @classmethod
-    def from_json(cls, text: str) -> "Progress":
+    def from_json(cls, text: str) -> "ResumePoint":
         """Read what `to_json` wrote; raises ValueError, KeyError or TypeError where it is something else."""
         values = json.loads(text)
+        values = {name: values[_KEYS.get(name, name)] for name in (field.name for field in fields(cls))}
         values["history"] = from_csv(values["history"])
         values["resumed_from_epochs"] = tuple(values["resumed_from_epochs"])
         return cls(**values)
@@ -70,15 +79,15 @@ class Progress:
 class Checkpoint:
     """Everything that the epochs to come depend on."""
 
-    progress: Progress
+    point: ResumePoint
     state: Mapping[str, Array]
     """The training state's variables by name (`steps.TrainState.to_arrays`)."""
 
     def to_bytes(self) -> bytes:
         """The content of a checkpoint file."""
         stream = io.BytesIO()
-        text = np.frombuffer(self.progress.to_json().encode(), np.uint8)
-        np.savez(stream, allow_pickle=False, **{_PROGRESS: text, **self.state})
+        text = np.frombuffer(self.point.to_json().encode(), np.uint8)
+        np.savez(stream, allow_pickle=False, **{_RESUME_POINT: text, **self.state})
         content = stream.getvalue()
         return _MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
@@ -93,7 +102,7 @@ class Checkpoint:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 arrays = dict(archive)
-            return cls(Progress.from_json(arrays.pop(_PROGRESS).tobytes().decode()), arrays)
+            return cls(ResumePoint.from_json(arrays.pop(_RESUME_POINT).tobytes().decode()), arrays)
         except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"it was written by another version of this package ({error})") from error
 
@@ -110,13 +119,13 @@ class CheckpointFolder:
 
     def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
         """Write a checkpoint, then remove all but the `keep` newest and the best; raises OSError, then removes none."""
-        progress = checkpoint.progress
+        point = checkpoint.point
         make_folder(self.path)
-        write_atomically(self._file(progress.epoch), checkpoint.to_bytes())
+        write_atomically(self._file(point.epoch), checkpoint.to_bytes())
         epochs = self._epochs()
-        if progress.epoch not in epochs:  # somebody has moved the folder away meanwhile
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._file(progress.epoch)))
-        rows = [row for row in progress.history.epochs if row.epoch in epochs]
+        if point.epoch not in epochs:  # somebody has moved the folder away meanwhile
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._file(point.epoch)))
+        rows = [row for row in point.history.epochs if row.epoch in epochs]
         # What is left of later epochs could not be read when the run went on, and these are trained again.
         kept = {row.epoch for row in rows[-keep:]} | {best_of(rows).epoch}
         for epoch in set(epochs) - kept:
@@ -136,8 +145,8 @@ class CheckpointFolder:
             path = self._file(epoch)
             try:
                 checkpoint = Checkpoint.from_bytes(read_regular(path))
-                if checkpoint.progress.epoch != epoch:
-                    raise ValueError(f"it is that of epoch {checkpoint.progress.epoch}")
+                if checkpoint.point.epoch != epoch:
+                    raise ValueError(f"it is that of epoch {checkpoint.point.epoch}")
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.EISDIR, errno.EINVAL, errno.EIO):
                     raise  # it may be readable tomorrow, or for another user

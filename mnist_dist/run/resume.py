@@ -1,71 +1,227 @@
-"""Going on with a run: what it keeps of its first start, what must be the same, and where it goes on."""
+"""Resuming a run: what its folder holds, what must be the same, and where the training goes on."""
 
 import logging
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.base.files import describe_os_error
 from mnist_dist.config.compare import training_keys
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History
-from mnist_dist.run.checkpoint import DATA_DIGEST, Progress
+from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, ResumePoint
 from mnist_dist.run.folder import RunFolder
-
-if TYPE_CHECKING:
-    from mnist_dist.engine.build import Training
+from mnist_dist.run.inspection import Inspection
+from mnist_dist.run.summary import MODEL, Summary
 
 log = logging.getLogger(__name__)
 
 
-def settle(config: TrainConfig, reached: Progress | None) -> TrainConfig:
-    """The configuration with what `auto` has become in the run that goes on, which other devices do not change.
+@dataclass(frozen=True)
+class FoundRun:
+    """What a run folder holds of the run that is asked for; what the chief has found counts."""
+
+    checkpoint: Checkpoint | None = None
+    """The newest intact one."""
+    is_finished: bool = False
+    """Whether all epochs that are asked for are trained, and all results are whole."""
+
+    @property
+    def point(self) -> ResumePoint | None:
+        """How far the run has come, if it is to be resumed."""
+        return self.checkpoint.point if self.checkpoint else None
+
+
+def inspect(run_folder: RunFolder, config: TrainConfig, *, data_sha256: str) -> FoundRun:
+    """What the folder holds of the run that `config` asks for; nothing on ranks that do not write there.
+
+    A warning names damaged checkpoints, and results that are missing or damaged and will be made again.
+
+    Raises:
+        UserError: the folder holds another training, or one that cannot be resumed as asked for; or it cannot be read.
+    """
+    if not run_folder.is_started:
+        return FoundRun()
+    checkpoint = _load_checkpoint(run_folder)
+    point = checkpoint.point if checkpoint else None
+    _check_same_training(run_folder, config, data_sha256=data_sha256, point=point)
+    return FoundRun(checkpoint, is_finished=_Results(run_folder, config, point).are_whole())
+
+
+def settle(config: TrainConfig, point: ResumePoint | None) -> TrainConfig:
+    """The configuration with what `auto` has become in the run that is resumed, whatever devices this job has.
 
     And with all its epochs, which may be more than were asked for where the results of a finished run are made again.
     """
-    if reached is None:
+    if point is None:
         return config
     mode, precision = config.reproducibility, config.precision.name
     return replace(
         config,
-        trainer=replace(config.trainer, epochs=max(config.trainer.epochs, reached.epoch)),
-        reproducibility=reached.training["reproducibility"] if mode == "auto" else mode,
+        trainer=replace(config.trainer, epochs=max(config.trainer.epochs, point.epoch)),
+        reproducibility=point.fingerprint["reproducibility"] if mode == "auto" else mode,
         precision=replace(
-            config.precision, name=reached.training["precision.name"] if precision == "auto" else precision
+            config.precision, name=point.fingerprint["precision.name"] if precision == "auto" else precision
         ),
     )
 
 
-def check_same_batches(reached: Progress | None, training: "Training") -> None:
-    """Raise UserError if the steps would be other ones than those of the run that goes on."""
-    size = training.plan.global_batch_size
-    if reached is not None and reached.global_batch_size != size:
-        raise UserError(
-            f"batch.scaling=weak: with {training.strategy.num_replicas} replicas a step has {size} images, but in the "
-            f"run here it has {reached.global_batch_size}; go on with {reached.num_replicas} replicas, or name "
-            "another run_dir"
-        )
+def start_point(
+    config: TrainConfig, point: ResumePoint | None, *, data_sha256: str, num_replicas: int, global_batch_size: int
+) -> ResumePoint:
+    """Where the training starts: at nothing, or after the last epoch of `point`; logs which, and what to know.
 
-
-def start_or_resume(
-    reached: Progress | None, training: "Training", run_folder: RunFolder, *, dataset_sha256: str
-) -> Progress:
-    """Where the training starts: at nothing, or after the last epoch of `reached`; logs which, and what to know."""
-    config, strategy = training.config, training.strategy
-    start = Progress(
+    Raises:
+        UserError: the steps would be other ones than those of the run that is resumed.
+    """
+    start = ResumePoint(
         History(),
-        training={**training_keys(asdict(config)), DATA_DIGEST: dataset_sha256},
-        num_replicas=strategy.num_replicas,
-        global_batch_size=training.plan.global_batch_size,
+        fingerprint={**training_keys(asdict(config)), DATA_DIGEST: data_sha256},
+        num_replicas=num_replicas,
+        global_batch_size=global_batch_size,
     )
-    if reached is None:
+    if point is None:
         return start
-    log.info("Resuming after epoch %d of %d", reached.epoch, config.trainer.epochs)
-    if config.reproducibility == "fast" and reached.num_replicas != strategy.num_replicas:
+    if point.global_batch_size != global_batch_size:
+        raise UserError(
+            f"batch.scaling=weak: with {num_replicas} replicas a step has {global_batch_size} images, but in the run "
+            f"here it has {point.global_batch_size}; resume with {point.num_replicas} replicas, or name another run_dir"
+        )
+    log.info("Resuming after epoch %d of %d", point.epoch, config.trainer.epochs)
+    if config.reproducibility == "fast" and point.num_replicas != num_replicas:
         log.info(
             "Replicas: %d until now, %d from here on; with reproducibility=fast that may change the last bits",
-            reached.num_replicas,
-            strategy.num_replicas,
+            point.num_replicas,
+            num_replicas,
         )
-    run_folder.write_history(reached.history)  # the file may be ahead of the checkpoint
-    resumed = (*reached.resumed_from_epochs, reached.epoch)
-    return replace(start, history=reached.history, resumed_from_epochs=resumed)
+    return replace(start, history=point.history, resumed_from_epochs=(*point.resumed_from_epochs, point.epoch))
+
+
+def _load_checkpoint(run_folder: RunFolder) -> Checkpoint | None:
+    """The newest intact checkpoint, None if there is none; raises UserError if `checkpoints` cannot be read."""
+    try:
+        return run_folder.checkpoints.load_newest()
+    except OSError as error:
+        name = (error.filename or "checkpoints").rpartition("/")[2]
+        raise UserError(f"run_dir={run_folder.path}: {name} cannot be read: {describe_os_error(error)}") from error
+
+
+def _check_same_training(
+    run_folder: RunFolder, config: TrainConfig, *, data_sha256: str, point: ResumePoint | None
+) -> None:
+    """Raise UserError if the folder, or its checkpoint of `point`, is of another training, naming the keys."""
+    path, found = run_folder.path, Inspection(run_folder.path)
+    ours = training_keys(asdict(config))
+    saved = point.fingerprint if point else {}
+    recorded = found.read_training_keys(ours.keys())
+    if not recorded and not saved:
+        raise UserError(
+            f"run_dir={path}: {found.describe()}, so it cannot be told which run this is; put the file back, "
+            "or name another run_dir"
+        )
+    ours[DATA_DIGEST] = data_sha256
+    # Keys that only the checkpoint has are no news of the run, unless it is all that is left of that.
+    known = {key: saved[key] for key in saved.keys() & ours.keys()} if recorded else saved
+    if summary := found.read_summary():
+        recorded[DATA_DIGEST] = summary.dataset.sha256
+    theirs = {**known, **recorded}
+    if different := _list_differences(theirs, ours, keys=theirs.keys() | (ours.keys() - {DATA_DIGEST})):
+        raise UserError(
+            f"run_dir={path}: holds a run of another configuration ({different}); "
+            "name another run_dir, or use its configuration"
+        )
+    if foreign := _list_differences(saved, {**ours, **recorded}, keys=saved.keys()):
+        raise UserError(
+            f"run_dir={path}: the newest checkpoint is not of the run that is here ({foreign}); "
+            "take it away, or name another run_dir"
+        )
+
+
+class _Results:
+    """Whether a run came to its end with all epochs that are asked for, and all that it left is whole."""
+
+    def __init__(self, run_folder: RunFolder, config: TrainConfig, point: ResumePoint | None) -> None:
+        self._path = run_folder.path
+        self._num_epochs = config.trainer.epochs
+        self._point = point
+        self._reached = point.epoch if point else 0
+        self._found = Inspection(run_folder.path)
+        self._found.read_training_keys(training_keys(asdict(config)).keys())
+        self._history = self._found.read_history(point)
+        self._num_rows = len(self._history.epochs) if self._history else 0
+
+    def are_whole(self) -> bool:
+        """Raise UserError if what is missing cannot be made again, nor the run be resumed to as many epochs.
+
+        A warning says what will be made again; a finished run is not trained again, nor one that went further cut back.
+        """
+        was_finished = any((self._path / name).is_file() for name in ("summary.json", MODEL))
+        summary = self._found.read_summary() if was_finished else None
+        if summary is None:
+            self._check_without_summary(was_finished=was_finished)
+        elif summary.epochs_completed > max(self._reached, self._num_rows):
+            raise UserError(
+                f"run_dir={self._path}: summary.json has {summary.epochs_completed} epochs, history.csv "
+                f"{self._num_rows or 'none'}, the newest checkpoint {self._reached or 'is missing'}; put back what "
+                "belongs together, or name another run_dir"
+            )
+        elif summary.epochs_completed < self._num_epochs:
+            self._check_can_resume(summary)
+        else:
+            self._found.check_results(summary, self._point.history if self._point else self._history)
+            if not self._found.describe():
+                return True
+            self._check_can_be_made_again(summary)
+        if self._point and (damage := self._found.describe()):
+            log.warning("%s: made again from the checkpoint of epoch %d", damage, self._reached)
+        return False
+
+    def _check_without_summary(self, *, was_finished: bool) -> None:
+        # Of how many epochs the lost results were can be seen in the history at best.
+        self._check_enough(max(self._reached, self._num_rows) if was_finished else self._reached)
+        if was_finished and self._point is None:
+            raise UserError(
+                f"run_dir={self._path}: {self._found.describe()}, and no checkpoint to make that from is left; put it "
+                "back, or name another run_dir"
+            )
+
+    def _check_can_resume(self, summary: Summary) -> None:
+        self._check_enough(self._reached)
+        if self._point is None:
+            raise UserError(
+                f"trainer.epochs={self._num_epochs}: the run in {self._path} is finished after "
+                f"{summary.epochs_completed}, and no checkpoint to resume from is left; name another run_dir"
+            )
+
+    def _check_can_be_made_again(self, summary: Summary) -> None:
+        num_epochs, damage = summary.epochs_completed, self._found.describe()
+        if self._reached > num_epochs:
+            raise UserError(
+                f"run_dir={self._path}: {damage}, and the run was trained on, to epoch {self._reached}; say "
+                f"trainer.epochs={self._reached} to have the results of that"
+            )
+        if self._reached < num_epochs:
+            newest = f" (the newest is of epoch {self._reached})" if self._reached else ""
+            raise UserError(
+                f"run_dir={self._path}: {damage}, and no checkpoint of epoch {num_epochs} to make that from is "
+                f"left{newest}; put it back, or name another run_dir"
+            )
+
+    def _check_enough(self, reached: int) -> None:
+        if reached > self._num_epochs:
+            raise UserError(
+                f"trainer.epochs={self._num_epochs}: the run in {self._path} has {reached} already; ask for at least "
+                "that many, or name another run_dir"
+            )
+
+
+def _list_differences(theirs: Mapping[str, str], ours: Mapping[str, str], *, keys: Iterable[str]) -> str:
+    """In words, which of `keys` differ, but for what is still `auto`, and so not known yet."""
+    different = [
+        f"the data was {theirs[key]:.12}..., is now {ours[key]:.12}..."
+        if key == DATA_DIGEST
+        else f"{key} was {theirs.get(key)}, is now {ours.get(key)}"
+        for key in sorted(keys)
+        if theirs.get(key) != ours.get(key) and ours.get(key) != "auto"
+    ]
+    return "; ".join(different)

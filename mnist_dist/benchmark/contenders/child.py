@@ -15,6 +15,7 @@ from mnist_dist.config.data import DataConfig
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.launch.environment import read_topology
+from mnist_dist.launch.rendezvous import Rendezvous
 
 
 def main() -> None:
@@ -50,7 +51,9 @@ def main() -> None:
         with settings_of_keras():
             from mnist_dist.benchmark.contenders import ours
 
-        ours.take_part(turns, splits, config=compose_config(*job["overrides"]), topology=topology)
+        config = compose_config(*job["overrides"])
+        with Rendezvous(topology, timeout_s=config.strategy.start_timeout_s) as rendezvous:
+            ours.take_part(turns, splits, config=config, rendezvous=rendezvous)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ from mnist_dist.benchmark.contenders.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import Splits
-from mnist_dist.engine.build import Training, build_training
-from mnist_dist.engine.programs.train import EvaluateProgram, TrainProgram, TrainState, place_split
-from mnist_dist.engine.reduction import ExactSum, FastSum
+from mnist_dist.engine.build import Engine, Programs, build_engine
 from mnist_dist.engine.trainer import Trainer
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.strategy.base import Array, SingleDevice
 from mnist_dist.strategy.choose import Strategy, list_gpus
 
@@ -25,21 +23,22 @@ MESSAGE_BYTES = tuple(1024 * 2**n for n in range(14))
 _MESSAGE_LOOPS, _MESSAGES_A_LOOP = 9, 10
 
 
-def take_part(turns: Turns, splits: Splits, *, config: TrainConfig, topology: Topology) -> None:
+def take_part(turns: Turns, splits: Splits, *, config: TrainConfig, rendezvous: Rendezvous) -> None:
     """Train, or measure the part that is asked for, until the benchmark has enough."""
-    training = build_training(config, topology, splits, num_gpus=len(list_gpus()))
-    parts: dict[str, Callable[[], dict[str, Any]]] = {"epoch": _epochs(training.create_trainer())}
+    topology = rendezvous.topology
+    engine = build_engine(config, rendezvous, splits, num_gpus=len(list_gpus()))
+    parts: dict[str, Callable[[], dict[str, Any]]] = {"epoch": _epochs(engine.create_trainer())}
     if topology.world_size > 1:
-        if len(training.strategy.devices()) == 1:
-            parts["compute"] = _share_of_epochs(training, index=topology.rank)
-        parts["all_reduces"] = _all_reduces(training)
-        parts["message_sizes"] = lambda: _measure_messages(training.strategy)
+        if len(engine.strategy.devices()) == 1:
+            parts["compute"] = _share_of_epochs(engine, index=topology.rank)
+        parts["all_reduces"] = _all_reduces(engine)
+        parts["message_sizes"] = lambda: _measure_messages(engine.strategy)
     facts = {
         **describe_tensorflow(),
-        "precision": training.config.precision.name,
-        "reproducibility": training.config.reproducibility,
-        "strategy": training.strategy.name,
-        "num_replicas": training.strategy.num_replicas,
+        "precision": engine.config.precision.name,
+        "reproducibility": engine.config.reproducibility,
+        "strategy": engine.strategy.name,
+        "num_replicas": engine.strategy.num_replicas,
         "world_size": topology.world_size,
     }
     turns.ready(facts, parts=list(parts))
@@ -89,45 +88,28 @@ class OneShare(SingleDevice):
         return tf.concat([rows] * self.num_replicas, axis=0)
 
 
-def _share_of_epochs(training: Training, *, index: int) -> Callable[[], dict[str, Any]]:
+def _share_of_epochs(engine: Engine, *, index: int) -> Callable[[], dict[str, Any]]:
     """Each call computes one replica's share of the next epoch, without any collective."""
-    strategy = OneShare(training.strategy, index=index)
-    network, optimizer, loss_scale = training.network, training.optimizer, training.loss_scale
-    dtype, shards, splits = network.compute_dtype, training.shards, training.splits
-    state = TrainState(network.get_weights(), optimizer=optimizer, loss_scale=loss_scale, strategy=strategy)
-    is_exact = training.config.reproducibility == "exact"
-    program = TrainProgram(
-        network=network,
-        optimizer=optimizer,
-        loss_scale=loss_scale,
-        strategy=strategy,
-        state=state,
-        split=place_split(splits.train, strategy, dtype=dtype),
-        shards=shards,
-        reduction=ExactSum(strategy, shards) if is_exact else FastSum(strategy),
-    )
-    validation = EvaluateProgram(
-        network=network, strategy=strategy, split=place_split(splits.val, strategy, dtype=dtype)
-    )
-    epoch, plan = 0, training.plan
+    programs = Programs(engine.on(OneShare(engine.strategy, index=index)))
+    epoch = 0
 
     def run() -> dict[str, Any]:
         nonlocal epoch
         epoch += 1
         start = time.perf_counter()
-        indices = plan.shuffled(seed=training.config.seed, epoch=epoch)
+        indices = engine.plan.shuffled(seed=engine.config.seed, epoch=epoch)
         steps = np.arange(len(indices)) + (epoch - 1) * len(indices)
-        program.run_epoch(indices, learning_rates=training.learning_rate.at(steps))
-        validation.run(state.weights)
+        programs.train_epoch(indices, learning_rates=engine.learning_rate.at(steps))
+        programs.validate()
         return {"seconds": time.perf_counter() - start}
 
     return run
 
 
-def _all_reduces(training: Training) -> Callable[[], dict[str, Any]]:
+def _all_reduces(engine: Engine) -> Callable[[], dict[str, Any]]:
     """Each call reduces as many buckets of gradients and metric sums as an epoch has steps."""
-    loop = _create_reduce_loop(training.strategy, size=training.network.num_parameters + 2)
-    num_steps = tf.constant(training.plan.steps_per_epoch)
+    loop = _create_reduce_loop(engine.strategy, size=engine.flat_model.num_parameters + 2)
+    num_steps = tf.constant(engine.plan.steps_per_epoch)
 
     def run() -> dict[str, Any]:
         start = time.perf_counter()

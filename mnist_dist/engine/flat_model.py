@@ -1,0 +1,130 @@
+"""A Keras model as a pure function of one flat weight vector.
+
+A vector makes everything around the network independent of it: gradients of all layers travel in one message, and the
+state of a training run is a few arrays.
+"""
+
+import re
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.engine.layers.dropout import BatchPosition, PositionalDropout, at_position
+from mnist_dist.run.inspection import MODEL_ADVICE
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def load_flat_model(path: Path, *, num_pixels: int, num_classes: int) -> "FlatModel":
+    """The network of a saved model, once it has computed an image of zeros; raises UserError if it is no such model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = FlatModel(keras.models.load_model(path, compile=False))
+            warnings.simplefilter("error", UserWarning)  # of inputs that it takes by other names, for example
+            weights = network.get_weights()
+            logits = network.logits(network.split(tf.constant(weights)), tf.zeros((1, num_pixels)))
+        if not np.isfinite(weights).all():
+            raise ValueError("its weights are not all finite")
+        if logits.shape != (1, num_classes):
+            raise ValueError(f"it gives the shape {logits.shape} for an image, not (1, {num_classes})")
+    except Exception as error:  # Keras, its layers and TensorFlow have many for what they were not made for
+        raise UserError(f"{path}: not a usable model: {_shorten(error)}; {MODEL_ADVICE}") from error
+    return network
+
+
+def _shorten(error: Exception) -> str:
+    """The first sentence of an error: Keras' go on for pages."""
+    sentence = re.split(r"\.(?: (?=[A-Z])|$)", " ".join(str(error).split()))[0]
+    return textwrap.shorten(sentence, 200, placeholder=" ...") or type(error).__name__
+
+
+class FlatModel:
+    """A Keras model as a function of its weights, all in one float32 vector in model order, each C-contiguous.
+
+    The model itself is left as it is, plain and float32; a twin of it computes. The twin's layers have the dtype
+    policy `policy`, its `Dropout` draws by batch position, and its last layer gives logits, since loss and softmax are
+    one numerically stable operation in float32.
+
+    Raises:
+        ValueError: the model does not end in softmax, has no weights or some that are not float32, or has weights that
+            are not trained (batch normalisation's averages, for example): they would be state that no contract of this
+            package covers.
+    """
+
+    def __init__(self, model: keras.Model, *, seed: int = 0, policy: str = "float32") -> None:
+        last = model.layers[-1] if getattr(model, "layers", []) else None
+        if getattr(last, "activation", None) is not keras.activations.softmax:
+            raise ValueError(f"model {model.name} must end in a layer with softmax activation")
+        if {variable.dtype for variable in model.weights} != {"float32"}:
+            raise ValueError(f"model {model.name} must have weights, all float32")
+        self._model = model
+        self._twin = _twin(model, seed=seed, policy=policy)
+        if state := [variable.path for variable in self._twin.non_trainable_variables]:
+            raise ValueError(f"model {model.name} has weights that are not trained: {', '.join(state)}")
+        self.compute_dtype = tf.as_dtype(keras.DTypePolicy(policy).compute_dtype)
+        self._shapes = [tuple(variable.shape) for variable in model.trainable_variables]
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes]
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of the weight vector."""
+        return sum(self._sizes)
+
+    def get_weights(self) -> FloatArray:
+        """The model's weights as one vector."""
+        return np.concatenate([variable.numpy().reshape(-1) for variable in self._model.trainable_variables])
+
+    def export(self, weights: FloatArray) -> keras.Model:
+        """The plain Keras model with these weights."""
+        pieces = np.split(weights, np.cumsum(self._sizes)[:-1])
+        for variable, piece, shape in zip(self._model.trainable_variables, pieces, self._shapes, strict=True):
+            variable.assign(piece.reshape(shape))
+        return self._model
+
+    def split(self, weights: tf.Tensor) -> list[tf.Tensor]:
+        """The vector as the tensors of the layers, in the type that they compute in."""
+        starts = np.cumsum([0, *self._sizes])
+        # Slices, because unlike the pieces of `tf.split` they share the vector's memory.
+        pieces = [tf.slice(weights, [start], [size]) for start, size in zip(starts[:-1], self._sizes, strict=True)]
+        return [
+            tf.cast(tf.reshape(piece, shape), self.compute_dtype)
+            for piece, shape in zip(pieces, self._shapes, strict=True)
+        ]
+
+    def logits(self, weights: list[tf.Tensor], images: tf.Tensor) -> tf.Tensor:
+        """Inference: (rows, pixels) -> (rows, num_classes) float32."""
+        return self._call(weights, images, training=False)
+
+    def training_logits(self, weights: list[tf.Tensor], images: tf.Tensor, position: BatchPosition) -> tf.Tensor:
+        """The same with dropout, for rows at this position of the global batch."""
+        with at_position(position):
+            return self._call(weights, images, training=True)
+
+    def _call(self, weights: list[tf.Tensor], images: tf.Tensor, *, training: bool) -> tf.Tensor:
+        logits, _ = self._twin.stateless_call(weights, [], images, training=training)
+        return tf.cast(logits, tf.float32)
+
+
+def _twin(model: keras.Model, *, seed: int, policy: str) -> keras.Model:
+    num_dropouts = 0
+
+    def clone_layer(layer: keras.Layer) -> keras.Layer:
+        nonlocal num_dropouts
+        config: dict[str, Any] = layer.get_config()
+        if isinstance(layer, keras.layers.Dropout):
+            num_dropouts += 1
+            return PositionalDropout(layer.rate, seed=seed, index=num_dropouts, name=layer.name, dtype=policy)
+        if layer is model.layers[-1]:
+            config["activation"] = "linear"
+        config["dtype"] = policy
+        return type(layer).from_config(config)
+
+    return keras.models.clone_model(model, clone_function=clone_layer)

@@ -1,0 +1,69 @@
+"""One evaluation pass over a split as one call."""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from mnist_dist.engine.batches import PADDING, BatchPlan
+from mnist_dist.engine.flat_model import FlatModel
+from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, gather_rows
+from mnist_dist.results.sums import EvaluationSums
+from mnist_dist.strategy.base import Strategy
+
+
+class EvaluateProgram:
+    """Loss and confusion matrix of one split as one call; the same bits on any number of replicas.
+
+    The split is cut into chunks of one shape, and each replica evaluates whole chunks. Counts are whole numbers, whose
+    sum has no order; the losses of the chunks are added by `math.fsum`, which rounds once, so has none either.
+    """
+
+    def __init__(self, flat_model: FlatModel, *, strategy: Strategy, split: PlacedSplit) -> None:
+        self._flat_model = flat_model
+        self._strategy = strategy
+        self._num_classes = split.num_classes
+        self._arrays = split.arrays
+        plan = BatchPlan.for_evaluation(split.num_examples)
+        # Every replica runs through the same number of chunks; some may be padding from end to end.
+        self._indices = plan.in_order(multiple_of=strategy.num_replicas)
+        self._compiled = tf.function(self._evaluate, autograph=False)
+
+    def run(self, weights: tf.Variable) -> EvaluationSums:
+        """Evaluate the weights on every example once; no dropout."""
+        losses, counts = self._compiled(weights, tf.constant(self._indices))
+        confusion = np.rint(counts.numpy()).astype(np.int64).reshape(self._num_classes, self._num_classes)
+        return EvaluationSums(math.fsum(losses.numpy().tolist()), confusion)
+
+    def _evaluate(self, weights: tf.Variable, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        losses, counts = self._strategy.run(self._evaluate_replica, weights, self._arrays, indices)
+        return losses, counts
+
+    def _evaluate_replica(
+        self, weights: tf.Variable, data: DeviceArrays, indices: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One replica's chunks, then one reduction."""
+        layers = self._flat_model.split(weights.read_value())
+        num_chunks = indices.shape[0] // self._strategy.num_replicas
+        first = self._strategy.replica_index() * num_chunks
+        # The passes of this loop do not depend on each other, so TensorFlow runs several side by side.
+        losses, cells = tf.map_fn(
+            lambda rows: self._evaluate_rows(layers, data, rows),
+            indices[first : first + num_chunks],
+            fn_output_signature=(tf.float32, tf.int64),
+        )
+        # In float64, which is exact for counts up to 2**53; once for all rows, since there may be many classes.
+        counts = tf.math.unsorted_segment_sum(tf.ones_like(cells, tf.float64), cells, self._num_classes**2)
+        losses = tf.pad(tf.cast(losses, tf.float64), [[first, indices.shape[0] - first - num_chunks]])
+        bucket = self._strategy.all_reduce_sum(tf.concat([losses, counts], axis=0))
+        return bucket[: indices.shape[0]], bucket[indices.shape[0] :]
+
+    def _evaluate_rows(
+        self, layers: list[tf.Tensor], data: DeviceArrays, rows: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sum of losses, and the cell of the flat confusion matrix that each row belongs to; -1 is none."""
+        images, labels, example_weights = gather_rows(data, rows)
+        logits = self._flat_model.logits(layers, images)
+        losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
+        cells = tf.argmax(labels, axis=1) * self._num_classes + tf.argmax(logits, axis=1)
+        return tf.reduce_sum(losses), tf.where(rows == PADDING, tf.constant(-1, tf.int64), cells)

@@ -1,0 +1,63 @@
+"""Whether all replicas still have the same state."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from mnist_dist.base.errors import TrainingFailed
+from mnist_dist.engine.programs.state import TrainState
+from mnist_dist.strategy.base import Strategy
+
+
+class ReplicaCheck:
+    """Compares the training state of all replicas: they must not differ in a single bit.
+
+    With the digests travels whether a process was asked to stop, so that all of them stop after the same epoch.
+    """
+
+    def __init__(
+        self, *, strategy: Strategy, state: TrainState, wants_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._wants_to_stop = wants_to_stop
+        self._strategy = strategy
+        self._vectors = [state.weights, *state.slots]
+        # Odd, so that multiplication loses nothing: any one changed bit changes the digest.
+        size = int(state.weights.shape[0]) * len(self._vectors)
+        generator = np.random.Generator(np.random.Philox(key=0))
+        self._factors = strategy.replicate(generator.integers(0, 2**31, size, np.int64) * 2 + 1)
+        self._compiled = tf.function(self._digests, autograph=False)
+
+    def run(self, epoch: int) -> bool:
+        """Whether any process wants to stop, the same answer on all of them; a collective.
+
+        Raises:
+            TrainingFailed: the state is not the same on all replicas; the message names those that differ.
+        """
+        request = tf.constant(int(self._wants_to_stop()), tf.int64)
+        *digests, num_requests = self._compiled(self._factors, request).numpy().tolist()
+        common, votes = Counter(digests).most_common(1)[0]
+        if votes == len(digests):
+            return bool(num_requests)
+        if votes == 1:
+            which = f"no two of the {len(digests)} replicas have"
+        else:
+            others = [str(index) for index, digest in enumerate(digests) if digest != common]
+            which = f"replica{'s' if len(others) > 1 else ''} {', '.join(others)} of {len(digests)} did not have"
+        when = f"after epoch {epoch}" if epoch else "before the first epoch"
+        raise TrainingFailed(
+            f"{when} {which} the same weights and optimizer state: a device computes or transmits wrongly, "
+            "or the processes run different software; the results of earlier epochs are kept"
+        )
+
+    def _digests(self, factors: tf.Tensor, request: tf.Tensor) -> tf.Tensor:
+        return self._strategy.run(self._digest_replica, factors, request)
+
+    def _digest_replica(self, factors: tf.Tensor, request: tf.Tensor) -> tf.Tensor:
+        """All replicas' digests, which are sums of the words times the factors, modulo 2**64; then their requests."""
+        bits = tf.bitcast(tf.concat([vector.read_value() for vector in self._vectors], axis=0), tf.int32)
+        digest = tf.reduce_sum(tf.cast(bits, tf.int64) * factors)
+        index, num_replicas = self._strategy.replica_index(), self._strategy.num_replicas
+        own = tf.one_hot(index, num_replicas, digest, tf.constant(0, tf.int64))
+        return self._strategy.all_reduce_sum(tf.concat([own, [request]], axis=0))

@@ -1,0 +1,69 @@
+"""What training changes, and how a reduced gradient changes it."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.engine.flat_model import FloatArray
+from mnist_dist.engine.optimizer import Optimizer
+from mnist_dist.engine.precision import LossScale
+from mnist_dist.strategy.base import Array, Strategy
+
+
+class TrainState:
+    """All that training changes; one copy on every replica, and all copies are the same."""
+
+    def __init__(
+        self,
+        weights: FloatArray,
+        *,
+        optimizer: Optimizer,
+        loss_scale: LossScale,
+        strategy: Strategy,
+        restored: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Create the variables, a collective: for a new training, or from rank 0's `restored` arrays (`to_arrays`)."""
+        self._optimizer = optimizer
+        self._loss_scale = loss_scale
+        self._strategy = strategy
+        self._variables: dict[str, tf.Variable] = {}
+
+        def create(name: str, initial: Array) -> tf.Variable:
+            value = initial if restored is None else restored.get(name)
+            if value is None or (value.dtype, value.shape) != (initial.dtype, initial.shape):
+                raise UserError(
+                    f"the checkpoint to resume from has no {name} as this version of the package needs it; "
+                    "name another run_dir"
+                )
+            self._variables[name] = strategy.create_variable(value)
+            return self._variables[name]
+
+        self.weights = create("weights", weights)
+        self.slots = [create(f"slot {name}", np.zeros_like(weights)) for name in optimizer.slot_names]
+        self.global_step = create("global_step", np.array(0, np.int64))
+        # Steps whose gradient overflowed are steps, but no updates (mixed_float16 only).
+        self.num_updates = create("num_updates", np.array(0, np.int64))
+        self.loss_scale = create("loss_scale", np.array(loss_scale.initial, np.float32))
+        self.good_steps = create("good_steps", np.array(0, np.int64))
+
+    def to_arrays(self) -> dict[str, Array]:
+        """The values of all variables by name, as this process's first replica has them."""
+        return {name: self._strategy.read(variable) for name, variable in self._variables.items()}
+
+    def update(self, scaled_gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
+        """Make a step, on one replica, with the reduced gradient; if that overflowed, without a change of weights."""
+        if not self._loss_scale.is_dynamic:
+            self._apply(scaled_gradient, learning_rate)
+        else:
+            gradient = scaled_gradient / self.loss_scale.read_value()
+            is_finite = tf.reduce_all(tf.math.is_finite(gradient))
+            tf.cond(is_finite, lambda: self._apply(gradient, learning_rate), lambda: None)
+            self._loss_scale.update(self.loss_scale, self.good_steps, is_finite)
+        self.global_step.assign_add(1)
+
+    def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
+        num_updates = self.num_updates.read_value()
+        self._optimizer.apply(self.weights, self.slots, gradient, num_updates=num_updates, learning_rate=learning_rate)
+        self.num_updates.assign_add(1)

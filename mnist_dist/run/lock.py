@@ -1,0 +1,41 @@
+"""The lock on a run folder: one job at a time trains there."""
+
+import os
+import weakref
+from pathlib import Path
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.files import describe_os_error, is_open_as, open_locked
+
+
+class FolderLock:
+    """A lock on the log file of a run folder, which is open until this process ends anyway."""
+
+    def __init__(self, log_path: Path) -> None:
+        self._path = log_path
+        self._descriptor: int | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has the lock."""
+        return self._descriptor is not None
+
+    def take(self) -> None:
+        """Take the lock, and keep it until this process ends; raises UserError if another job has it."""
+        folder = self._path.parent
+        try:
+            self._descriptor = open_locked(self._path)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run_dir={folder}: another job is training here (it holds the lock on {self._path.name}); stop "
+                "it or wait for its end, or name another run_dir"
+            ) from error
+        except OSError as error:
+            reason = f"{self._path.name} cannot be written: {describe_os_error(error)}"
+            raise UserError(f"run_dir={folder}: {reason}") from error
+        # At the end of the process the kernel does it, last.
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
+
+    def is_still_there(self) -> bool:
+        """Whether the file is still the one that was locked; True where none was (`evaluate`)."""
+        return self._descriptor is None or is_open_as(self._descriptor, self._path)
