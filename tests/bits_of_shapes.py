@@ -12,7 +12,8 @@ import numpy as np
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import Split, Splits
-from mnist_dist.engine.build import build_training
+from mnist_dist.engine.build import build_engine
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
 # Network, precision, rows of a shard, shards, side of the images. Each has been seen to differ for some number of
@@ -48,11 +49,11 @@ def digest(model: str, precision: str, num_rows: int, num_shards: int, side: int
     )
     shape = [f"model={model}", f"precision={precision}", f"batch.num_shards={num_shards}"]
     config = compose_config("strategy=single", *shape, f"batch.global_size={num_rows * num_shards}", *overrides)
-    training = build_training(config, Topology(), splits, num_gpus=0)
-    assert (training.plan.steps_per_epoch, training.shards.rows_per_shard) == (1, num_rows)
-    row = training.create_trainer().run_epoch(1)
+    engine = build_engine(config, Rendezvous(Topology(), timeout_s=1), splits, num_gpus=0)
+    assert (engine.plan.steps_per_epoch, engine.shards.rows_per_shard) == (1, num_rows)
+    row = engine.create_trainer().run_epoch(1)
     numbers = [row.loss.hex(), row.val_loss.hex(), row.accuracy.hex(), row.val_accuracy.hex()]
-    return hashlib.sha256(":".join([training.weights().tobytes().hex(), *numbers]).encode()).hexdigest()
+    return hashlib.sha256(":".join([engine.weights().tobytes().hex(), *numbers]).encode()).hexdigest()
 
 
 num_cores = int(os.environ["NUM_CORES"])

@@ -35,6 +35,22 @@ def test_in_order():
     assert BatchPlan(5, 2).in_order().tolist() == [[0, 1], [2, 3], [4, PADDING]]
 
 
+def test_wider_steps_hold_the_same_examples():
+    """As where the shards of a batch have more rows than it has examples."""
+    for plan, rows in (
+        (BatchPlan(5, 2, num_rows=3), [[0, 1, -1], [2, 3, -1], [4, -1, -1]]),
+        (BatchPlan(3, 2), [[0, 1], [2, -1]]),
+    ):
+        assert plan.in_order().tolist() == rows
+    narrow, wide = BatchPlan(1000, 64), BatchPlan(1000, 64, num_rows=70)
+    assert np.array_equal(wide.shuffled(seed=5, epoch=7)[:, :64], narrow.shuffled(seed=5, epoch=7))
+    assert (wide.shuffled(seed=5, epoch=7)[:, 64:] == PADDING).all()
+
+
+def test_steps_that_divide_by_the_number_of_replicas():
+    assert BatchPlan(5, 2).in_order(multiple_of=2).tolist() == [[0, 1], [2, 3], [4, PADDING], [PADDING, PADDING]]
+
+
 def test_a_pure_function_of_seed_and_epoch():
     first = BatchPlan(1000, 64).shuffled(seed=5, epoch=7)
     np.random.seed(1)

@@ -12,7 +12,7 @@ from mnist_dist.base import files
 from mnist_dist.base.files import read_regular, write_atomically
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.run import checkpoint
-from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder, Progress
+from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder, ResumePoint
 
 
 def make(num_epochs: int, *, val_accuracy=lambda epoch: epoch / 100) -> Checkpoint:
@@ -22,11 +22,11 @@ def make(num_epochs: int, *, val_accuracy=lambda epoch: epoch / 100) -> Checkpoi
         "loss_scale": np.array(2.0**15, np.float32),
         "global_step": np.array(97 * num_epochs, np.int64),
     }
-    return Checkpoint(Progress(History(tuple(rows)), {"seed": "0"}, 2, 512, resumed_from_epochs=(3, 4)), state)
+    return Checkpoint(ResumePoint(History(tuple(rows)), {"seed": "0"}, 2, 512, resumed_from_epochs=(3, 4)), state)
 
 
 def assert_same(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.progress == other.progress
+    assert one.point == other.point
     assert one.state.keys() == other.state.keys()
     for name, value in one.state.items():
         assert (value.dtype, value.shape) == (other.state[name].dtype, other.state[name].shape)
@@ -187,12 +187,12 @@ def test_killed_at_any_moment_of_a_save(folder):
             os._exit(0)
         _, status = os.waitpid(child, 0)
         newest = folder.load_newest()
-        assert newest.progress.epoch in (3, 4)
-        assert_same(newest, make(newest.progress.epoch))
+        assert newest.point.epoch in (3, 4)
+        assert_same(newest, make(newest.point.epoch))
         if os.waitstatus_to_exitcode(status) == 0:
             break
     assert moment > 5
-    assert newest.progress.epoch == 4
+    assert newest.point.epoch == 4
     assert names(folder) == [f"epoch-0000{epoch}.ckpt" for epoch in (2, 3, 4)]  # no temporary file of any child
 
 

@@ -11,8 +11,9 @@ import tensorflow as tf
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
-from mnist_dist.engine.build import build_training
+from mnist_dist.engine.build import Engine, Programs, build_engine
 from mnist_dist.engine.layers.dropout import BatchPosition, random_uint16
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
 SEED, RATE, NUM_STEPS = 3, 0.4, 97
@@ -33,12 +34,12 @@ def train(splits, mnist_path):
             "data=mnist", f"data.path={mnist_path}", f"seed={SEED}", f"optimizer={optimizer}",
             f"reproducibility={mode}", "strategy=single", *overrides,
         )  # fmt: skip
-        training = build_training(config, Topology(), splits, num_gpus=0)
-        before = training.weights()
-        indices = training.plan.shuffled(seed=SEED, epoch=1)[:num_steps]
-        rates = training.learning_rate.at(np.arange(num_steps))
-        training.create_trainer()._train_epoch(indices, learning_rates=rates)
-        return before, training.weights(), indices, training
+        engine = build_engine(config, Rendezvous(Topology(), timeout_s=1), splits, num_gpus=0)
+        before = engine.weights()
+        indices = engine.plan.shuffled(seed=SEED, epoch=1)[:num_steps]
+        rates = engine.learning_rate.at(np.arange(num_steps))
+        Programs(engine).train_epoch(indices, learning_rates=rates)
+        return before, engine.weights(), indices, engine
 
     return run
 
@@ -50,9 +51,9 @@ def masks(step: int, layer: int, num_rows: int) -> np.ndarray:
     return (random >= threshold).astype(np.float32) * np.float32(2**16 / (2**16 - threshold))
 
 
-def plain_steps(training, splits, weights: np.ndarray, indices: np.ndarray, optimizer: keras.Optimizer):
+def plain_steps(engine: Engine, splits, weights: np.ndarray, indices: np.ndarray, optimizer: keras.Optimizer):
     """The weights after these steps, and the gradient of the first."""
-    model = training.network.export(weights)
+    model = engine.flat_model.export(weights)
     first_gradient = None
     for step, row in enumerate(indices):
         rows = row[row >= 0]
@@ -74,9 +75,9 @@ def plain_steps(training, splits, weights: np.ndarray, indices: np.ndarray, opti
 
 def difference(train, splits, optimizer: str, num_steps: int, mode: str, *overrides: str) -> np.ndarray:
     """How far our weights are from the plain step's, and what the plain step's first gradient was."""
-    before, ours, indices, training = train(optimizer, num_steps, mode, *overrides)
+    before, ours, indices, engine = train(optimizer, num_steps, mode, *overrides)
     keras_optimizer = {"sgd": keras.optimizers.SGD(0.1), "adam": keras.optimizers.Adam(1e-3)}[optimizer]
-    plain, first_gradient = plain_steps(training, splits, before, indices, keras_optimizer)
+    plain, first_gradient = plain_steps(engine, splits, before, indices, keras_optimizer)
     assert np.abs(plain - before).max() > 5e-4  # they did move
     return np.abs(ours - plain), first_gradient
 

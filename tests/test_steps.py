@@ -36,23 +36,31 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     policy = choose_precision(config.precision.name, None)
     config.precision.name = policy
     model = build_model(config.model, image_shape=(4, 5), num_classes=NUM_CLASSES, seed=0)
-    parts = {
-        "network": FlatModel(model, policy=policy),
-        "optimizer": create_optimizer(config.optimizer),
-        "loss_scale": LossScale(config.precision),
-        "strategy": strategy,
-    }
+    flat_model = FlatModel(model, policy=policy)
     state = TrainState(
-        parts["network"].get_weights(),
-        optimizer=parts["optimizer"],
-        loss_scale=parts["loss_scale"],
+        flat_model.get_weights(),
+        optimizer=create_optimizer(config.optimizer),
+        loss_scale=LossScale(config.precision),
         strategy=strategy,
     )
-    shards = shards or ShardPlan(strategy.num_replicas, -(-16 // strategy.num_replicas), strategy.num_replicas)
-    placed = place_split(split, strategy, dtype=parts["network"].compute_dtype)
-    reduction = (reduction or FastSum)(strategy)
-    program = TrainProgram(**parts, state=state, split=placed, shards=shards, reduction=reduction)
-    return program, state, parts["network"], model
+    program = TrainProgram(
+        flat_model,
+        state,
+        strategy=strategy,
+        split=place_split(split, strategy, dtype=flat_model.compute_dtype),
+        shards=shards or shards_for(strategy, 16),
+        reduction=(reduction or FastSum)(strategy),
+    )
+    return program, state, flat_model, model
+
+
+def shards_for(strategy: Strategy, batch_size: int) -> ShardPlan:
+    """One shard for each replica."""
+    return ShardPlan(strategy.num_replicas, -(-batch_size // strategy.num_replicas), strategy.num_replicas)
+
+
+def plan_for(strategy: Strategy, num_examples: int, batch_size: int) -> BatchPlan:
+    return BatchPlan(num_examples, batch_size, num_rows=shards_for(strategy, 16).num_rows)
 
 
 def rates(indices: np.ndarray, rate: float) -> np.ndarray:
@@ -110,7 +118,7 @@ def test_evaluation_counts_every_example_once(num_examples):
     split = make_split(num_examples)
     _, _, network, model = make_program(split)
     strategy = SingleDevice()
-    program = EvaluateProgram(network=network, strategy=strategy, split=place_split(split, strategy))
+    program = EvaluateProgram(network, strategy=strategy, split=place_split(split, strategy))
     sums = program.run(strategy.create_variable(network.get_weights()))
 
     probabilities = model.predict(split.images, verbose=0)
@@ -145,7 +153,7 @@ def test_one_reduction_a_step_with_gradients_and_metrics_in_it():
     (bucket,) = strategy.reduced
     assert bucket.shape == [network.num_parameters + 2]
     assert bucket.dtype == tf.float32
-    evaluation = EvaluateProgram(network=network, strategy=strategy, split=place_split(split, strategy))
+    evaluation = EvaluateProgram(network, strategy=strategy, split=place_split(split, strategy))
     evaluation.run(state.weights)
     assert len(strategy.reduced) == 2  # one more, for the whole split
 
@@ -176,7 +184,7 @@ def test_every_example_once_an_epoch_through_the_real_path(mirrored):
     overrides = ["model.hidden_sizes=[]", "optimizer=sgd", "optimizer.learning_rate=1.0"]
     program, state, network, _ = make_program(split, *overrides, strategy=mirrored)
     before = network.get_weights()[: NUM_PIXELS * NUM_CLASSES].reshape(NUM_PIXELS, NUM_CLASSES)
-    plan = BatchPlan(num_examples, 8)  # 8, 8 and 4
+    plan = plan_for(mirrored, num_examples, 8)  # 8, 8 and 4
     indices = plan.shuffled(seed=0, epoch=1)
     for row in indices:  # one step at a time from the same weights: a tiny rate, then scaled up
         program.run_epoch(row[np.newaxis], learning_rates=rates(indices[:1], 1e-3))
@@ -193,9 +201,9 @@ def test_every_example_once_an_epoch_through_the_real_path(mirrored):
 def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
     split = make_split(70)
     overrides = [f"optimizer={optimizer}", "optimizer.learning_rate=0.01"]
-    indices = BatchPlan(70, 16).shuffled(seed=0, epoch=1)
     results = []
     for strategy in (SingleDevice(), mirrored):
+        indices = plan_for(strategy, 70, 16).shuffled(seed=0, epoch=1)
         program, state, *_ = make_program(split, *overrides, strategy=strategy)
         sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
         results.append((strategy.read(state.weights), sums))
@@ -208,7 +216,7 @@ def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
 def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy):
     """Seven shards of three rows for batches of 20, so a row of padding in every batch; the last batch has 10."""
     split = make_split(70)
-    indices = BatchPlan(70, 20).shuffled(seed=0, epoch=1)
+    indices = BatchPlan(70, 20, num_rows=21).shuffled(seed=0, epoch=1)
     results = []
     for strategy in (SingleDevice(), mirrored):
         plan = ShardPlan(7, 3, strategy.num_replicas)
@@ -234,7 +242,7 @@ def test_each_replica_has_its_own_copy_of_the_data(mirrored):
 
 def test_replicas_hold_the_same_bits(mirrored):
     program, state, *_ = make_program(make_split(70), strategy=mirrored)
-    indices = BatchPlan(70, 16).shuffled(seed=0, epoch=1)
+    indices = plan_for(mirrored, 70, 16).shuffled(seed=0, epoch=1)
     program.run_epoch(indices, learning_rates=rates(indices, 0.01))
     copies = [value.numpy().tobytes() for value in mirrored._strategy.experimental_local_results(state.weights)]
     assert len(copies) == mirrored.num_replicas
@@ -246,7 +254,7 @@ def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_exampl
     split = make_split(num_examples)
     _, _, network, _ = make_program(split)
     sums = [
-        EvaluateProgram(network=network, strategy=strategy, split=place_split(split, strategy)).run(
+        EvaluateProgram(network, strategy=strategy, split=place_split(split, strategy)).run(
             strategy.create_variable(network.get_weights())
         )
         for strategy in (SingleDevice(), mirrored)
@@ -265,7 +273,7 @@ def test_an_overflow_on_one_replica_skips_the_step_on_all():
     program, state, network, model = make_program(split, *overrides, strategy=strategy)
     split.labels[0] = np.eye(NUM_CLASSES)[model.predict(split.images[:1], verbose=0).argmin()]
     program, state, network, _ = make_program(split, *overrides, strategy=strategy)
-    indices = BatchPlan(16, 8).in_order()
+    indices = plan_for(strategy, 16, 8).in_order()
     sums = program.run_epoch(indices[:1], learning_rates=rates(indices[:1], 0.01))
     assert np.isfinite(sums.losses).all()  # the loss itself is fine, so training goes on
     for copy in strategy._strategy.experimental_local_results(state.weights):
@@ -285,7 +293,7 @@ def test_the_loss_scale_grows_after_many_good_steps():
         "precision.initial_loss_scale=4",
         "precision.loss_scale_growth_steps=3",
     )
-    indices = BatchPlan(64, 8).in_order()
+    indices = plan_for(SingleDevice(), 64, 8).in_order()
     program.run_epoch(indices, learning_rates=rates(indices, 0.01))
     assert state.loss_scale.numpy() == 16  # 8 steps: twice three
     assert state.good_steps.numpy() == 2

@@ -13,9 +13,10 @@ PLAN = BatchPlan(10, 4)
 class FakePrograms:
     """Stands for the compiled programs; remembers what it was asked."""
 
-    def __init__(self, losses=(4.0, 4.0, 1.0)):
+    def __init__(self, losses=(4.0, 4.0, 1.0), agree_to_stop=lambda epoch: False):
         self.losses = losses
         self.indices = []
+        self.agree_to_stop = agree_to_stop
 
     def train_epoch(self, indices, *, learning_rates):
         assert learning_rates.tolist() == [0.5] * len(indices)
@@ -25,11 +26,13 @@ class FakePrograms:
     def validate(self):
         return EvaluationSums(loss=5.0, confusion=np.array([[3, 1], [2, 4]]))
 
+    def digest_weights(self):
+        return None
+
 
 def make_trainer(programs: FakePrograms, **kwargs) -> Trainer:
     return Trainer(
-        train_epoch=programs.train_epoch,
-        validate=programs.validate,
+        programs,
         plan=PLAN,
         seed=5,
         learning_rate_at=lambda steps: np.full(len(steps), 0.5),
@@ -72,8 +75,7 @@ def test_a_request_stops_after_the_epoch_and_the_rest_can_follow():
     seen = []
     checked = []
     trainer = make_trainer(
-        FakePrograms(),
-        check_replicas=lambda epoch: checked.append(epoch) or (checked.count(2) == 1 and epoch == 2),
+        FakePrograms(agree_to_stop=lambda epoch: checked.append(epoch) or (checked.count(2) == 1 and epoch == 2)),
         actions=[lambda history: seen.append(history)],
     )
     stopped = trainer.fit(num_epochs=4)
@@ -90,7 +92,8 @@ def test_a_request_from_before_stops_before_the_next_epoch(epoch):
     programs = FakePrograms()
     reached = make_trainer(programs).fit(num_epochs=epoch)
     checked = []
-    trainer = make_trainer(programs, check_replicas=lambda number: not checked.append(number))
+    programs.agree_to_stop = lambda number: not checked.append(number)
+    trainer = make_trainer(programs)
     assert trainer.fit(num_epochs=4, history=reached) == reached
     assert checked == [epoch]
     assert len(programs.indices) == epoch
