@@ -58,7 +58,7 @@ def test_where_nothing_can_be_told(tmp_path):
 
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_limits_of_the_process(kind, run_python):
-    code = f"import resource as r; r.setrlimit(r.{kind}, (10**9,) * 2); from mnist_dist import memory as m; "
+    code = f"import resource as r; r.setrlimit(r.{kind}, (10**9,) * 2); from mnist_dist.base import memory as m; "
     assert run_python("-c", code + "print(m.usable_memory())").stdout == "1000000000\n"
 
 

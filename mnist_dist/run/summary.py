@@ -151,7 +151,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{name} is {value!r:.40}, not an object")
         if container is Mapping:
-            return {key: _read(typing.get_args(kind)[1], item, name) for key, item in value.items()}
+            return {key: _read(typing.get_args(kind)[1], item, key) for key, item in value.items()}
         hints = typing.get_type_hints(kind)
         for key in fields(kind):
             if key.name not in value and key.default_factory is MISSING:
