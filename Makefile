@@ -41,10 +41,11 @@ soak: $(VENV)/.installed-dev ## Kill runs at random moments and compare; for exa
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
 	$(BIN)/python tests/soak.py --rounds $(or $(N),0) --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
-check: $(VENV)/.installed-dev ## Check format, lint and types; changes nothing
+check: $(VENV)/.installed-dev ## Check format, lint, types and the import rule; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff format .

@@ -84,7 +84,10 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
         strategy = SingleDevice()
         num_pixels = splits.test.images.shape[1]
-        flat_model = load_flat_model(model_path, num_pixels=num_pixels, num_classes=splits.num_classes)
+        try:
+            flat_model = load_flat_model(model_path, num_pixels=num_pixels, num_classes=splits.num_classes)
+        except ValueError as error:
+            raise UserError(f"{model_path}: not a usable model: {error}; {MODEL_ADVICE}") from error
 
     program = EvaluateProgram(flat_model, strategy=strategy, split=place_split(splits[split_name], strategy))
     sums = program.run(strategy.create_variable(flat_model.get_weights()))

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 
 from mnist_dist.base import files
 from mnist_dist.base.files import read_regular, write_atomically
+from mnist_dist.config.train import CheckpointConfig
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.run import checkpoint
 from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder, ResumePoint
+from mnist_dist.run.saving import PeriodicCheckpoints
 
 
 def make(num_epochs: int, *, val_accuracy=lambda epoch: epoch / 100) -> Checkpoint:
@@ -211,3 +214,48 @@ def test_a_history_of_many_epochs(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(make(2000, val_accuracy=lambda epoch: 1 / 3), keep=1)
     assert_same(folder.load_newest(), make(2000, val_accuracy=lambda epoch: 1 / 3))
+
+
+# When they are written
+
+
+class FakeFolder:
+    """Takes the checkpoints."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save_checkpoint(self, create, *, keep):
+        assert keep == 3
+        self.saved.append(create())
+
+
+def history_of(num_epochs: int) -> History:
+    return make(num_epochs).point.history
+
+
+def periodic(folder, *, start_epoch=0, every_epochs=3, every_s=10.0, clock=lambda: 0.0) -> PeriodicCheckpoints:
+    config = CheckpointConfig(every_epochs=every_epochs, every_s=every_s, keep=3)
+    start = replace(make(1).point, history=history_of(start_epoch) if start_epoch else History())
+    return PeriodicCheckpoints(folder, config, start, read_state=dict, clock=clock)
+
+
+def test_by_epochs_and_by_seconds_whichever_is_first():
+    """And once more at the end, unless it has just been done."""
+    folder, now = FakeFolder(), [0.0]
+    checkpoints = periodic(folder, clock=lambda: now[0])
+    for epoch, now[0] in ((1, 0.0), (2, 1.0), (3, 2.0), (4, 9.0), (5, 13.0), (6, 14.0), (7, 15.0)):
+        checkpoints(history_of(epoch))
+    for _ in range(2):
+        checkpoints.catch_up(history_of(7))
+    assert [checkpoint.point.epoch for checkpoint in folder.saved] == [3, 5, 6, 7]
+    assert folder.saved[-1].point == replace(make(1).point, history=history_of(7))
+
+
+def test_after_a_restart():
+    folder = FakeFolder()
+    checkpoints = periodic(folder, start_epoch=2, every_epochs=100, every_s=100.0)
+    checkpoints.catch_up(history_of(2))
+    assert folder.saved == []  # that is where it started from
+    checkpoints.catch_up(history_of(3))
+    assert len(folder.saved) == 1

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.flat_model import FlatModel, load_flat_model
 from mnist_dist.engine.layers.dropout import BatchPosition
@@ -232,14 +231,12 @@ def test_a_model_that_is_not_ours(name, tmp_path, capfd):
     path = tmp_path / "model.keras"
     make().save(path)
     capfd.readouterr()
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ValueError) as error:
         load_flat_model(path, num_pixels=64, num_classes=4)
     line = str(error.value)
-    assert line.startswith(f"{path}: not a usable model: ")
     assert problem in line
-    assert line.endswith("; take it away, and the training command of this run makes it again from its last checkpoint")
     assert "\n" not in line
-    assert len(line) < 600
+    assert len(line) < 300
     assert capfd.readouterr() == ("", "")
 
 

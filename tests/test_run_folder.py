@@ -16,9 +16,8 @@ from mnist_dist.launch.job import Job
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.checkpoint import Checkpoint
 from mnist_dist.run.folder import RunFolder
-from mnist_dist.run.resume import settle
+from mnist_dist.run.input import RunInput, agree_on_input, read_input
 from mnist_dist.run.summary import RESULT_FILES
-from mnist_dist.train import RunInput, read_input
 
 MADE_AGAIN = f": made again from the checkpoint of epoch {NUM_EPOCHS}"
 NO_CHECKPOINT = f"and no checkpoint of epoch {NUM_EPOCHS} to make that from is left"
@@ -109,8 +108,9 @@ def look(args, monkeypatch):
 
     def look(folder, *more) -> RunInput | None:
         config = compose_config("strategy=single", *map(str, args), f"run_dir={folder}", *more)
-        found = read_input(config, Job(Topology(), timeout_s=1), RunFolder.from_config(config.run_dir))
-        return None if found.is_finished else replace(found, config=settle(found.config, found.point))
+        job = Job(Topology(), timeout_s=1)
+        agreed = agree_on_input(read_input(config, job, RunFolder.from_config(config.run_dir)), job)
+        return None if agreed.found.is_finished else agreed
 
     return look
 
@@ -223,7 +223,7 @@ def test_made_again(name, folder, look, logged):
         damage(folder)
     before = content_of(folder)
     run_input = look(folder)
-    assert run_input.checkpoint.point.epoch == NUM_EPOCHS
+    assert run_input.found.checkpoint.point.epoch == NUM_EPOCHS
     (warning,) = logged()
     assert warning.startswith(problem)
     assert warning.endswith(MADE_AGAIN)
@@ -300,7 +300,7 @@ def test_a_run_that_was_trained_on_and_killed(folder, look, refuse, logged):
     flip("model.keras")(folder)  # or the first of the later results, when it was killed
     line = refuse(folder, "trainer.epochs=3")
     assert f"was trained on, to epoch {NUM_EPOCHS}; say trainer.epochs={NUM_EPOCHS} to have the results" in line
-    assert look(folder).checkpoint.point.epoch == NUM_EPOCHS
+    assert look(folder).found.checkpoint.point.epoch == NUM_EPOCHS
     assert logged() == []
 
 
@@ -348,7 +348,7 @@ def test_a_checkpoint_of_the_same_run_with_more_epochs_goes_on(folder, train, lo
     assert train(other, f"trainer.epochs={NUM_EPOCHS + 2}").returncode == 0
     shutil.copy(checkpoints_of(other)[-1], folder / "checkpoints")
     run_input = look(folder, f"trainer.epochs={NUM_EPOCHS + 2}")
-    assert run_input.checkpoint.point.epoch == NUM_EPOCHS + 2
+    assert run_input.found.checkpoint.point.epoch == NUM_EPOCHS + 2
     assert logged()[0].startswith("history.csv is damaged (it does not agree with the newest checkpoint): made again")
 
 

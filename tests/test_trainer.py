@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mnist_dist.base.errors import TrainingFailed
-from mnist_dist.engine.actions import LogEpoch, Periodic
+from mnist_dist.engine.actions import LogEpoch
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.trainer import Trainer
 from mnist_dist.results.sums import EpochSums, EvaluationSums
@@ -97,39 +97,6 @@ def test_a_request_from_before_stops_before_the_next_epoch(epoch):
     assert trainer.fit(num_epochs=4, history=reached) == reached
     assert checked == [epoch]
     assert len(programs.indices) == epoch
-
-
-def test_periodic():
-    """By epochs and by seconds, whichever is first; and once more at the end, unless it has just been done."""
-    seen, now = [], [0.0]
-    action = Periodic(
-        lambda history: seen.append(len(history.epochs)),
-        every_epochs=3,
-        every_s=10.0,
-        clock=lambda: now[0],
-    )
-    trainer = make_trainer(FakePrograms(), actions=[action])
-    history = trainer.fit(num_epochs=3)
-    now[0] = 9.0
-    history = trainer.fit(num_epochs=4, history=history)
-    now[0] = 11.0
-    history = trainer.fit(num_epochs=5, history=history)
-    now[0] = 19.0
-    history = trainer.fit(num_epochs=7, history=history)
-    assert seen == [3, 5, 6]
-    for _ in range(2):
-        action.catch_up(history)
-    assert seen == [3, 5, 6, 7]
-
-
-def test_periodic_after_a_restart():
-    seen = []
-    action = Periodic(seen.append, every_epochs=100, every_s=100.0, start_epoch=2)
-    trainer = make_trainer(FakePrograms())
-    action.catch_up(trainer.fit(num_epochs=2))
-    assert seen == []  # that is where it started from
-    action.catch_up(trainer.fit(num_epochs=3))
-    assert len(seen) == 1
 
 
 def test_log_line_has_the_recipes_form(logged):

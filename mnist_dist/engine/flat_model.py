@@ -15,15 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.base.errors import UserError
 from mnist_dist.engine.layers.dropout import BatchPosition, PositionalDropout, at_position
-from mnist_dist.run.inspection import MODEL_ADVICE
 
 FloatArray = npt.NDArray[np.float32]
 
 
 def load_flat_model(path: Path, *, num_pixels: int, num_classes: int) -> "FlatModel":
-    """The network of a saved model, once it has computed an image of zeros; raises UserError if it is no such model."""
+    """A saved model, once it has computed an image of zeros; raises ValueError if it is no such model."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -36,7 +34,7 @@ def load_flat_model(path: Path, *, num_pixels: int, num_classes: int) -> "FlatMo
         if logits.shape != (1, num_classes):
             raise ValueError(f"it gives the shape {logits.shape} for an image, not (1, {num_classes})")
     except Exception as error:  # Keras, its layers and TensorFlow have many for what they were not made for
-        raise UserError(f"{path}: not a usable model: {_shorten(error)}; {MODEL_ADVICE}") from error
+        raise ValueError(_shorten(error)) from error
     return network
 
 

@@ -19,17 +19,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundRun:
-    """What a run folder holds of the run that is asked for; what the chief has found counts."""
+    """What a run folder holds of the run that is asked for."""
 
+    point: ResumePoint | None = None
+    """How far the run has come, if it is to be resumed."""
     checkpoint: Checkpoint | None = None
-    """The newest intact one."""
+    """That of `point`, on the chief."""
     is_finished: bool = False
     """Whether all epochs that are asked for are trained, and all results are whole."""
-
-    @property
-    def point(self) -> ResumePoint | None:
-        """How far the run has come, if it is to be resumed."""
-        return self.checkpoint.point if self.checkpoint else None
 
 
 def inspect(run_folder: RunFolder, config: TrainConfig, *, data_sha256: str) -> FoundRun:
@@ -45,7 +42,7 @@ def inspect(run_folder: RunFolder, config: TrainConfig, *, data_sha256: str) -> 
     checkpoint = _load_checkpoint(run_folder)
     point = checkpoint.point if checkpoint else None
     _check_same_training(run_folder, config, data_sha256=data_sha256, point=point)
-    return FoundRun(checkpoint, is_finished=_Results(run_folder, config, point).are_whole())
+    return FoundRun(point, checkpoint, is_finished=_Results(run_folder, config, point).are_whole())
 
 
 def settle(config: TrainConfig, point: ResumePoint | None) -> TrainConfig:

@@ -1,0 +1,61 @@
+"""What a run reads before any process starts TensorFlow: its folder, its data, the curves to compare with."""
+
+from dataclasses import asdict, dataclass, replace
+
+from mnist_dist.config.compare import job_keys
+from mnist_dist.config.train import TrainConfig
+from mnist_dist.data.load import ImageDataset, load_dataset
+from mnist_dist.data.splits import check_val_fraction
+from mnist_dist.launch.agreement import Report, agree, job_facts
+from mnist_dist.launch.gpus import own_uuids
+from mnist_dist.launch.job import Job
+from mnist_dist.results.reference import Reference, load_reference
+from mnist_dist.run.checkpoint import DATA_DIGEST, ResumePoint
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.resume import FoundRun, inspect, settle
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """Alike on all processes of a job but for what the chief alone has found in the run folder."""
+
+    config: TrainConfig
+    """With the name of the data in place of `auto`; once all have agreed, with what a resumed run has settled, too."""
+    dataset: ImageDataset
+    reference: Reference | None
+    found: FoundRun
+    watch_address: str = ""
+    """Of the watch over all processes (`peers.PeerWatch`), once all have agreed."""
+
+
+def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
+    """Read everything; raises UserError for whatever can be seen to be wrong here."""
+    job.rendezvous.hold_own_port()
+    run_folder.check_usable(may_resume=asked.resume == "auto")
+    run_folder.claim()
+    reference = load_reference(asked.plots.reference)
+    dataset = load_dataset(asked.data)
+    check_val_fraction(len(dataset.x_train), asked.data.val_fraction)
+    config = replace(asked, data=replace(asked.data, name=dataset.name))
+    return RunInput(config, dataset, reference, inspect(run_folder, config, data_sha256=dataset.sha256))
+
+
+def agree_on_input(own: RunInput, job: Job) -> RunInput:
+    """The input with what the chief has found, once all processes have the same; raises UserError if they have not."""
+    gpus = own_uuids(job.topology)
+    keys = {**job_keys(asdict(own.config)), DATA_DIGEST: own.dataset.sha256}
+    report = Report(
+        facts=job_facts(keys, num_gpus=len(gpus)),
+        gpus=gpus,
+        is_finished=own.found.is_finished,
+        resume_point=own.found.point.to_json() if own.found.point else "",
+        watch_address=job.peers.address,
+    )
+    chief = agree(report, job.rendezvous)
+    point = ResumePoint.from_json(chief.resume_point) if chief.resume_point else None
+    return replace(
+        own,
+        config=settle(own.config, point),
+        found=FoundRun(point, own.found.checkpoint, is_finished=chief.is_finished),
+        watch_address=chief.watch_address,
+    )
