@@ -10,7 +10,7 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.launch.gpus import own_share
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
-from mnist_dist.strategy.mirrored import DistributeStrategy
+from mnist_dist.strategy.tf_distribute import DistributeStrategy
 
 
 class MultiWorker(DistributeStrategy):
