@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.strategy.choose import Strategy
+from mnist_dist.strategy.base import Strategy
 
 
 def flip_bit_of_replica(strategy: Strategy, variable: tf.Variable, replica: int, *, element: int = -1) -> None:

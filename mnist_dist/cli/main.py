@@ -1,7 +1,7 @@
 """From the command line to a typed configuration, and from errors to exit codes.
 
 Hydra composes the configuration; this module turns what Hydra, the checks and the run can raise into the one line and
-the exit code that scripts rely on (`errors.py`).
+the exit code that scripts rely on (`base/errors.py`).
 """
 
 import logging

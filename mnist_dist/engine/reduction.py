@@ -1,7 +1,7 @@
 """From the sums of single shards to the sum over the global batch, on every replica.
 
 `FastSum` lets the collective choose the order of summation, so the last bits depend on the number of replicas.
-`ExactSum` adds in the order of the shards' tree (`data.shards`), so they do not:
+`ExactSum` adds in the order of the shards' tree (`engine.shards`), so they do not:
 
 - Each node of the tree is one addition of two float32 numbers, rounded by IEEE 754 alike wherever it is done.
 - A replica adds up its whole subtrees; these partial sums are gathered, which rounds nothing, and every replica adds

@@ -1,8 +1,4 @@
-"""The network: defined once, in plain Keras; and the same network as a pure function of one flat weight vector.
-
-A vector makes everything around the network independent of it: gradients of all layers travel in one message, and the
-state of a training run is a few arrays.
-"""
+"""The networks, in plain Keras."""
 
 import keras
 import numpy as np

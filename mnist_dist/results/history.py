@@ -20,7 +20,7 @@ class EpochMetrics:
     images_per_s: float
     """Training images per second of the epoch's training part."""
     weights_sha256: str | None = None
-    """Digest of the weights after the epoch (`metrics.weights_digest`); a column with reproducibility=exact only."""
+    """Digest of the weights after the epoch (`sums.weights_digest`); a column with reproducibility=exact only."""
 
 
 COLUMNS = tuple(field.name for field in fields(EpochMetrics))

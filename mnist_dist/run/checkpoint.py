@@ -81,7 +81,7 @@ class Checkpoint:
 
     point: ResumePoint
     state: Mapping[str, Array]
-    """The training state's variables by name (`steps.TrainState.to_arrays`)."""
+    """The training state's variables by name (`state.TrainState.to_arrays`)."""
 
     def to_bytes(self) -> bytes:
         """The content of a checkpoint file."""

@@ -1,4 +1,4 @@
-"""Placement and collectives: one interface (`base.Strategy`), one implementation a backend, and the choice of one."""
+"""Which strategy it is: as configured, or as the processes were launched."""
 
 import importlib.util
 import logging
@@ -10,8 +10,6 @@ from mnist_dist.config.devices import StrategyConfig
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
 from mnist_dist.strategy.base import SingleDevice, Strategy
-
-__all__ = ["Strategy", "choose_strategy", "create_strategy", "list_gpus"]
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,4 @@
-"""One process, several replicas: `tf.distribute.MirroredStrategy`.
-
-Every replica owns its copy of the state and updates it alone, from the same reduced gradient; so nothing is
-synchronised but the gradient.
-"""
+"""One process, several replicas: `tf.distribute.MirroredStrategy`."""
 
 import logging
 

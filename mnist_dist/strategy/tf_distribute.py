@@ -1,4 +1,8 @@
-"""Placement and collectives by `tf.distribute`, for one process or several."""
+"""Placement and collectives by `tf.distribute`, for one process or several.
+
+Every replica owns its copy of the state and updates it alone, from the same reduced gradient; so nothing is
+synchronised but the gradient.
+"""
 
 from collections.abc import Callable
 from typing import Any

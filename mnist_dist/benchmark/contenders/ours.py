@@ -15,8 +15,8 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.engine.build import Engine, Programs, build_engine
 from mnist_dist.engine.trainer import Trainer
 from mnist_dist.launch.rendezvous import Rendezvous
-from mnist_dist.strategy.base import Array, SingleDevice
-from mnist_dist.strategy.choose import Strategy, list_gpus
+from mnist_dist.strategy.base import Array, SingleDevice, Strategy
+from mnist_dist.strategy.choose import list_gpus
 
 MESSAGE_BYTES = tuple(1024 * 2**n for n in range(14))
 """1 KiB to 8 MiB."""
