@@ -18,7 +18,8 @@ from mnist_dist.config.data import DataConfig
 from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.config.rules import Checked, one_of, ruled
 from mnist_dist.config.train import ConsoleConfig
-from mnist_dist.data.load import ImageDataset, load_dataset
+from mnist_dist.data.dataset import ImageDataset
+from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import SplitName, preprocess
 from mnist_dist.engine.footprint import check_data_fits
 from mnist_dist.launch.topology import Topology

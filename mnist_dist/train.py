@@ -12,7 +12,8 @@ from mnist_dist.cli.main import run
 from mnist_dist.config.compare import job_keys
 from mnist_dist.config.compose import TRAIN
 from mnist_dist.config.train import TrainConfig
-from mnist_dist.data.load import ImageDataset, load_dataset
+from mnist_dist.data.dataset import ImageDataset
+from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import check_val_fraction, preprocess
 from mnist_dist.engine.footprint import check_fits
 from mnist_dist.launch.agreement import Report, agree, job_facts
