@@ -79,7 +79,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         from mnist_dist.engine.programs.evaluate import EvaluateProgram
         from mnist_dist.engine.programs.placement import place_split
         from mnist_dist.engine.runtime import configure_tensorflow
-        from mnist_dist.results import curves as plots
+        from mnist_dist.results.confusion import plot_confusion_matrix
         from mnist_dist.strategy.base import SingleDevice
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
@@ -101,7 +101,9 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         "confusion_matrix": sums.confusion.tolist(),
     }
     run_folder.write_text(report_name, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    picture = plots.plot_split(sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names)
+    picture = plot_confusion_matrix(
+        sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names
+    )
     run_folder.write_plots([(picture_name, picture)])
     _log_report(report, run_folder)
     return EXIT_OK
