@@ -3,16 +3,13 @@
 What was measured is read from docs/scaling_measured.json; what is assumed is in this file, by name.
 """
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -36,6 +33,7 @@ from mnist_dist.benchmark.cost_model import (
     ring_all_reduce_s,
     speed_up,
 )
+from mnist_dist.results.png import add_grid, to_png
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "scaling.md"
@@ -304,21 +302,15 @@ def _set_axes(axes: Axes, title: str, label: str) -> None:
     axes.set_ylabel(label, fontsize=11)
     axes.xaxis.set_major_locator(FixedLocator(doublings()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    axes.grid(color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    add_grid(axes)
 
 
 def main() -> None:
     """Write the page's numbers and the picture."""
     PAGE.write_text(render(PAGE.read_text()))
-    with style.context("default"):
-        figure = draw()
-        FigureCanvasAgg(figure)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    PICTURE.write_bytes(buffer.getvalue())
-    print(f"{PAGE} and {PICTURE} ({len(buffer.getvalue()) / 1e3:.0f} kB)")
+    picture = to_png(draw)
+    PICTURE.write_bytes(picture)
+    print(f"{PAGE} and {PICTURE} ({len(picture) / 1e3:.0f} kB)")
 
 
 if __name__ == "__main__":

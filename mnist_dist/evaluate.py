@@ -18,7 +18,8 @@ from mnist_dist.config.data import DataConfig
 from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.config.rules import Checked, one_of, ruled
 from mnist_dist.config.train import ConsoleConfig
-from mnist_dist.data.load import ImageDataset, load_dataset
+from mnist_dist.data.dataset import ImageDataset
+from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import SplitName, preprocess
 from mnist_dist.engine.footprint import check_data_fits
 from mnist_dist.launch.topology import Topology
@@ -78,7 +79,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         from mnist_dist.engine.programs.evaluate import EvaluateProgram
         from mnist_dist.engine.programs.placement import place_split
         from mnist_dist.engine.runtime import configure_tensorflow
-        from mnist_dist.results import curves as plots
+        from mnist_dist.results.confusion import plot_confusion_matrix
         from mnist_dist.strategy.base import SingleDevice
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
@@ -103,7 +104,9 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         "confusion_matrix": sums.confusion.tolist(),
     }
     run_folder.write_text(report_name, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    picture = plots.plot_split(sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names)
+    picture = plot_confusion_matrix(
+        sums.confusion, dataset=dataset.name, split=split_name, class_names=splits.class_names
+    )
     run_folder.write_plots([(picture_name, picture)])
     _log_report(report, run_folder)
     return EXIT_OK

@@ -557,7 +557,7 @@ DATA = {
     "negative labels": (lambda a: to_npz({**a, "y_test": a["y_test"].astype(int) - 1}),
                         "y_test has labels out of range: -1"),
     "unknown test labels": (lambda a: to_npz({**a, "y_test": a["y_test"] + 3}),
-                            "y_test has labels that y_train has not: 4, 5, 6"),
+                            "y_test has labels missing from y_train: 4, 5, 6"),
     "one class": (lambda a: to_npz({**a, "y_train": a["y_train"] * 0, "y_test": a["y_test"] * 0}),
                   "y_train has only the label 0; at least two classes are needed"),
 }  # fmt: skip
@@ -656,7 +656,7 @@ def test_a_lock_that_is_not_a_regular_file(ask, tmp_path, work):
     """Another one's cache: it costs a warning."""
     (tmp_path / "cache").mkdir()
     os.mkfifo(tmp_path / "cache" / "digits-v1.lock")
-    answer = ask(TRAIN, "data=digits", "plots.reference=seed", "data.val_fraction=0.99999999")
+    answer = ask(TRAIN, "data=digits", "plots.reference=original", "data.val_fraction=0.99999999")
     assert answer.code == 2
     assert "cannot keep the built digits at" in answer.stdout
 
@@ -678,7 +678,7 @@ def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
 @pytest.mark.parametrize("val_fraction", ["0.9999", "0.999"])
 def test_split_without_training_images(val_fraction, refuse, small_npz):
     line = refuse(TRAIN, "data=npz", f"data.path={small_npz}", f"data.val_fraction={val_fraction}")
-    assert line.startswith(f"data.val_fraction={val_fraction}: 600 training images cannot be split so: ")
+    assert line.startswith(f"data.val_fraction={val_fraction}: 600 training images cannot be split like this: ")
 
 
 # What cannot fit into memory
@@ -954,7 +954,7 @@ def test_evaluate_an_archive_that_holds_no_model(fake_run, ask, work):
 def test_help_shows_keys_and_choices(flag, ask, work):
     answer = ask(TRAIN, flag)
     assert (answer.code, answer.stderr, answer.knows_tensorflow) == (0, "", False)
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "defaults"}
     assert {"data", "model", "optimizer", "experiment"} <= groups
     for group in groups:
         for path in (CONF / group).glob("*.yaml"):
@@ -963,6 +963,7 @@ def test_help_shows_keys_and_choices(flag, ask, work):
         assert key in answer.stdout
     assert "schema" not in answer.stdout
     assert "hydra/" not in answer.stdout
+    assert "defaults" not in answer.stdout.partition("Groups and their choices")[2]
     assert snapshot(work) == {}
 
 

@@ -8,8 +8,9 @@ from mnist_dist.config.compose import compose_config
 from mnist_dist.config.rules import FLOAT32_MAX, FLOAT32_TINY
 
 
-def test_the_defaults_are_the_seed_recipe():
-    assert compose_config("data=mnist") == compose_config("data=mnist", "experiment=seed")
+@pytest.mark.parametrize("name", ["original", "seed"])
+def test_the_defaults_are_the_original_recipe(name):
+    assert compose_config("data=mnist") == compose_config("data=mnist", f"experiment={name}")
     config = compose_config()
     assert (config.trainer.epochs, config.batch.global_size, config.model.hidden_sizes) == (150, 512, [256, 256])
     assert (config.optimizer.name, config.optimizer.learning_rate, config.model.dropout) == ("adam", 0.001, 0.4)

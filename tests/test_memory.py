@@ -5,7 +5,7 @@ import pytest
 
 from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.config.compose import compose_config
-from mnist_dist.data.load import ImageDataset
+from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.engine.footprint import NETWORK, training_moments
 
 GB = 1024**3

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.results import curves as plots
-from mnist_dist.results.curves import draw_confusion_matrix, draw_curves
+from mnist_dist.results.confusion import draw_confusion_matrix, plot_confusion_matrix
+from mnist_dist.results.curves import Metric, draw_curves, plot_curves
 from mnist_dist.results.history import EpochMetrics, History, to_csv
-from mnist_dist.results.reference import REFERENCE_COLUMNS, load_reference
+from mnist_dist.results.png import DPI, MAX_NAME_LENGTH, TRAIN_COLOR, VALIDATION_COLOR
+from mnist_dist.results.reference import REFERENCE_COLUMNS, Reference, load_reference
 
 HEADER = "epoch,loss,accuracy,val_loss,val_accuracy\n"
 
@@ -29,13 +30,13 @@ def create_history(val_accuracies: Sequence[float]) -> History:
     return History(tuple(rows))
 
 
-def create_seed_history(num_epochs: int) -> History:
-    """The seed run, its last epoch repeated where more are asked for."""
-    seed = load_reference("seed")
-    assert seed is not None
+def create_original_history(num_epochs: int) -> History:
+    """The original run, its last epoch repeated where more are asked for."""
+    original = load_reference("original")
+    assert original is not None
     rows = []
     for i in range(num_epochs):
-        values = (seed.columns[name][min(i, 149)] for name in REFERENCE_COLUMNS[1:])
+        values = (original.columns[name][min(i, 149)] for name in REFERENCE_COLUMNS[1:])
         rows.append(EpochMetrics(i + 1, *values, 1e-3, 1.0, 1.0))
     return History(tuple(rows))
 
@@ -60,15 +61,16 @@ def test_no_reference() -> None:
     assert load_reference(None) is None
 
 
-def test_seed_reference_is_the_original_run() -> None:
-    seed = load_reference("seed")
-    assert seed is not None
-    assert seed.name == "seed"
-    assert seed.columns["epoch"] == tuple(range(1, 151))
-    assert (seed.columns["val_loss"][-1], seed.columns["val_accuracy"][-1]) == (0.0771, 0.9843)
-    assert (seed.columns["loss"][0], seed.columns["accuracy"][0]) == (0.7091, 0.7776)
-    assert sum(seed.columns["val_accuracy"][-20:]) / 20 == pytest.approx(0.9837, abs=5e-5)
-    assert max(seed.columns["val_accuracy"][:10]) < 0.98 <= seed.columns["val_accuracy"][10]
+def test_the_original_run_as_a_reference() -> None:
+    original = load_reference("original")
+    assert original is not None
+    assert original.name == "original"
+    assert load_reference("seed") == original  # its earlier name
+    assert original.columns["epoch"] == tuple(range(1, 151))
+    assert (original.columns["val_loss"][-1], original.columns["val_accuracy"][-1]) == (0.0771, 0.9843)
+    assert (original.columns["loss"][0], original.columns["accuracy"][0]) == (0.7091, 0.7776)
+    assert sum(original.columns["val_accuracy"][-20:]) / 20 == pytest.approx(0.9837, abs=5e-5)
+    assert max(original.columns["val_accuracy"][:10]) < 0.98 <= original.columns["val_accuracy"][10]
 
 
 def test_history_of_a_run_is_a_reference(tmp_path: Path) -> None:
@@ -139,20 +141,20 @@ def test_missing_reference_and_folder_as_reference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_epochs", [1, 3, 150, 3000])
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_curves_are_a_png_of_report_size(num_epochs: int, metric: plots.Metric) -> None:
-    png = plots.plot_curves(
-        create_seed_history(num_epochs), metric=metric, dataset="mnist", reference=load_reference("seed")
+def test_curves_are_a_png_of_report_size(num_epochs: int, metric: Metric) -> None:
+    png = plot_curves(
+        create_original_history(num_epochs), metric=metric, dataset="mnist", reference=load_reference("original")
     )
     pixels = decode(png)
     assert pixels.shape == (1000, 1600, 3)
-    for color in (plots.TRAIN_COLOR, plots.VALIDATION_COLOR):
+    for color in (TRAIN_COLOR, VALIDATION_COLOR):
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         # More than the legend's two lines: the marks and curves in the axes themselves.
         assert np.all(pixels[:850] == rgb, axis=-1).sum() > 50, f"{color} is not in the picture"
 
 
 @pytest.mark.parametrize(("metric", "label"), [("loss", "Loss"), ("accuracy", "Accuracy")])
-def test_curves_say_what_they_show(metric: plots.Metric, label: str) -> None:
+def test_curves_say_what_they_show(metric: Metric, label: str) -> None:
     figure = draw_curves(create_history([0.5, 0.6]), metric=metric, dataset="mnist", reference=None)
     (axes,) = figure.axes
     assert axes.get_title(loc="left") == f"{label} on mnist"
@@ -184,7 +186,7 @@ def test_best_epoch_is_marked_with_number_and_value() -> None:
 @pytest.mark.parametrize("best", [1, 2, 20, 39, 40])
 def test_annotation_is_above_the_axes_and_inside_the_picture(best: int) -> None:
     history = create_history([0.9 if epoch == best else 0.5 for epoch in range(1, 41)])
-    figure = draw_curves(history, metric="loss", dataset="mnist", reference=load_reference("seed"))
+    figure = draw_curves(history, metric="loss", dataset="mnist", reference=load_reference("original"))
     figure.draw_without_rendering()
     (axes,) = figure.axes
     frame = axes.get_window_extent()
@@ -207,32 +209,32 @@ def test_one_epoch_shows_markers_and_one_tick() -> None:
 
 
 def test_reference_has_its_own_curves_and_legend_entries() -> None:
-    history = create_seed_history(3)
-    seed = load_reference("seed")
-    assert seed is not None
-    figure = draw_curves(history, metric="loss", dataset="mnist", reference=seed)
-    assert get_legend(figure) == ["train", "validation", "train, reference seed", "validation, reference seed"]
-    line = next(line for line in figure.axes[0].lines if line.get_label() == "validation, reference seed")
-    assert list(line.get_ydata()) == list(seed.columns["val_loss"][:3]), "drawn as far as the run goes"
-    with_reference = plots.plot_curves(history, metric="loss", dataset="mnist", reference=seed)
-    without = plots.plot_curves(history, metric="loss", dataset="mnist", reference=None)
+    history = create_original_history(3)
+    original = load_reference("original")
+    assert original is not None
+    figure = draw_curves(history, metric="loss", dataset="mnist", reference=original)
+    assert get_legend(figure) == ["train", "validation", "train, reference original", "validation, reference original"]
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "validation, reference original")
+    assert list(line.get_ydata()) == list(original.columns["val_loss"][:3]), "drawn as far as the run goes"
+    with_reference = plot_curves(history, metric="loss", dataset="mnist", reference=original)
+    without = plot_curves(history, metric="loss", dataset="mnist", reference=None)
     assert (decode(with_reference) != decode(without)).any()
 
 
 def test_short_reference_and_odd_names() -> None:
     columns = dict.fromkeys(REFERENCE_COLUMNS, (0.5,)) | {"epoch": (2.0,)}
-    reference = plots.Reference("$^$" + "x" * 100 + "/history.csv", columns)
+    reference = Reference("$^$" + "x" * 100 + "/history.csv", columns)
     figure = draw_curves(create_history([0.5]), metric="accuracy", dataset="a $^$", reference=reference)
     figure.draw_without_rendering()
     entry = get_legend(figure)[2]
     assert entry.startswith("train, reference $^$xx")
     assert entry.endswith("history.csv")
-    assert len(entry) <= len("train, reference ") + plots.MAX_NAME_LENGTH
+    assert len(entry) <= len("train, reference ") + MAX_NAME_LENGTH
     assert figure.axes[0].get_title(loc="left") == "Accuracy on a $^$"
 
 
 def test_accuracy_axis_keeps_the_late_epochs_apart() -> None:
-    figure = draw_curves(create_seed_history(150), metric="accuracy", dataset="mnist", reference=None)
+    figure = draw_curves(create_original_history(150), metric="accuracy", dataset="mnist", reference=None)
     (axes,) = figure.axes
     low, high = axes.get_ylim()
     assert 0.93 < low < 0.97
@@ -247,7 +249,7 @@ def test_accuracy_axis_keeps_the_late_epochs_apart() -> None:
 def test_accuracy_axis_shows_a_late_collapse_and_a_short_run_in_full() -> None:
     collapse = create_history([0.9] * 100 + [0.1])
     assert draw_curves(collapse, metric="accuracy", dataset="mnist", reference=None).axes[0].get_ylim()[0] < 0.1
-    short = draw_curves(create_seed_history(3), metric="accuracy", dataset="mnist", reference=None).axes[0]
+    short = draw_curves(create_original_history(3), metric="accuracy", dataset="mnist", reference=None).axes[0]
     assert short.get_ylim()[0] < 0.7776
     assert short.get_xlabel() == "Epoch"
 
@@ -275,10 +277,10 @@ def test_loss_axis_is_logarithmic_only_where_that_helps() -> None:
 
 
 def test_same_input_gives_same_bytes_whatever_the_user_configured() -> None:
-    history = create_seed_history(10)
+    history = create_original_history(10)
 
     def plot() -> bytes:
-        return plots.plot_curves(history, metric="loss", dataset="mnist", reference=None)
+        return plot_curves(history, metric="loss", dataset="mnist", reference=None)
 
     first = plot()
     settings = {"axes.facecolor": "black", "font.size": 30, "savefig.dpi": 40, "savefig.bbox": "tight"}
@@ -302,11 +304,11 @@ def create_matrix(num_classes: int) -> np.ndarray:
 @pytest.mark.parametrize("num_classes", [2, 10, 26, 50])
 def test_confusion_matrix_is_a_png_of_report_size(num_classes: int) -> None:
     names = [str(i) for i in range(num_classes)]
-    png = plots.plot_confusion_matrix(create_matrix(num_classes), class_names=names, title="Test set")
+    png = plot_confusion_matrix(create_matrix(num_classes), dataset="mnist", split="test", class_names=names)
     height, width, _ = decode(png).shape
     assert 1000 <= height <= 2200
     assert 1200 <= width <= 2500
-    assert png == plots.plot_confusion_matrix(create_matrix(num_classes), class_names=names, title="Test set")
+    assert png == plot_confusion_matrix(create_matrix(num_classes), dataset="mnist", split="test", class_names=names)
 
 
 def test_confusion_matrix_has_true_rows_predicted_columns_and_no_zeros() -> None:
@@ -348,7 +350,7 @@ def test_counts_fit_into_their_cells(num_classes: int, count: int) -> None:
     figure.draw_without_rendering()
     axes = figure.axes[0]
     width = axes.get_window_extent().width
-    assert width > 5.5 * plots.DPI, "long names squeeze the cells"
+    assert width > 5.5 * DPI, "long names squeeze the cells"
     assert max(text.get_window_extent().width for text in axes.texts) < 0.95 * width / num_classes
 
 
@@ -379,8 +381,10 @@ def test_confusion_matrix_of_another_size_than_its_names_is_our_bug() -> None:
 
 def test_plotting_needs_neither_pyplot_nor_tensorflow() -> None:
     code = (
-        "import sys, numpy as np; from mnist_dist import plots\n"
-        "plots.plot_confusion_matrix(np.eye(2, dtype=int), class_names=['a', 'b'], title='')\n"
+        "import sys, numpy as np; from mnist_dist.results.curves import plot_run\n"
+        "from mnist_dist.results.history import EpochMetrics, History\n"
+        "history = History((EpochMetrics(1, 1., 1., 1., 1., 1., 1., 1.),))\n"
+        "list(plot_run(history, np.eye(2, dtype=int), dataset='', class_names=['a', 'b'], reference=None))\n"
         "sys.exit(str([m for m in ('matplotlib.pyplot', 'tensorflow', 'keras') if m in sys.modules] or ''))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -6,7 +6,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import OneHotEncoder
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.data.load import ImageDataset
+from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.data.splits import SPLIT_NAMES, preprocess
 
 

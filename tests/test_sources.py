@@ -19,9 +19,9 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.data import DataConfig
-from mnist_dist.data import digits
-from mnist_dist.data import load as sources
-from mnist_dist.data.load import ARRAY_NAMES, _dataset, array_digests, load_dataset
+from mnist_dist.data import digits, digits_cache, mnist
+from mnist_dist.data.dataset import ARRAY_NAMES, ImageDataset, array_digests
+from mnist_dist.data.load import load_dataset
 
 IDX_NAMES = {
     "x_train": "train-images-idx3-ubyte",
@@ -51,9 +51,9 @@ def create_config(tmp_path):
 @pytest.fixture
 def fake_mnist(small_arrays, monkeypatch):
     """Takes the small arrays for MNIST; returns them as the bytes of an .npz file."""
-    monkeypatch.setattr(sources, "MNIST_SHA256", array_digests(small_arrays))
+    monkeypatch.setattr(mnist, "MNIST_SHA256", array_digests(small_arrays))
     content = to_npz(small_arrays)
-    monkeypatch.setattr(sources, "MNIST_FILE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(mnist, "MNIST_FILE_SHA256", hashlib.sha256(content).hexdigest())
     return content
 
 
@@ -95,7 +95,7 @@ def serve(monkeypatch):
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             stack.callback(server.shutdown)
-            monkeypatch.setattr(sources, "MNIST_URL", f"http://127.0.0.1:{server.server_port}/mnist.npz")
+            monkeypatch.setattr(mnist, "MNIST_URL", f"http://127.0.0.1:{server.server_port}/mnist.npz")
             return requests
 
         yield start
@@ -108,7 +108,7 @@ def no_network(monkeypatch):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(sources, "MNIST_URL", f"http://127.0.0.1:{port}/mnist.npz")
+    monkeypatch.setattr(mnist, "MNIST_URL", f"http://127.0.0.1:{port}/mnist.npz")
 
 
 def to_npz(arrays, save=np.savez):
@@ -319,7 +319,7 @@ def test_a_silent_server_is_given_up(stage, fake_mnist, create_config, serve, mo
             request.wfile.write(b"a beginning")
         released.wait(120)
 
-    monkeypatch.setattr(sources, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(mnist, "CONNECT_TIMEOUT_S", 0.3)
     serve(handle)
     started = time.monotonic()
     message = error_of(create_config("mnist"))
@@ -332,8 +332,8 @@ def test_a_silent_server_is_given_up(stage, fake_mnist, create_config, serve, mo
 def test_a_silent_name_server_is_given_up(create_config, monkeypatch):
     """Looking up a name knows no time limit."""
     released = threading.Event()
-    monkeypatch.setattr(sources, "CONNECT_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *_, **__: released.wait(120))
+    monkeypatch.setattr(mnist, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(mnist.urllib.request, "urlopen", lambda *_, **__: released.wait(120))
     message = error_of(create_config("mnist"))
     assert not released.is_set()
     released.set()
@@ -424,7 +424,7 @@ def test_digits_with_a_full_disk(fake_digits, small_arrays, create_config, tmp_p
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sources, "write_atomically", fail)
+    monkeypatch.setattr(digits_cache, "write_atomically", fail)
     assert_arrays(load_dataset(create_config("digits")), small_arrays)
     assert logged()[-1] == f"cannot keep the built digits at {cache_path(tmp_path)} (No space left on device)"
 
@@ -441,8 +441,8 @@ from pathlib import Path
 import numpy as np
 from mnist_dist.config.data import DataConfig
 from mnist_dist.data import digits
-
-from mnist_dist.data import load as sources
+from mnist_dist.data.dataset import array_digests
+from mnist_dist.data.load import load_dataset
 
 here = Path.cwd()
 arrays = dict(np.load(sys.argv[1]))
@@ -450,17 +450,17 @@ arrays = dict(np.load(sys.argv[1]))
 def generate_digits(on_progress=None):
     with (here / "built").open("a") as stream:
         stream.write("x")
-    time.sleep(0.5)  # long enough that the others come meanwhile
+    time.sleep(0.5)  # long enough that the others come in that time
     return arrays
 
 digits.generate_digits = generate_digits
-digits.DIGITS_SHA256 = sources.array_digests(arrays)
+digits.DIGITS_SHA256 = array_digests(arrays)
 (here / f"ready{sys.argv[2]}").touch()
 while len(list(here.glob("ready*"))) < 3:
     time.sleep(0.005)
 cache = str(here / "cache")
 config = DataConfig(name="digits", cache_dir=cache, keras_home=cache, val_fraction=0.1, split_seed=0)
-print(sources.load_dataset(config).sha256)
+print(load_dataset(config).sha256)
 """
 
 
@@ -511,7 +511,7 @@ def test_a_file_that_is_written_while_it_is_read(small_arrays, create_config, tm
             assert str(error).startswith(f"data.path={path}: ")
             assert "\n" not in str(error)
             return "refused"
-        assert dataset.sha256 == _dataset("npz", vars(dataset)).sha256
+        assert dataset.sha256 == ImageDataset.from_arrays("npz", vars(dataset)).sha256
         return dataset.sha256
 
     writer = threading.Thread(target=write)
@@ -612,12 +612,12 @@ def test_processes_that_wait_for_a_download_do_not_try_it_again(monkeypatch, tmp
         time.sleep(0.5)
         raise OSError("nobody answers")
 
-    monkeypatch.setattr(sources, "_fetch", fetch)
+    monkeypatch.setattr(mnist, "_fetch", fetch)
     errors = []
 
     def ask():
         try:
-            sources._download_mnist(tmp_path / "mnist.npz")
+            mnist._download_mnist(tmp_path / "mnist.npz")
         except UserError as error:
             errors.append(str(error))
 
@@ -630,5 +630,5 @@ def test_processes_that_wait_for_a_download_do_not_try_it_again(monkeypatch, tmp
     assert len(errors) == 3
     assert all("cannot be downloaded (nobody answers)" in error for error in errors)
     with pytest.raises(UserError):  # a later process does try
-        sources._download_mnist(tmp_path / "mnist.npz")
+        mnist._download_mnist(tmp_path / "mnist.npz")
     assert len(tries) == 2

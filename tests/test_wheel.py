@@ -42,7 +42,7 @@ def test_the_wheel_composes_its_configuration(installed, tmp_path):
 
 
 def test_the_console_scripts_train_and_evaluate(installed, small_npz, tmp_path):
-    args = ["data=npz", f"data.path={small_npz}", "trainer.epochs=1", "run_dir=run", "plots.reference=seed"]
+    args = ["data=npz", f"data.path={small_npz}", "trainer.epochs=1", "run_dir=run", "plots.reference=original"]
     for command in ([installed / "mnist-dist-train", *args], [installed / "mnist-dist-evaluate", "run_dir=run"]):
         result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
         assert result.returncode == 0, result.stderr

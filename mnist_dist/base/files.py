@@ -11,8 +11,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mnist_dist.base.errors import UserError
+
 _TEMPORARY = ".tmp"
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def expand_path(key: str, value: str) -> Path:
+    """The path that a key names, `~` expanded; raises UserError where that cannot be done."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={value}: no such user's home folder; write the path out") from error
 
 
 def open_regular(path: Path) -> io.BufferedReader:

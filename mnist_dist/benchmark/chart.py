@@ -1,17 +1,14 @@
 """The picture of a benchmark: every contender's epochs, fastest first, one panel for each precision."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mnist_dist.benchmark.entries import OURS
 from mnist_dist.benchmark.referee import EPOCH
-from mnist_dist.results.curves import DPI, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR
+from mnist_dist.results.png import DPI, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR, add_grid, to_png
 
 _COLORS = {OURS: TRAIN_COLOR, "floor": REFERENCE_COLOR}
 _RIVAL_COLOR = VALIDATION_COLOR
@@ -19,13 +16,7 @@ _RIVAL_COLOR = VALIDATION_COLOR
 
 def plot_benchmark(rows: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
     """PNG bytes of the epochs' seconds; see `draw_benchmark`."""
-    # The user's own matplotlibrc must not change the picture.
-    with style.context("default"):
-        figure = draw_benchmark(rows, title=title)
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure)
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return to_png(lambda: draw_benchmark(rows, title=title))
 
 
 def draw_benchmark(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
@@ -68,6 +59,4 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], *, title: str, li
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * limit)
     axes.set_title(title, loc="left", fontsize=12)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    add_grid(axes, "x")

@@ -21,8 +21,8 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import conf_dir
 from mnist_dist.config.rules import shorten
 
-# Groups that are none of a command's keys: Hydra's own settings, and the dataclasses.
-_NOT_FOR_USERS = ("hydra", "schema")
+# Groups that are none of a command's keys: Hydra's own settings, the dataclasses, and values that commands share.
+_NOT_FOR_USERS = ("hydra", "schema", "defaults")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class PlotsConfig:
     """The pictures."""
 
     reference: str | None = None
-    """A history to overlay on the curves: `seed` (the original run, shipped with the package) or a CSV file."""
+    """A history to overlay on the curves: `original` (the run shipped with the package) or a CSV file."""
 
 
 @dataclass

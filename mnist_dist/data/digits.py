@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits
 
 DIGITS_VERSION = 1
 """Raised whenever the images change; part of the cache file's name."""
@@ -97,7 +96,7 @@ def generate_digits(on_progress: Callable[[int, int], None] | None = None) -> di
 
 
 def split_originals() -> tuple[Ints, Ints]:
-    """Indices into ``load_digits()`` of the (train, test) originals; they share no form."""
+    """Indices into scikit-learn's ``load_digits()`` of the (train, test) originals; they share no form."""
     first, last = TEST_ORIGINALS
     everything = np.arange(len(_load_originals()[1]))
     return np.delete(everything, slice(first, last)), everything[first:last]
@@ -177,6 +176,8 @@ def deform(levels: Floats, *, centres: Floats, draws: Floats) -> Bytes:
 
 
 def _load_originals() -> tuple[Floats, Bytes]:
+    from sklearn.datasets import load_digits  # scikit-learn takes a second to import
+
     bunch = load_digits()
     return bunch.images.astype(np.float64), bunch.target.astype(np.uint8)
 

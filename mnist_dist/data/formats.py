@@ -6,18 +6,13 @@ import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, open_regular
 from mnist_dist.base.memory import describe_bytes, usable_memory
-
-Array = npt.NDArray[Any]
-ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
-"""The arrays of a Keras-layout file."""
+from mnist_dist.data.dataset import ARRAY_NAMES, Array
 
 IDX_FILES = {
     "x_train": "train-images",
@@ -65,14 +60,6 @@ def _check_fits(size: int) -> None:
             f"its arrays take {describe_bytes(size)} of memory, and this process may use "
             f"{describe_bytes(usable_memory())}"
         )
-
-
-def expand_path(key: str, value: str) -> Path:
-    """The path that a key names, `~` expanded; raises UserError where that cannot be done."""
-    try:
-        return Path(value).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{key}={value}: no such user's home folder; write the path out") from error
 
 
 def read_npz(path: Path) -> dict[str, Array]:

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.data.load import ImageDataset
+from mnist_dist.data.dataset import Array, ImageDataset
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
@@ -58,8 +58,8 @@ def check_val_fraction(num_images: int, val_fraction: float) -> None:
     """Raise UserError if no training image would be left (scikit-learn rounds the validation images up)."""
     if math.ceil(val_fraction * num_images) >= num_images:
         raise UserError(
-            f"data.val_fraction={val_fraction}: {num_images} training images cannot be split so: none would be left to "
-            "train on"
+            f"data.val_fraction={val_fraction}: {num_images} training images cannot be split like this: none would be "
+            "left to train on"
         )
 
 
@@ -90,7 +90,7 @@ def preprocess(dataset: ImageDataset, *, val_fraction: float, split_seed: int) -
     )
 
 
-def _to_unit_range(images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _to_unit_range(images: Array) -> npt.NDArray[np.float32]:
     """Flatten; uint8 pixels / 255 (floats are in 0..1 already)."""
     flat = images.reshape(len(images), -1)
     if flat.dtype == np.uint8:

@@ -11,7 +11,7 @@ from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.config.data import DataConfig
 from mnist_dist.config.rules import shorten
 from mnist_dist.config.train import TrainConfig
-from mnist_dist.data.load import ImageDataset
+from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.launch.gpus import own_uuids
 from mnist_dist.launch.topology import Topology

@@ -1,39 +1,32 @@
-"""Pictures for a report: the curves of a run and the confusion matrix, as PNG bytes.
+"""The loss and accuracy curves of a run, and `plot_run`: all its pictures.
 
-`draw_*` builds a figure, `plot_*` encodes it. Nothing here writes a file or needs a display (pyplot is not
-used), and the same input gives the same bytes. This module knows numbers and names, no model and no device.
+This module knows numbers and names, no model and no device.
 """
 
-import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from matplotlib import colormaps, style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from mnist_dist.results.confusion import plot_confusion_matrix
 from mnist_dist.results.history import History
+from mnist_dist.results.png import (
+    REFERENCE_COLOR,
+    TRAIN_COLOR,
+    VALIDATION_COLOR,
+    add_grid,
+    create_figure,
+    shorten_name,
+    to_png,
+)
 from mnist_dist.results.reference import Reference
 
 Metric = Literal["loss", "accuracy"]
-
-MAX_CLASSES_WITH_COUNTS = 20
-MAX_CLASS_LABELS = 60
-MAX_NAME_LENGTH = 28
-DPI = 160
-PADDING_INCHES = 0.12
-
-# Two colours of the Okabe-Ito palette, told apart with any colour vision and in greyscale print.
-TRAIN_COLOR = "#0072B2"
-VALIDATION_COLOR = "#D55E00"
-REFERENCE_COLOR = "#333333"
 
 
 @dataclass(frozen=True)
@@ -57,40 +50,13 @@ def plot_run(
     """The pictures of a run, each with its file's name; `confusion` is that of the test set."""
     for metric in get_args(Metric):
         yield f"{metric}.png", plot_curves(history, metric=metric, dataset=dataset, reference=reference)
-    yield "confusion_matrix.png", plot_split(confusion, dataset=dataset, split="test", class_names=class_names)
-
-
-def plot_split(confusion: np.ndarray, *, dataset: str, split: str, class_names: Sequence[str]) -> bytes:
-    """The confusion matrix of a split, with its accuracy in the title."""
-    title = f"{dataset}, {split} set: {np.trace(confusion) / confusion.sum():.2%} correct"
-    return plot_confusion_matrix(confusion, class_names=class_names, title=title)
+    picture = plot_confusion_matrix(confusion, dataset=dataset, split="test", class_names=class_names)
+    yield "confusion_matrix.png", picture
 
 
 def plot_curves(history: History, *, metric: Metric, dataset: str, reference: Reference | None) -> bytes:
     """PNG bytes of the train and validation curves of one metric; see `draw_curves`."""
-    # The user's own matplotlibrc must not change (or, with LaTeX switched on, break) the pictures of a run.
-    with style.context("default"):
-        return _encode_png(draw_curves(history, metric=metric, dataset=dataset, reference=reference))
-
-
-def plot_confusion_matrix(matrix: np.ndarray, *, class_names: Sequence[str], title: str) -> bytes:
-    """PNG bytes of a confusion matrix of shape (n, n); see `draw_confusion_matrix`."""
-    with style.context("default"):
-        return _encode_png(draw_confusion_matrix(matrix, class_names=class_names, title=title))
-
-
-def _encode_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # By default the file names the version of Matplotlib; equal pictures should be equal files.
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _create_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches whose parts make room for each other."""
-    layout = ConstrainedLayoutEngine(w_pad=PADDING_INCHES, h_pad=PADDING_INCHES)
-    return Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    return to_png(lambda: draw_curves(history, metric=metric, dataset=dataset, reference=reference))
 
 
 def draw_curves(history: History, *, metric: Metric, dataset: str, reference: Reference | None) -> Figure:
@@ -102,7 +68,7 @@ def draw_curves(history: History, *, metric: Metric, dataset: str, reference: Re
         dataset: Its name, for the title.
         reference: Curves to compare with, or None; drawn as far as the run goes.
     """
-    figure = _create_figure(10, 6.25)
+    figure = create_figure(10, 6.25)
     axes = figure.add_subplot()
     num_epochs = len(history.epochs)
     curves = _run_curves(history, metric)
@@ -123,9 +89,7 @@ def draw_curves(history: History, *, metric: Metric, dataset: str, reference: Re
     _mark_best_epoch(axes, history, metric)
 
     axes.tick_params(labelsize=12)
-    axes.grid(color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    add_grid(axes)
     # Outside the axes the legend cannot hide a curve, wherever the curves happen to be.
     legend = figure.legend(loc="outside lower center", ncols=2, fontsize=12, frameon=False)
     for text in legend.get_texts():
@@ -150,7 +114,7 @@ def _run_curves(history: History, metric: Metric) -> list[_Curve]:
 def _reference_curves(reference: Reference, metric: Metric, num_epochs: int) -> list[_Curve]:
     shown = [i for i, epoch in enumerate(reference.columns["epoch"]) if epoch <= num_epochs]
     epochs = tuple(reference.columns["epoch"][i] for i in shown)
-    name = _shorten(reference.name)
+    name = shorten_name(reference.name)
     marker_size = 9 if num_epochs <= 40 else 0
     # Above the run's own lines and dot: a run that repeats its reference would hide it otherwise.
     line = {"color": REFERENCE_COLOR, "linewidth": 1.0, "zorder": 5, "markersize": marker_size}
@@ -217,72 +181,3 @@ def _mark_best_epoch(axes: Axes, history: History, metric: Metric) -> None:
         fontsize=12,
         color="#A04000",
     )
-
-
-def draw_confusion_matrix(matrix: np.ndarray, *, class_names: Sequence[str], title: str) -> Figure:
-    """Counts as text, and as colour the share of a class's examples that were predicted so.
-
-    Args:
-        matrix: Counts of shape (n, n); `matrix[i, j]` examples of class i were predicted as class j.
-        class_names: n names, in the order of the rows.
-        title: Stands above the picture.
-    """
-    num_classes = len(class_names)
-    assert matrix.shape == (num_classes, num_classes), f"{matrix.shape} for {num_classes} class names"
-    # A class may have no examples; its row then stays blank.
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # Room for the names comes on top of the room for the cells, which long names would squeeze otherwise.
-    side = min(max(6.5, 0.19 * num_classes), 12.0)
-    names_room = max(0.085 * len(_shorten(name)) for name in class_names)
-    figure = _create_figure(side + names_room + 2.5, side + names_room + 1.25)
-    axes = figure.add_subplot()
-    # Equal steps of colour would make an error of 1% look like none; the square root lifts the small shares.
-    norm = PowerNorm(gamma=0.5, vmin=0, vmax=1)
-    cells = np.ma.masked_equal(shares, 0)
-    image = axes.imshow(cells, cmap=colormaps["Blues"].with_extremes(bad="white"), norm=norm)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    bar.set_label("Share of the true class", fontsize=12)
-    axes.set_title(title, fontsize=15, pad=12, parse_math=False)
-    axes.set_xlabel("Predicted class", fontsize=13)
-    axes.set_ylabel("True class", fontsize=13)
-    _label_classes(axes, class_names)
-    if num_classes <= MAX_CLASSES_WITH_COUNTS:
-        _write_counts(axes, matrix, dark=norm(shares) > 0.6)
-    return figure
-
-
-def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    num_classes = len(class_names)
-    positions = range(0, num_classes, math.ceil(num_classes / MAX_CLASS_LABELS))
-    names = [_shorten(class_names[i]) for i in positions]
-    size = 12 if num_classes <= 12 else 10 if num_classes <= 30 else 7
-    # Side by side there is room for a digit or a word; longer names stand upright.
-    room = 80 / num_classes
-    rotation = 90 if max(len(name) for name in names) > room else 0
-    axes.set_xticks(positions, names, rotation=rotation, fontsize=size, parse_math=False)
-    axes.set_yticks(positions, names, fontsize=size, parse_math=False)
-    axes.tick_params(length=0)
-    # Lines between the cells, not through them.
-    axes.set_xticks(np.arange(num_classes - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(num_classes - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="#DDDDDD", linewidth=0.6)
-    axes.tick_params(which="minor", length=0)
-
-
-def _write_counts(axes: Axes, matrix: np.ndarray, *, dark: np.ndarray) -> None:
-    """The counts, shape (n, n), into all cells but zeros; white where `dark` (same shape)."""
-    # Cells are about 490 points divided by n wide, a digit 0.65 of the font size: the longest count must fit.
-    num_digits = max(len(str(int(matrix.max()))), 3)
-    size = min(14.0, 490 / len(matrix) * 0.8 / (0.65 * num_digits))
-    for i, j in np.argwhere(matrix):
-        color = "white" if dark[i, j] else "black"
-        axes.text(j, i, f"{int(matrix[i, j])}", ha="center", va="center", fontsize=size, color=color)
-
-
-def _shorten(name: str) -> str:
-    """At most `MAX_NAME_LENGTH` characters; the middle goes, since names often differ at their ends."""
-    if len(name) <= MAX_NAME_LENGTH:
-        return name
-    half = (MAX_NAME_LENGTH - 1) // 2
-    return f"{name[:half]}…{name[-half:]}"

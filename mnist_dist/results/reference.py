@@ -12,6 +12,10 @@ from pathlib import Path
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import read_regular
 
+ORIGINAL = "original"
+"""What `plots.reference` calls the original run."""
+_EARLIER_NAME = "seed"  # still understood
+
 REFERENCE_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy")
 
 
@@ -29,17 +33,17 @@ def load_reference(name: str | None) -> Reference | None:
     """The curves that `plots.reference` asks for.
 
     Args:
-        name: None for no reference, `seed` for the original run (it comes with the package), else the path of
-            a CSV file with at least the columns of `REFERENCE_COLUMNS`; the `history.csv` of any run will do.
+        name: None for no reference, `original` for the original run (it comes with the package), else the path
+            of a CSV file with at least the columns of `REFERENCE_COLUMNS`; the `history.csv` of any run will do.
 
     Raises:
         UserError: The file cannot be read, or is not such a table.
     """
     if name is None:
         return None
-    if name == "seed":
-        text = resources.files("mnist_dist").joinpath("seed_history.csv").read_text("utf-8")
-        return Reference("seed", _parse_reference(text))
+    if name in (ORIGINAL, _EARLIER_NAME):
+        text = resources.files("mnist_dist.results").joinpath("original_history.csv").read_text("utf-8")
+        return Reference(ORIGINAL, _parse_reference(text))
     try:
         # "utf-8-sig": spreadsheet programs put a byte-order mark before the first column's name.
         columns = _parse_reference(read_regular(Path(name)).decode("utf-8-sig"))
@@ -55,7 +59,7 @@ def load_reference(name: str | None) -> Reference | None:
 
 
 def _reference_error(name: str, problem: str) -> UserError:
-    return UserError(f"plots.reference={name} {problem}, or use plots.reference=seed or plots.reference=null")
+    return UserError(f"plots.reference={name} {problem}, or use plots.reference={ORIGINAL} or plots.reference=null")
 
 
 def _parse_reference(text: str) -> dict[str, tuple[float, ...]]:

@@ -20,13 +20,13 @@ from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.base.files import (
     check_writable,
     describe_os_error,
+    expand_path,
     is_temporary,
     make_folder,
     remove_temporaries,
     write_atomically,
 )
 from mnist_dist.config.train import TrainConfig
-from mnist_dist.data.formats import expand_path
 from mnist_dist.results.history import History, to_csv
 from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder
 from mnist_dist.run.lock import FolderLock

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, replace
 
 from mnist_dist.config.compare import job_keys
 from mnist_dist.config.train import TrainConfig
-from mnist_dist.data.load import ImageDataset, load_dataset
+from mnist_dist.data.dataset import ImageDataset
+from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import check_val_fraction
 from mnist_dist.launch.agreement import Report, agree, job_facts
 from mnist_dist.launch.gpus import own_uuids
@@ -23,6 +24,8 @@ class RunInput:
     """With the name of the data in place of `auto`; once all have agreed, with what a resumed run has settled, too."""
     dataset: ImageDataset
     reference: Reference | None
+    gpus: list[str]
+    """UUIDs of this process's."""
     found: FoundRun
     watch_address: str = ""
     """Of the watch over all processes (`peers.PeerWatch`), once all have agreed."""
@@ -37,16 +40,16 @@ def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
     dataset = load_dataset(asked.data)
     check_val_fraction(len(dataset.x_train), asked.data.val_fraction)
     config = replace(asked, data=replace(asked.data, name=dataset.name))
-    return RunInput(config, dataset, reference, inspect(run_folder, config, data_sha256=dataset.sha256))
+    found = inspect(run_folder, config, data_sha256=dataset.sha256)
+    return RunInput(config, dataset, reference, own_uuids(job.topology), found)
 
 
 def agree_on_input(own: RunInput, job: Job) -> RunInput:
     """The input with what the chief has found, once all processes have the same; raises UserError if they have not."""
-    gpus = own_uuids(job.topology)
     keys = {**job_keys(asdict(own.config)), DATA_DIGEST: own.dataset.sha256}
     report = Report(
-        facts=job_facts(keys, num_gpus=len(gpus)),
-        gpus=gpus,
+        facts=job_facts(keys, num_gpus=len(own.gpus)),
+        gpus=own.gpus,
         is_finished=own.found.is_finished,
         resume_point=own.found.point.to_json() if own.found.point else "",
         watch_address=job.peers.address,
