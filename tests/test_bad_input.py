@@ -165,7 +165,7 @@ CHOICES = [
     ("strategy=mirorred", "no such choice; choose one of auto, horovod, mirrored, multiworker, single"),
     ("precision=float61", "no such choice; choose one of auto, float32, mixed_bfloat16, mixed_float16"),
     ("data.name=mnits", "is set by data=auto, mnist, digits or npz"),
-    ("model.name=cnn", "is set by model=... or optimizer=...; leave it alone"),
+    ("model.name=cnn", "is set by model=...; leave it alone"),
     ("batch.scaling=strnog", "must be strong or weak"),
     ("learning_rate.scaling=x", "must be none, linear or sqrt"),
     ("reproducibility=exactly", "must be auto, exact or fast"),
@@ -357,9 +357,9 @@ def test_an_unset_variable_in_a_value(refuse):
 MINE = "defaults: [train, _self_]\n"
 # Files of the user's own: what they say, and how the line begins.
 FILES = {
-    "empty": ("", "--config-name=mine: no configuration of train; begin the file with defaults: [train, _self_]"),
-    "keys alone": ("seed: 3\n", "--config-name=mine: no configuration of train; begin the file with defaults: "),
-    "another command's": ("defaults: [evaluate, _self_]\n", "--config-name=mine: no configuration of train; "),
+    "empty": ("", "--config-name=mine: does not configure train; start the file with defaults: [train, _self_]"),
+    "keys alone": ("seed: 3\n", "--config-name=mine: does not configure train; start the file with defaults: "),
+    "another command's": ("defaults: [evaluate, _self_]\n", "--config-name=mine: does not configure train; "),
     "a list": ("- seed\n", "primary config 'mine' must be a DictConfig, got ListConfig"),
     "a number": ("3\n", "the configuration cannot be read: "),
     "no YAML": ("a: [1, 2\n", "the configuration cannot be read: "),
@@ -442,7 +442,7 @@ def test_a_network_that_builds_on_none_of_ours(refuse, tmp_path):
         "{name: wide, dropout: 0, activation: relu, kernel_initializer: he_normal, output_initializer: he_normal}\n"
     )
     line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", "model=wide", *NO_DATA)
-    assert line.startswith("model.name=wide: no network and optimizer of ours has this name; ")
+    assert line.startswith("model.name=wide: no such network; start your own file with defaults: ")
 
 
 def test_hydras_variables_change_nothing(run_python, work):
@@ -820,7 +820,7 @@ def fake_run(ask, work, small_npz):
         "avoidable_bias_percent": 0.0,
         "variance_percent": 0.0,
         "weights_sha256": "",
-        "timing": {},
+        "timing": dict.fromkeys(("startup_s", "first_epoch_s", "median_epoch_s", "total_s"), 1),
         "resumed_from_epochs": [],
         "versions": {},
     }

@@ -12,7 +12,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,11 +70,17 @@ def compose(
     if config_dir is not None:  # before the schemas
         place = SearchPathQuery(provider="schema")
         search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}", anchor=place)
+    other = UserError(
+        f"--config-name={config_name}: does not configure {command.name}; start the file with defaults: "
+        f"[{command.name}, _self_]"
+    )
     try:
         Hydra.create_main_hydra2(command.name, search_path)
         # A file that names folders or packages to search has no effect.
         composed = hydra.compose(config_name or command.name, [*overrides, "hydra.searchpath=[]"])
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException) as error:
+        if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("schema/"):
+            raise other from error
         if config_name is not None and overrides:  # report a fault of the file itself first
             compose(command, (), config_dir=config_dir, config_name=config_name)
         raise
@@ -85,10 +91,7 @@ def compose(
     except Exception as error:  # YAML, decoding, files, defaults: each has errors of its own
         raise UserError(f"the configuration cannot be read: {shorten(' '.join(str(error).split()), 400)}") from error
     if OmegaConf.get_type(composed) is not command.schema:
-        raise UserError(
-            f"--config-name={config_name}: does not configure {command.name}; start the file with defaults: "
-            f"[{command.name}, _self_]"
-        )
+        raise other
     return composed
 
 

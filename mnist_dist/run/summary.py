@@ -45,9 +45,9 @@ class Timing:
     total_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The content of `summary.json`, in its order."""
+    """The content of `summary.json`, in its order; what earlier versions of the package did not write has a default."""
 
     status: str
     dataset: DatasetSummary
@@ -57,8 +57,8 @@ class Summary:
     global_batch_size: int
     per_replica_batch_size: int
     precision: str
-    reproducibility: str
-    num_shards: int
+    reproducibility: str = "unknown"
+    num_shards: int = 0
     seed: int
     epochs_completed: int
     train: SplitMetrics
@@ -71,7 +71,7 @@ class Summary:
     resumed_from_epochs: tuple[int, ...]
     versions: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of `RESULT_FILES`; a summary of an earlier version of this package has none."""
+    """SHA-256 of `RESULT_FILES`."""
 
     def to_json(self) -> str:
         """As text; raises ValueError for NaN and infinity, which JSON does not have."""
@@ -153,10 +153,13 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         if container is Mapping:
             return {key: _read(typing.get_args(kind)[1], item, key) for key, item in value.items()}
         hints = typing.get_type_hints(kind)
+        found = {}
         for key in fields(kind):
-            if key.name not in value and key.default_factory is MISSING:
+            if key.name in value:
+                found[key.name] = _read(hints[key.name], value[key.name], key.name)
+            elif key.default is MISSING and key.default_factory is MISSING:
                 raise ValueError(f"it has no {key.name}")
-        return kind(**{key: _read(hint, value[key], key) for key, hint in hints.items() if key in value})
+        return kind(**found)
     if container is tuple and isinstance(value, list):
         return tuple(_read(typing.get_args(kind)[0], item, name) for item in value)
     allowed: tuple[type, ...] = (int, float) if kind is float else (kind,) if isinstance(kind, type) else ()
