@@ -40,7 +40,8 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
         with job.telling_errors():
             found = read_input(config, job, run_folder)
-        agreed = agree(report_of(found, job), job.rendezvous)
+            report = report_of(found, job)
+        agreed = agree(report, job.rendezvous)
         if agreed.is_finished:
             log.info("%s holds this run, finished: nothing to do", run_folder.path)
             return EXIT_OK
