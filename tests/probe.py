@@ -34,17 +34,17 @@ from mnist_dist import train  # noqa: E402  (only now: imports are watched too)
 from mnist_dist.launch.environment import read_topology  # noqa: E402
 from mnist_dist.results.sums import weights_digest  # noqa: E402
 
-describe_placement = train.describe_placement
-trainings = []
+build = train.build
+engines = []
 
 
-def catch(training, topology):
-    """Get hold of the training when it is built, as nobody else hands it to us."""
-    trainings.append(training)
+def catch(*args):
+    """Get hold of the engine when it is built, as nobody else hands it to us."""
+    engines.append(build(*args))
     if fault := os.environ.get("PROBE_FLIP"):
         epoch, replica, what = fault.split(":")
         flip_a_bit(int(epoch), int(replica), what=what)
-    return describe_placement(training, topology)
+    return engines[0]
 
 
 def flip_a_bit(in_epoch: int, replica: int, *, what: str) -> None:
@@ -56,24 +56,24 @@ def flip_a_bit(in_epoch: int, replica: int, *, what: str) -> None:
 
     def flip_then_check(self, epoch):
         if epoch == in_epoch:
-            (training,) = trainings
-            variable = training.state.weights if what == "weights" else training.state.slots[-1]
-            flip_bit_of_replica(training.strategy, variable, replica)
+            (engine,) = engines
+            variable = engine.state.weights if what == "weights" else engine.state.slots[-1]
+            flip_bit_of_replica(engine.strategy, variable, replica)
         return check(self, epoch)
 
     ReplicaCheck.run = flip_then_check
 
 
 def digests(variable) -> list[str]:
-    return [weights_digest(copy) for copy in trainings[0].strategy.copies(variable)]
+    return [weights_digest(copy) for copy in engines[0].strategy.copies(variable)]
 
 
-train.describe_placement = catch
+train.build = catch
 
 try:
     train.main()
 finally:
-    state = trainings[0].state if trainings else None
+    state = engines[0].state if engines else None
     report = {
         "weights_sha256": digests(state.weights) if state else [],
         "slots_sha256": [digests(slot) for slot in state.slots] if state else [],

@@ -87,9 +87,9 @@ def test_a_port_in_use_stops_all(args, run_job):
 LOSE_PORT = """
 import contextlib, socket
 from mnist_dist import train
+from mnist_dist.launch import reception
 
-from mnist_dist.launch import rendezvous
-share = rendezvous._share_port
+share = reception.share_port
 def lose(server):
     share(server)
     port = server.getsockname()[1]
@@ -98,7 +98,7 @@ def lose(server):
         with contextlib.suppress(OSError):  # whoever still waits at it has to wake up first
             taken.append(socket.create_server(("", port)))
 taken = []
-rendezvous._share_port = lose
+reception.share_port = lose
 train.main()
 """
 
@@ -265,11 +265,11 @@ def test_a_refusal_ends_a_horovod_job(args, run_job, tmp_path):
 
 
 def test_a_bug_is_told_with_its_rank(args, run_python):
-    code = "from mnist_dist import train; train.load_input = lambda *_: 1 / 0; train.main()"
+    code = "from mnist_dist import train; train.read_input = lambda *_: 1 / 0; train.main()"
     task = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 1}}
     result = run_python("-c", code, *args, env={"TF_CONFIG": json.dumps(task)})
     assert result.returncode == 1
-    assert result.stderr.startswith("[rank 1/2] error: a bug")
+    assert result.stderr.startswith("[rank 1/2] error: unexpected failure, please report it")
     assert "Traceback (most recent call last):" in result.stderr
     assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
 

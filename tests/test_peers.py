@@ -20,7 +20,7 @@ import json, os, signal, sys, time
 from mnist_dist.launch import peers
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.cli.main import _guarded
-from mnist_dist.launch.rendezvous import exchange
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.environment import read_topology
 
 topology = read_topology()
@@ -29,10 +29,10 @@ peers._SILENCE_S, peers._SUSPICIOUS_SILENCE_S, peers._ALIVE_EVERY_S = 3.0, 2.0, 
 watch = peers.PeerWatch(topology)
 
 def main():
-    contact = exchange(watch.contact, topology=topology, timeout_s=30)[0]
+    address = Rendezvous(topology, timeout_s=30).exchange(watch.address)[0]
     if "early" in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
-    with watch.watching(contact):
+    with watch.watching(address):
         watch.started()
         for word in sys.argv[1:]:
             if word == "wait":
@@ -181,10 +181,10 @@ def test_strangers_are_not_heard(tmp_path, python_environment):
     code = """
 import sys, threading, time
 from mnist_dist.launch.peers import PeerWatch
-from mnist_dist.launch.topology import Topology
-chief = PeerWatch(Topology("tf_config", 0, 2, 0, 2))
-print(chief.contact, flush=True)
-with chief.watching(chief.contact):
+from mnist_dist.launch.topology import TFConfig, Topology
+chief = PeerWatch(Topology(TFConfig(("127.0.0.1:1", "127.0.0.1:2")), 0, 2, 0, 2))
+print(chief.address, flush=True)
+with chief.watching(chief.address):
     sys.stdin.read()
 """
     process = subprocess.Popen(

@@ -6,9 +6,9 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.build import choose_mode
 from mnist_dist.engine.shards import ShardPlan, plan_shards
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.topology import HorovodRun, Topology
 
-ONE_PROCESS, NINE_PROCESSES = Topology(), Topology("horovod", 0, 9, 0, 9)
+ONE_PROCESS, NINE_PROCESSES = Topology(), Topology(HorovodRun(), 0, 9, 0, 9)
 NINE_REPLICAS = ("strategy=mirrored", "strategy.num_replicas=9")
 
 
