@@ -81,9 +81,7 @@ def test_slurm():
 
 
 def test_all_ranks_of_a_slurm_step_know_where_to_meet():
-    first, last = (
-        read_slurm_step(SLURM_PROCID=rank, SLURM_LOCALID=local) for rank, local in [("0", "0"), ("3", "1")]
-    )
+    first, last = (read_slurm_step(SLURM_PROCID=rank, SLURM_LOCALID=local) for rank, local in [("0", "0"), ("3", "1")])
     assert first.meeting_addresses == last.meeting_addresses
     assert first.step_id == last.step_id
     assert {address.split(":")[0] for address in first.meeting_addresses} == {"n1"}
