@@ -75,6 +75,27 @@ def test_a_rank_that_cannot_take_part_is_named_to_all(args, run_job, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# A rank that has another machine than the others, as far as GPUs go.
+FEWER_GPUS = """
+from mnist_dist import train
+from mnist_dist.launch import gpus
+from mnist_dist.launch.environment import read_topology
+
+uuids = ["GPU-a", "GPU-b"] if read_topology().rank == 1 else []
+gpus.query_gpus = lambda field: uuids
+train.main()
+"""
+
+
+def test_a_rank_with_fewer_gpus_than_processes_is_named_to_all(args, run_job, tmp_path):
+    results = run_job("multiworker", 3, *args, script=["-c", FEWER_GPUS])
+    reason = "3 processes on this machine but 2 GPUs"
+    check_line(results[0], f"rank 1 cannot take part: {reason}")
+    check_line(results[1], reason, prefix="[rank 1/3] ")
+    check_line(results[2], f"rank 1 cannot take part: {reason}", prefix="[rank 2/3] ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_port_in_use_stops_all(args, run_job):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

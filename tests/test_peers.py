@@ -187,18 +187,11 @@ print(chief.address, flush=True)
 with chief.watching(chief.address):
     sys.stdin.read()
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=python_environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    host, port, token = process.stdout.readline().strip().split(":")
-    yield process, (host, int(port)), token
-    process.kill()
-    process.communicate()
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], env=python_environment, text=True, **pipes) as process:
+        host, port, token = process.stdout.readline().strip().split(":")
+        yield process, (host, int(port)), token
+        process.kill()
 
 
 def test_strangers_are_not_heard(chief):
