@@ -2,12 +2,13 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.agreement import Report, agree, check_not_shared, find_disagreement
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
 
 def test_one_process_agrees_with_itself():
     report = Report(facts={"seed": "0"}, is_finished=True)
-    assert agree(report, topology=Topology(), timeout_s=1) == report
+    assert agree(report, Rendezvous(Topology(), timeout_s=1)) == report
 
 
 def test_equal_facts_agree():

@@ -3,7 +3,7 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.gpus import own_share, own_uuids, query_gpus, visible_uuids
-from mnist_dist.launch.topology import SlurmJob, Topology
+from mnist_dist.launch.topology import HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
 from mnist_dist.strategy.mirrored import Mirrored
 from mnist_dist.strategy.multiworker import create_resolver
 
@@ -37,7 +37,7 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 def test_uuids_come_from_nvidia_smi(nvidia_smi):
     assert query_gpus("uuid") == ["GPU-aa", "GPU-bb"]
-    assert own_uuids(Topology("horovod", 1, 2, local_rank=1, local_size=2)) == ["GPU-bb"]
+    assert own_uuids(Topology(HorovodRun(), 1, 2, local_rank=1, local_size=2)) == ["GPU-bb"]
     nvidia_smi.write_text("#!/bin/sh\necho no driver; exit 9\n")
     assert query_gpus("uuid") == []
 
@@ -47,15 +47,15 @@ def test_uuids_come_from_nvidia_smi(nvidia_smi):
     [(0, 0, 1, []), (4, 0, 1, [0, 1, 2, 3]), (4, 1, 2, [2, 3]), (2, 1, 2, [1]), (1, 1, 2, [0]), (5, 1, 2, [2, 3])],
 )
 def test_each_process_of_a_machine_has_its_share(num_gpus, local_rank, local_size, expected):
-    topology = Topology("horovod", local_rank, local_size, local_rank, local_size)
+    topology = Topology(HorovodRun(), local_rank, local_size, local_rank, local_size)
     assert list(own_share(num_gpus, topology)) == expected
 
 
 def test_fewer_gpus_than_processes():
     with pytest.raises(UserError, match="4 processes on this machine but 2 GPUs"):
-        own_share(2, Topology("horovod", 2, 4, 2, 4))
+        own_share(2, Topology(HorovodRun(), 2, 4, 2, 4))
     with pytest.raises(UserError, match=r"slurm/train\.sh: #SBATCH --ntasks-per-node=2"):
-        own_share(2, Topology("slurm", 2, 4, 2, 4, slurm=SlurmJob("7", "a")))
+        own_share(2, Topology(SlurmStep(("a",) * 4, ("a:1",), "7.0.0"), 2, 4, 2, 4, slurm=SlurmJob("7", "a")))
 
 
 def test_fewer_gpus_than_asked_for(monkeypatch):
@@ -67,8 +67,9 @@ def test_fewer_gpus_than_asked_for(monkeypatch):
 
 def test_multiworker_tells_tensorflow_of_its_gpus():
     """Without the number TensorFlow takes the CPU."""
-    topology = Topology("tf_config", rank=1, world_size=2, addresses=("a:1", "b:1"))
-    resolvers = {num: create_resolver(topology, topology.addresses, num_gpus=num) for num in (0, 2)}
+    addresses = ("a:1", "b:1")
+    topology = Topology(TFConfig(addresses), rank=1, world_size=2)
+    resolvers = {num: create_resolver(topology, addresses, num_gpus=num) for num in (0, 2)}
     assert resolvers[2].num_accelerators() == {"GPU": 2}
     assert resolvers[0].num_accelerators() == {}
     assert resolvers[0].task_id == 1

@@ -75,6 +75,27 @@ def test_a_rank_that_cannot_take_part_is_named_to_all(args, run_job, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# A rank that has another machine than the others, as far as GPUs go.
+FEWER_GPUS = """
+from mnist_dist import train
+from mnist_dist.launch import gpus
+from mnist_dist.launch.environment import read_topology
+
+uuids = ["GPU-a", "GPU-b"] if read_topology().rank == 1 else []
+gpus.query_gpus = lambda field: uuids
+train.main()
+"""
+
+
+def test_a_rank_with_fewer_gpus_than_processes_is_named_to_all(args, run_job, tmp_path):
+    results = run_job("multiworker", 3, *args, script=["-c", FEWER_GPUS])
+    reason = "3 processes on this machine but 2 GPUs"
+    check_line(results[0], f"rank 1 cannot take part: {reason}")
+    check_line(results[1], reason, prefix="[rank 1/3] ")
+    check_line(results[2], f"rank 1 cannot take part: {reason}", prefix="[rank 2/3] ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_port_in_use_stops_all(args, run_job):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -87,9 +108,9 @@ def test_a_port_in_use_stops_all(args, run_job):
 LOSE_PORT = """
 import contextlib, socket
 from mnist_dist import train
+from mnist_dist.launch import reception
 
-from mnist_dist.launch import rendezvous
-share = rendezvous._share_port
+share = reception.share_port
 def lose(server):
     share(server)
     port = server.getsockname()[1]
@@ -98,7 +119,7 @@ def lose(server):
         with contextlib.suppress(OSError):  # whoever still waits at it has to wake up first
             taken.append(socket.create_server(("", port)))
 taken = []
-rendezvous._share_port = lose
+reception.share_port = lose
 train.main()
 """
 
@@ -265,11 +286,11 @@ def test_a_refusal_ends_a_horovod_job(args, run_job, tmp_path):
 
 
 def test_a_bug_is_told_with_its_rank(args, run_python):
-    code = "from mnist_dist import train; train.load_input = lambda *_: 1 / 0; train.main()"
+    code = "from mnist_dist import train; train.read_input = lambda *_: 1 / 0; train.main()"
     task = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 1}}
     result = run_python("-c", code, *args, env={"TF_CONFIG": json.dumps(task)})
     assert result.returncode == 1
-    assert result.stderr.startswith("[rank 1/2] error: a bug")
+    assert result.stderr.startswith("[rank 1/2] error: unexpected failure, please report it")
     assert "Traceback (most recent call last):" in result.stderr
     assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
 

@@ -12,7 +12,6 @@ import pytest
 from jobs import free_ports, is_alive, ranks_of
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
-from mnist_dist.launch.peers import _read_line
 
 # A rank that agrees, watches, and then does what its argument says; no TensorFlow.
 PEER = """
@@ -20,7 +19,7 @@ import json, os, signal, sys, time
 from mnist_dist.launch import peers
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.cli.main import _guarded
-from mnist_dist.launch.rendezvous import exchange
+from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.environment import read_topology
 
 topology = read_topology()
@@ -29,10 +28,10 @@ peers._SILENCE_S, peers._SUSPICIOUS_SILENCE_S, peers._ALIVE_EVERY_S = 3.0, 2.0, 
 watch = peers.PeerWatch(topology)
 
 def main():
-    contact = exchange(watch.contact, topology=topology, timeout_s=30)[0]
+    address = Rendezvous(topology, timeout_s=30).exchange(watch.address)[0]
     if "early" in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
-    with watch.watching(contact):
+    with watch.watching(address):
         watch.started()
         for word in sys.argv[1:]:
             if word == "wait":
@@ -176,23 +175,30 @@ def test_a_bug_shows_its_traceback_and_ends_the_others(run_peers):
     assert other == (EXIT_FAILURE, "error: rank 0 (127.0.0.1) ended: collective failed\n")
 
 
-def test_strangers_are_not_heard(tmp_path, python_environment):
-    """Whoever connects without the word of this job, and then leaves."""
+@pytest.fixture
+def chief(python_environment):
+    """Rank 0 of two, which waits for the end of its input; with what rank 1 has to know: host, port and token."""
     code = """
-import sys, threading, time
+import sys
 from mnist_dist.launch.peers import PeerWatch
-from mnist_dist.launch.topology import Topology
-chief = PeerWatch(Topology("tf_config", 0, 2, 0, 2))
-print(chief.contact, flush=True)
-with chief.watching(chief.contact):
+from mnist_dist.launch.topology import TFConfig, Topology
+chief = PeerWatch(Topology(TFConfig(("127.0.0.1:1", "127.0.0.1:2")), 0, 2, 0, 2))
+print(chief.address, flush=True)
+with chief.watching(chief.address):
     sys.stdin.read()
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=python_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    host, port, _ = process.stdout.readline().split(":")
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], env=python_environment, text=True, **pipes) as process:
+        host, port, token = process.stdout.readline().strip().split(":")
+        yield process, (host, int(port)), token
+        process.kill()
+
+
+def test_strangers_are_not_heard(chief):
+    """Whoever connects without the word of this job, and then leaves."""
+    process, address, _ = chief
     for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guess", "rank": 1, "host": ""}\n', b"[]\n", b"\xff\n"):
-        with socket.create_connection((host, int(port))) as connection:
+        with socket.create_connection(address) as connection:
             connection.sendall(words)
     time.sleep(1)
     assert process.poll() is None
@@ -200,16 +206,52 @@ with chief.watching(chief.contact):
     assert process.wait(timeout=30) == 0
 
 
-def test_a_stranger_who_drips_has_a_moment_only():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.sendall(b"{")
-        began = time.monotonic()
-        with pytest.raises(TimeoutError):
-            _read_line(ours)
-        assert time.monotonic() - began < 20
-        theirs.sendall(b"}\nmore")
-        assert _read_line(ours) == b"}\n"
+def test_a_stranger_who_drips_has_a_moment_only(chief):
+    process, address, _ = chief
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(b"{")
+        assert connection.recv(1) == b""
+    assert process.poll() is None
+
+
+def test_a_stranger_whose_line_never_ends_is_not_heard_to_the_end(chief):
+    process, address, _ = chief
+    with socket.create_connection(address, timeout=20) as connection, pytest.raises(ConnectionError):
+        for _ in range(1000):
+            connection.sendall(b"x" * 2**20)
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("pause_s", [0, 1])
+@pytest.mark.parametrize(
+    ("word", "code", "error"),
+    [
+        (b'{}\n{"failed": "no memory", "code": 1}\n', EXIT_FAILURE, "rank 1 (127.0.0.1:2) ended: no memory"),
+        (b"\xff[oops\n", EXIT_LOST_PEER, "rank 1 (127.0.0.1:2) is gone (its connection broke), so this process"),
+        (b'{"fail', EXIT_LOST_PEER, "rank 1 (127.0.0.1:2) is gone (its connection broke), so this process"),
+    ],
+)
+def test_what_comes_after_the_greeting(word, code, error, pause_s, chief):
+    """In the same chunk, and what is no message at all."""
+    process, address, token = chief
+    hello = f'{{"token": "{token}", "rank": 1, "host": "x"}}\n'.encode()
+    with socket.create_connection(address) as connection:
+        for chunk in (hello, word) if pause_s else (hello + word,):
+            connection.sendall(chunk)
+            time.sleep(pause_s)
+        connection.shutdown(socket.SHUT_WR)
+        assert process.wait(timeout=30) == code
+    assert process.stderr.read().startswith(f"error: {error}")
+
+
+def test_one_who_comes_and_is_done_at_once(chief):
+    process, address, token = chief
+    with socket.create_connection(address) as connection:
+        connection.sendall(f'{{"token": "{token}", "rank": 1, "host": ""}}\n{{"done": true}}\n'.encode())
+    time.sleep(1)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=30) == EXIT_OK
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -157,11 +157,11 @@ import os, time
 from pathlib import Path
 from mnist_dist import train
 
-def load(run_input, topology, *args, **kwargs):
-    Path(os.environ["SIGNS"], str(topology.rank)).touch()
+def load(run_input, job, console):
+    Path(os.environ["SIGNS"], str(job.topology.rank)).touch()
     time.sleep(600)
 
-train.train_on = load
+train.build = load
 train.main()
 """
 

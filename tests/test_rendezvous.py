@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import socket
@@ -8,10 +9,12 @@ import pytest
 from jobs import free_ports
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.launch import rendezvous
+from mnist_dist.launch import reception, rendezvous, visit
 from mnist_dist.launch.address import split_address
-from mnist_dist.launch.rendezvous import RankTaken, exchange, hold_free_port, hold_own_port, listen, serving_addresses
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.ports import hold_free_port, listen
+from mnist_dist.launch.reception import RankTaken
+from mnist_dist.launch.rendezvous import Rendezvous
+from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
 
 
 @pytest.fixture(params=["127.0.0.1", "[::1]"])
@@ -20,30 +23,38 @@ def addresses(request) -> list[str]:
 
 
 @pytest.fixture
-def held(monkeypatch):
+def hold():
     """Hold the port of a rank, as its process does; what is held when the test ends is let go."""
-    monkeypatch.setattr(rendezvous, "_own_port", None)
-    yield hold_own_port
-    if rendezvous._own_port:
-        rendezvous._own_port.end().close()
+    with contextlib.ExitStack() as stack:
+
+        def hold(rank, addresses, **kwargs) -> Rendezvous:
+            holder = stack.enter_context(rendezvous_of(rank, addresses, **kwargs))
+            holder.hold_own_port()
+            return holder
+
+        yield hold
 
 
 def topology_of(rank, addresses) -> Topology:
-    return Topology("tf_config", rank=rank, world_size=len(addresses), addresses=tuple(addresses))
+    return Topology(TFConfig(tuple(addresses)), rank=rank, world_size=len(addresses))
 
 
-def start(ranks, addresses, timeout_s, delays=None):
+def rendezvous_of(rank, addresses, *, timeout_s=20.0) -> Rendezvous:
+    return Rendezvous(topology_of(rank, addresses), timeout_s=timeout_s)
+
+
+def start(ranks, addresses, timeout_s, delays=None, *, chief=None):
     """Let these ranks exchange their names; the outcome of each is what it got, or its error.
 
-    A spare process of rank 1 is 101.
+    A spare process of rank 1 is 101. `chief` is rank 0's side, where it holds its port already.
     """
     outcomes = {}
 
     def one(rank):
         time.sleep((delays or {}).get(rank, 0))
-        topology = topology_of(rank % 100, addresses)
+        own = chief if rank == 0 and chief else rendezvous_of(rank % 100, addresses, timeout_s=timeout_s)
         try:
-            outcomes[rank] = exchange(f"I am {rank}", topology=topology, timeout_s=timeout_s)
+            outcomes[rank] = own.exchange(f"I am {rank}")
         except UserError as error:
             outcomes[rank] = str(error)
 
@@ -60,7 +71,7 @@ ALL = {rank: ["I am 0", "I am 1", "I am 2"] for rank in range(3)}
 
 
 def test_one_process_talks_to_itself():
-    assert exchange("alone", topology=Topology(), timeout_s=1) == ["alone"]
+    assert Rendezvous(Topology(), timeout_s=1).exchange("alone") == ["alone"]
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])
@@ -80,11 +91,19 @@ def test_a_missing_chief_is_named(addresses):
 
 @pytest.mark.parametrize(
     "words",
-    [b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"rank": 1}\n', b'{"job": "x", "rank": 1, "text": ""}\n', b""],
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[1, 2]\n",
+        b'{"rank": 1}\n',
+        b'{"job": "x", "rank": 1, "text": ""}\n',
+        b"[" * 100_000 + b"\n",
+        b"",
+    ],
+    ids=lambda words: repr(words[:20]),
 )
 def test_strangers_do_not_count(words, addresses, monkeypatch):
     """Not even one that says nothing at all and stays."""
-    monkeypatch.setattr(rendezvous, "_READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 1.0)
     silent = []
 
     def knock():
@@ -98,28 +117,48 @@ def test_strangers_do_not_count(words, addresses, monkeypatch):
     silent[0].close()
 
 
+@pytest.mark.parametrize(("words", "every_s"), [(b"x", 0.3), (b"x" * 2**20, 0)])
+def test_strangers_whose_lines_never_end(words, every_s, addresses, monkeypatch):
+    """They drip, or flood; neither keeps the ranks waiting, nor fills the memory."""
+    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 1.0)
+    sent = []
+
+    def knock():
+        with socket.create_connection(split_address(addresses[0])) as stranger, contextlib.suppress(OSError):
+            for _ in range(100):
+                stranger.sendall(words)
+                sent.append(len(words))
+                time.sleep(every_s)
+
+    stranger = threading.Thread(target=knock)
+    threading.Timer(0.3, stranger.start).start()
+    assert start([0, 1, 2], addresses, 20, {1: 1.0, 2: 1.0}) == ALL
+    stranger.join(30)
+    assert not stranger.is_alive()
+    assert len(sent) < 50  # then it was not heard any more
+
+
 @pytest.mark.parametrize("host", ["", "127.0.0.1", "::1"])
-def test_a_port_in_use_is_an_answer(host, addresses, held, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_PATIENCE_S", 0.5)
+def test_a_port_in_use_is_an_answer(host, addresses, hold, monkeypatch):
+    monkeypatch.setattr(visit, "_PATIENCE_S", 0.5)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with (
         socket.create_server((host, split_address(addresses[0])[1]), family=family),
         pytest.raises(UserError, match="another program has this port; end it, or give rank 0 another") as error,
     ):
-        held(topology_of(0, addresses))
+        hold(0, addresses)
     assert str(error.value).startswith(f"{addresses[0]}: cannot listen there (Address already in use)")
 
 
-def test_a_held_port_is_no_one_elses_but_the_servers_that_shares_it(addresses, held):
+def test_a_held_port_is_no_one_elses_but_the_servers_that_shares_it(addresses, hold):
     """Not even for the moment in which TensorFlow's server takes over."""
-    topology = Topology("tf_config", 0, 2, addresses=tuple(addresses[:2]))
-    held(topology)
-    other = threading.Thread(target=lambda: meet(Topology("tf_config", 1, 2, addresses=tuple(addresses[:2]))))
+    chief = hold(0, addresses[:2])
+    other = threading.Thread(target=meet, args=[rendezvous_of(1, addresses[:2]), addresses[1]])
     other.start()
     port = split_address(addresses[0])[1]
     dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-    exchange("", topology=topology, timeout_s=20)
-    with serving_addresses(topology, timeout_s=20) as told:
+    chief.exchange("")
+    with chief.serving_addresses() as told:
         assert told == addresses[:2]
         for place, options in ((("", port), {}), (("127.0.0.1", port), {}), (("::", port), dual)):
             with pytest.raises(OSError, match="in use"):
@@ -130,18 +169,28 @@ def test_a_held_port_is_no_one_elses_but_the_servers_that_shares_it(addresses, h
     other.join(20)
 
 
-def meet(topology) -> None:
+def meet(own: Rendezvous, address) -> None:
     """Rank 1's part."""
-    exchange("", topology=topology, timeout_s=20)
-    exchange(topology.addresses[1], topology=topology, timeout_s=20, topic="addresses")
+    own.exchange("")
+    own.exchange(address, topic="addresses")
+
+
+def test_a_held_port_is_given_back(addresses):
+    port = split_address(addresses[0])[1]
+    with rendezvous_of(0, addresses) as own:
+        own.hold_own_port()
+        own.hold_own_port()  # it has it already
+        with pytest.raises(OSError, match="in use"):
+            listen(port)
+    listen(port).close()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_spare_process_at_the_same_address(rank, addresses, held):
+def test_a_spare_process_at_the_same_address(rank, addresses, hold):
     """As long as the other waits, or loads what it needs, it says so itself."""
-    held(topology_of(rank, addresses))
+    hold(rank, addresses)
     with pytest.raises(RankTaken, match=rf"^rank {rank} is taken: process \d+ on .+ has it; give each .* index in TF_"):
-        hold_own_port(topology_of(rank, addresses))
+        hold(rank, addresses)
 
 
 def test_a_spare_process_elsewhere(addresses):
@@ -152,59 +201,61 @@ def test_a_spare_process_elsewhere(addresses):
     assert outcomes == ALL
 
 
-def test_a_spare_process_that_comes_when_all_have_met(addresses, held):
-    held(topology_of(0, addresses))
-    assert start([0, 1, 2], addresses, 20) == ALL
+def test_a_spare_process_that_comes_when_all_have_met(addresses, hold):
+    assert start([0, 1, 2], addresses, 20, chief=hold(0, addresses)) == ALL
     started = time.monotonic()
     assert start([1], addresses, 20)[1].startswith("rank 1 is taken: process ")
     assert time.monotonic() - started < 2
 
 
-def test_a_spare_process_that_comes_when_tensorflow_serves(addresses, monkeypatch):
+def test_a_spare_process_that_comes_when_tensorflow_serves(addresses, hold, monkeypatch):
     """A real server of TensorFlow, which takes 30 s of `timeout_s` otherwise, and is waited for if it ends."""
     import tensorflow as tf
 
-    monkeypatch.setattr(rendezvous, "_ENDING_S", 0.5)
+    monkeypatch.setattr(visit, "_ENDING_S", 0.5)
     server = tf.distribute.Server({"worker": addresses[:1]}, job_name="worker", task_index=0)
     assert server.target
     started = time.monotonic()
     text = start([1], addresses, 30)[1]
     assert text.startswith(f"rank 1 is taken: the job of rank 0 ({addresses[0]}) has started")
     with pytest.raises(UserError, match=r"^rank 0 is taken: a training that runs already has "):
-        hold_own_port(topology_of(0, addresses))
+        hold(0, addresses)
     assert time.monotonic() - started < 10
 
 
-def test_a_process_of_a_job_of_another_size(addresses, held):
-    held(topology_of(0, addresses))
+def test_a_process_of_a_job_of_another_size(addresses, hold):
+    chief = hold(0, addresses)
     text = start([1], addresses[:2], 20)[1]
     assert text.startswith(f"{addresses[0]}: process ")
     assert "of another job with 3 processes, not the 2 that TF_CONFIG names" in text
     with pytest.raises(UserError, match=r"cannot listen there .*: a process of another job has this port"):
-        hold_own_port(topology_of(0, addresses[:2]))
-    assert start([0, 1, 2], addresses, 20) == ALL
+        hold(0, addresses[:2])
+    assert start([0, 1, 2], addresses, 20, chief=chief) == ALL
 
 
-def test_a_process_that_is_started_again_while_the_others_wait(addresses, held):
-    held(topology_of(0, addresses))
-    connection = rendezvous._greet(addresses[0], "I was 1", topology_of(1, addresses), topic="start")
+def test_a_process_that_is_started_again_while_the_others_wait(addresses, hold):
+    chief = hold(0, addresses)
+    wire = visit.knock(addresses[0], "I was 1", topology_of(1, addresses), topic="start")
     assert "is taken" in start([1], addresses, 20)[1]
-    connection.close()
-    assert start([0, 1, 2], addresses, 20) == ALL
+    wire.close()
+    assert start([0, 1, 2], addresses, 20, chief=chief) == ALL
 
 
-def start_under_slurm(num_ranks, contacts, *, job="7"):
+def rendezvous_under_slurm(rank, hosts, meeting_addresses, *, job="7", timeout_s=20.0) -> Rendezvous:
+    topology = Topology(SlurmStep(tuple(hosts), tuple(meeting_addresses), job), rank, len(hosts))
+    return Rendezvous(topology, timeout_s=timeout_s)
+
+
+def start_under_slurm(num_ranks, meeting_addresses, *, job="7"):
     """Let so many ranks exchange their names twice, and their addresses in between."""
     outcomes = {}
 
     def one(rank):
-        topology = Topology(
-            "slurm", rank, num_ranks, hosts=("127.0.0.1",) * num_ranks, contacts=tuple(contacts), step=job
-        )
-        first = exchange(f"{job} {rank}", topology=topology, timeout_s=20)
-        with serving_addresses(topology, timeout_s=20) as addresses:
+        own = rendezvous_under_slurm(rank, ["127.0.0.1"] * num_ranks, meeting_addresses, job=job)
+        first = own.exchange(f"{job} {rank}")
+        with own.serving_addresses() as addresses:
             pass
-        outcomes[rank] = (first, addresses, exchange(f"{job} {rank} again", topology=topology, timeout_s=20, topic="x"))
+        outcomes[rank] = (first, addresses, own.exchange(f"{job} {rank} again", topic="x"))
 
     threads = [threading.Thread(target=one, args=[rank]) for rank in range(num_ranks)]
     for thread in threads:
@@ -229,43 +280,61 @@ def test_many_ranks_of_a_host_have_ports_of_their_own(addresses):
     check_outcomes(*start_under_slurm(20, addresses[:1]), job="7")
 
 
-def test_two_jobs_with_the_same_contacts_do_not_mix():
-    contacts = [f"127.0.0.1:{port}" for port in free_ports(3)]
-    one, other = start_under_slurm(3, contacts, job="1"), start_under_slurm(3, contacts, job="2")
+def test_two_jobs_with_the_same_meeting_addresses_do_not_mix():
+    shared = [f"127.0.0.1:{port}" for port in free_ports(3)]
+    one, other = start_under_slurm(3, shared, job="1"), start_under_slurm(3, shared, job="2")
     check_outcomes(*one, job="1")
     check_outcomes(*other, job="2")
 
 
 def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
-    monkeypatch.setattr(rendezvous, "_READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(rendezvous, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(visit, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(visit, "_ANSWER_S", 1.0)
     with socket.create_server(("", 0)) as mute:
-        contacts = [f"127.0.0.1:{mute.getsockname()[1]}", addresses[0]]
-        check_outcomes(*start_under_slurm(2, contacts), job="7")
+        meeting_addresses = [f"127.0.0.1:{mute.getsockname()[1]}", addresses[0]]
+        check_outcomes(*start_under_slurm(2, meeting_addresses), job="7")
 
 
 def test_a_chief_that_ends_while_the_others_wait(addresses):
     """It is not waited for any longer."""
-
-    def end_after_greeting(server):
-        connection, _ = server.accept()
-        with connection, connection.makefile("rb") as stream:
-            job = json.loads(stream.readline())["job"]
-            connection.sendall(json.dumps({"job": job}).encode() + b"\n")
-
-    topology = Topology("tf_config", 1, 2, addresses=tuple(addresses[:2]))
     with listen(split_address(addresses[0])[1]) as server:
-        threading.Thread(target=end_after_greeting, args=[server]).start()
+        threading.Thread(target=greet_and_end, args=[server]).start()
         with pytest.raises(
             UserError, match=rf"^rank 0 \({re.escape(addresses[0])}\) is gone: it ended before all had come"
         ):
-            exchange("x", topology=topology, timeout_s=300)
+            rendezvous_of(1, addresses[:2], timeout_s=300).exchange("x")
+
+
+def test_what_the_chief_says_may_come_in_one_chunk(addresses):
+    """Its greeting, and what all have handed in."""
+    with listen(split_address(addresses[0])[1]) as server:
+        answer = {"texts": {"0": "I am 0", "1": "x"}}
+        threading.Thread(target=greet_and_end, args=[server, answer]).start()
+        assert rendezvous_of(1, addresses[:2]).exchange("x") == ["I am 0", "x"]
+
+
+def greet_and_end(server, *answers) -> None:
+    """What rank 0 does, in one breath."""
+    connection, _ = server.accept()
+    with connection, connection.makefile("rb") as stream:
+        greeting = {"job": json.loads(stream.readline())["job"]}
+        connection.sendall(b"".join(json.dumps(answer).encode() + b"\n" for answer in (greeting, *answers)))
 
 
 def test_a_missing_rank_of_slurm_is_named_with_its_node(addresses):
-    topology = Topology("slurm", 0, 2, hosts=("127.0.0.1", "far"), contacts=(addresses[0],), step="7")
+    chief = rendezvous_under_slurm(0, ["127.0.0.1", "far"], addresses[:1], timeout_s=0.3)
     with pytest.raises(UserError, match=r"^rank 1 \(far\) did not come within 0 s"):
-        exchange("x", topology=topology, timeout_s=0.3)
+        chief.exchange("x")
+
+
+def test_a_port_is_given_back_where_the_others_do_not_come(addresses, monkeypatch):
+    held = hold_free_port()
+    monkeypatch.setattr(rendezvous, "hold_free_port", lambda: held)
+    chief = rendezvous_under_slurm(0, ["127.0.0.1", "far"], addresses[:1], timeout_s=0.3)
+    with pytest.raises(UserError, match="did not come"), chief.serving_addresses():
+        pass
+    assert held.fileno() == -1
 
 
 def test_a_free_port_is_held_and_given_back():
@@ -289,9 +358,9 @@ def store_port():
 
 
 def exchange_over_store(port, rank, *, world_size=3, timeout_s=20.0):
-    topology = Topology("horovod", rank=rank, world_size=world_size, store=f"127.0.0.1:{port}")
+    topology = Topology(HorovodRun(f"127.0.0.1:{port}"), rank=rank, world_size=world_size)
     try:
-        return exchange(f"I am {rank}", topology=topology, timeout_s=timeout_s)
+        return Rendezvous(topology, timeout_s=timeout_s).exchange(f"I am {rank}")
     except UserError as error:
         return str(error)
 

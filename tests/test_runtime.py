@@ -8,14 +8,17 @@ import pytest
 from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.engine.runtime import choose_threads, own_cores
 from mnist_dist.launch.environment import read_topology
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.topology import HorovodRun, Topology
 
 # Runs `mnist_dist.train` up to the point where everything is built, and prints TensorFlow's settings.
 SETTINGS = """
 import json
 from mnist_dist import train
 
-def tell(training, topology):
+build = train.build
+
+def tell(*args):
+    build(*args)
     import tensorflow as tf
     threading, options = tf.config.threading, tf.config.optimizer.get_experimental_options()
     print(json.dumps({
@@ -26,7 +29,7 @@ def tell(training, topology):
     }))
     raise SystemExit(0)
 
-train.describe_placement = tell
+train.build = tell
 train.main()
 """
 
@@ -79,7 +82,7 @@ def test_exact_has_one_thread_inside_an_operation(intra_op, num_cores, num_shard
 @pytest.mark.parametrize(("local_size", "expected"), [(1, 6), (2, 3), (4, 1), (9, 1)])
 def test_processes_of_a_machine_share_what_it_lets_them_use(local_size, expected, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
-    assert own_cores(Topology("horovod", 0, local_size, 0, local_size)) == expected
+    assert own_cores(Topology(HorovodRun(), 0, local_size, 0, local_size)) == expected
 
 
 def test_slurm_says_how_many_cores_a_task_has():

@@ -1,17 +1,15 @@
-from dataclasses import replace
-
 import pytest
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.launch.topology import SlurmJob, Topology
+from mnist_dist.launch.topology import HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
 from mnist_dist.strategy.choose import choose_strategy
 from mnist_dist.strategy.horovod import describe_process, interface_towards
 
 ONE = Topology()
-HOROVOD = Topology("horovod", rank=1, world_size=2, local_rank=1, local_size=2)
-HOROVOD_ALONE = Topology("horovod")
-SLURM = Topology("slurm", rank=0, world_size=2, hosts=("a", "b"), contacts=("a:1",), slurm=SlurmJob("7", "[a-b]"))
-TF_CONFIG = Topology("tf_config", rank=0, world_size=2, addresses=("a:1", "b:1"))
+HOROVOD = Topology(HorovodRun("h:5"), rank=1, world_size=2, local_rank=1, local_size=2)
+HOROVOD_ALONE = Topology(HorovodRun())
+SLURM = Topology(SlurmStep(("a", "b"), ("a:1",), "7.0.0"), rank=0, world_size=2, slurm=SlurmJob("7", "[a-b]"))
+TF_CONFIG = Topology(TFConfig(("a:1", "b:1")), rank=0, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +70,11 @@ def test_what_does_not_fit_is_refused(name, topology, fragments):
 def test_what_horovod_is_told_under_slurm():
     """Three nodes with 2, 1 and 2 processes: the second ones of a node are two in number."""
     hosts = ("a", "a", "b", "c", "c")
-    told = [
-        describe_process(replace(SLURM, rank=rank, world_size=5, local_rank=local, local_size=size, hosts=hosts))
-        for rank, local, size in [(0, 0, 2), (1, 1, 2), (2, 0, 1), (3, 0, 2), (4, 1, 2)]
-    ]
+    launcher = SlurmStep(hosts, ("a:1",), "7.0.0")
+    topologies = [Topology.of_hosts(launcher, hosts, rank=rank) for rank in range(5)]
+    places = [(topology.rank, topology.local_rank, topology.local_size) for topology in topologies]
+    assert places == [(0, 0, 2), (1, 1, 2), (2, 0, 1), (3, 0, 2), (4, 1, 2)]
+    told = [describe_process(topology, hosts) for topology in topologies]
     assert [(one["HOROVOD_CROSS_RANK"], one["HOROVOD_CROSS_SIZE"]) for one in told] == [
         ("0", "3"),
         ("0", "2"),

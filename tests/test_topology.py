@@ -9,7 +9,7 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.launch.address import split_address
 from mnist_dist.launch.environment import read_topology
 from mnist_dist.launch.slurm import expand_node_list, expand_task_counts
-from mnist_dist.launch.topology import SlurmJob, Topology
+from mnist_dist.launch.topology import Alone, HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
 
 
 def tf_config(*addresses, index=0) -> dict[str, str]:
@@ -42,21 +42,22 @@ SLURM = {
 
 def test_one_process():
     assert read_topology({}) == Topology()
+    assert Topology().launcher == Alone()
     assert Topology().is_chief
 
 
 def test_horovod():
-    assert read_topology(HOROVOD) == Topology("horovod", rank=3, world_size=4, local_rank=1, local_size=2, store="h:5")
+    assert read_topology(HOROVOD) == Topology(HorovodRun("h:5"), rank=3, world_size=4, local_rank=1, local_size=2)
 
 
 def test_horovod_inside_a_slurm_allocation():
-    assert read_topology({**SLURM, **HOROVOD}).launcher == "horovod"
+    assert read_topology({**SLURM, **HOROVOD}).launcher == HorovodRun("h:5")
 
 
 def test_tf_config():
     topology = read_topology(tf_config("a:1", "b:1", "a:2", index=2))
     assert (topology.rank, topology.world_size, topology.local_rank, topology.local_size) == (2, 3, 1, 2)
-    assert topology.addresses == ("a:1", "b:1", "a:2")
+    assert topology.launcher == TFConfig(("a:1", "b:1", "a:2"))
     assert not topology.is_chief
 
 
@@ -66,35 +67,37 @@ def test_tf_config_with_a_chief():
         assert read_topology({"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}).rank == rank
 
 
+def read_slurm_step(**changed) -> SlurmStep:
+    launcher = read_topology({**SLURM, **changed}).launcher
+    assert isinstance(launcher, SlurmStep)
+    return launcher
+
+
 def test_slurm():
     topology = read_topology(SLURM)
     assert (topology.rank, topology.world_size, topology.local_rank, topology.local_size) == (4, 5, 0, 1)
-    assert topology.hosts == ("n1", "n1", "n2", "n2", "login")
-    assert topology.addresses == ()  # ports are chosen when they are needed
+    assert read_slurm_step().hosts == ("n1", "n1", "n2", "n2", "login")  # ports are chosen when they are needed
     assert topology.slurm == SlurmJob("77", "n[1-2],login")
 
 
 def test_all_ranks_of_a_slurm_step_know_where_to_meet():
-    first, last = (
-        read_topology({**SLURM, "SLURM_PROCID": rank, "SLURM_LOCALID": local})
-        for rank, local in [("0", "0"), ("3", "1")]
-    )
-    assert first.contacts == last.contacts
-    assert first.step == last.step
-    assert {contact.split(":")[0] for contact in first.contacts} == {"n1"}
+    first, last = (read_slurm_step(SLURM_PROCID=rank, SLURM_LOCALID=local) for rank, local in [("0", "0"), ("3", "1")])
+    assert first.meeting_addresses == last.meeting_addresses
+    assert first.step_id == last.step_id
+    assert {address.split(":")[0] for address in first.meeting_addresses} == {"n1"}
 
 
-def test_jobs_that_run_at_one_time_have_contacts_of_their_own():
+def test_jobs_that_run_at_one_time_have_meeting_addresses_of_their_own():
     """Of any thousand jobs after each other, and of the steps of one."""
-    environs = [{**SLURM, "SLURM_JOB_ID": str(job)} for job in range(5000, 5300)]
-    environs += [{**SLURM, "SLURM_STEP_ID": str(step)} for step in range(20)]
-    firsts = [read_topology(environ).contacts[0] for environ in environs]
+    launchers = [read_slurm_step(SLURM_JOB_ID=str(job)) for job in range(5000, 5300)]
+    launchers += [read_slurm_step(SLURM_STEP_ID=str(step)) for step in range(20)]
+    firsts = [launcher.meeting_addresses[0] for launcher in launchers]
     assert len(set(firsts)) == len(firsts)
 
 
 def test_a_requeued_job_does_not_mix_with_what_is_left_of_itself():
     again = read_topology({**SLURM, "SLURM_RESTART_COUNT": "2"})
-    assert again.step != read_topology(SLURM).step
+    assert read_slurm_step(SLURM_RESTART_COUNT="2").step_id != read_slurm_step().step_id
     assert again.slurm is not None
     assert again.slurm.restart_count == 2
 
@@ -246,11 +249,12 @@ def test_one_port_under_two_spellings(first, second):
 
 def test_ipv6():
     topology = read_topology(tf_config("[FD00::1]:1", "[fd00::2]:1", "[fd00:0::1]:2", index=2))
-    assert topology.addresses == ("[fd00::1]:1", "[fd00::2]:1", "[fd00::1]:2")
+    assert topology.launcher == TFConfig(("[fd00::1]:1", "[fd00::2]:1", "[fd00::1]:2"))
     assert (topology.local_rank, topology.local_size) == (1, 2)
     assert split_address("[fe80::1%eth0]:5") == ("fe80::1%eth0", 5)
     for host in ("::1", "[::1]"):
-        assert read_topology({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_ADDR": host}).store == "[::1]:5"
+        topology = read_topology({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_ADDR": host})
+        assert topology.launcher == HorovodRun("[::1]:5")
 
 
 @pytest.mark.parametrize(
@@ -308,6 +312,14 @@ def test_as_many_processes_as_a_variable_can_name():
     started = time.monotonic()
     assert read_topology(tf_config(*[f"h{number}:1" for number in range(10_000)])).world_size == 10_000
     assert time.monotonic() - started < 5
+
+
+def test_a_rank_is_described_by_its_place():
+    assert read_topology(tf_config("a:1", "b:1")).describe_rank(1) == "rank 1 (b:1)"
+    assert read_topology(SLURM).describe_rank(2) == "rank 2 (n2)"
+    for topology in (Topology(), read_topology(HOROVOD)):
+        assert topology.describe_rank(2) == "rank 2"
+        assert topology.describe_rank(2, host="far") == "rank 2 (far)"
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 import json
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 Message = dict[str, Any]
 
+MAX_GREETING = 2**24
+"""Bytes of a first message, as it may come from anybody: one that never ends must not fill the memory."""
 _CHUNK = 65_536
 
 
@@ -15,40 +18,47 @@ class Garbled(ValueError):
     """What came is no message of ours."""
 
     def __init__(self, line: bytes) -> None:
-        super().__init__(f"not a message: {line[:80]!r}")
-        self.line = line
+        self.start = line[:80]
+        super().__init__(f"not a message: {self.start!r}")
 
 
 class Wire:
-    """One side of a connection."""
+    """One side of a connection, whose own timeout is that of `send`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self._received = b""
+        self._lines: deque[bytes] = deque()
+        self._rest = bytearray()
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a message; raises OSError."""
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self, *, timeout_s: float | None = None) -> Message:
+    def receive(self, *, timeout_s: float | None = None, max_bytes: int | None = None) -> Message:
         """Wait for the next message.
 
         Args:
             timeout_s: for the whole message, however slowly it drips; None waits for as long as it takes.
+            max_bytes: about as long as the message may be, None for any length.
 
         Raises:
             OSError: the connection broke or has ended, or the time is up.
             Garbled: something else came, or the connection ended within a line.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while b"\n" not in self._received:
-            left_s = None if deadline is None else deadline - time.monotonic()
-            if left_s is not None and left_s <= 0:
-                raise TimeoutError
-            self.connection.settimeout(left_s)
-            self._read()
-        line, _, self._received = self._received.partition(b"\n")
-        return _parse(line)
+        timeout_of_send = self.connection.gettimeout()
+        try:
+            while not self._lines:
+                if max_bytes is not None and len(self._rest) > max_bytes:
+                    raise Garbled(bytes(self._rest))
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    raise TimeoutError
+                self.connection.settimeout(left_s)
+                self._read()
+        finally:
+            self.connection.settimeout(timeout_of_send)
+        return _parse(self._lines.popleft())
 
     def receive_ready(self) -> list[Message]:
         """Read once, and return the messages that are complete now; raises as `receive` does."""
@@ -57,7 +67,7 @@ class Wire:
 
     def arrived(self) -> list[Message]:
         """The messages that an earlier call has read but not returned."""
-        *lines, self._received = self._received.split(b"\n")
+        lines, self._lines = self._lines, deque()
         return [_parse(line) for line in lines]
 
     def close(self) -> None:
@@ -67,10 +77,14 @@ class Wire:
     def _read(self) -> None:
         data = self.connection.recv(_CHUNK)
         if not data:
-            if self._received:
-                raise Garbled(self._received)
+            if self._rest:
+                raise Garbled(bytes(self._rest))
             raise ConnectionError("the other side has ended the connection")
-        self._received += data
+        end, *more = data.split(b"\n")
+        self._rest += end
+        for start in more:
+            self._lines.append(bytes(self._rest))
+            self._rest = bytearray(start)
 
 
 def _parse(line: bytes) -> Message:

@@ -7,10 +7,10 @@ answers each `{"do": PART}` by what it measured, until the connection ends.
 import selectors
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mnist_dist.base.wire import Message, Wire
+from mnist_dist.base.wire import Garbled, Message, Wire
 
 
 class Lost(Exception):
@@ -27,9 +27,9 @@ def send(wire: Wire, message: Mapping[str, Any]) -> None:
 
 def receive_all(wires: Sequence[Wire], *, timeout_s: float) -> list[Message]:
     """One message from each, in order; raises Lost as soon as one of them is gone, or after `timeout_s` seconds."""
-    # A child says one thing at a time; some of it may have come together with its greeting.
-    answers = {number: arrived[0] for number, wire in enumerate(wires) if (arrived := wire.arrived())}
     end = time.monotonic() + timeout_s
+    # A child says one thing at a time; some of it may have come together with its greeting.
+    answers = {number: arrived[0] for number, wire in enumerate(wires) if (arrived := _take(wire.arrived))}
     with selectors.DefaultSelector() as selector:
         for number, wire in enumerate(wires):
             if number not in answers:
@@ -39,14 +39,17 @@ def receive_all(wires: Sequence[Wire], *, timeout_s: float) -> list[Message]:
             if not ready:
                 raise Lost(f"did not answer within {timeout_s:g} s")
             for key, _ in ready:
-                try:
-                    messages = wires[key.data].receive_ready()
-                except OSError as error:
-                    raise Lost("ended") from error
-                if messages:
+                if messages := _take(wires[key.data].receive_ready):
                     answers[key.data] = messages[0]
                     selector.unregister(key.fileobj)
     return [answers[number] for number in range(len(wires))]
+
+
+def _take(receive: Callable[[], list[Message]]) -> list[Message]:
+    try:
+        return receive()
+    except (OSError, Garbled) as error:  # within a line, even
+        raise Lost("ended") from error
 
 
 class Turns:
@@ -63,7 +66,7 @@ class Turns:
         """Wait for the next turn: the part to measure. Ends the process when there is none any more."""
         try:
             return str(self._wire.receive()["do"])
-        except OSError:
+        except (OSError, Garbled):
             sys.exit()
 
     def done(self, **measured: Any) -> None:

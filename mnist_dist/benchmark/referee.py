@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.base.wire import Garbled, Message, Wire
+from mnist_dist.base.wire import MAX_GREETING, Garbled, Message, Wire
 from mnist_dist.benchmark.entries import Contender
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.protocol import Lost, receive_all, send
@@ -142,11 +142,10 @@ class Referee:
             with contextlib.suppress(OSError, Garbled):  # a stranger, or nobody yet
                 connection, _ = self._server.accept()
                 wire = Wire(connection)
-                hello = wire.receive(timeout_s=self._timeout_s)
+                hello = wire.receive(timeout_s=self._timeout_s, max_bytes=MAX_GREETING)
                 if hello.get("token") != token:  # a latecomer of a contender that has failed, or a stranger
                     wire.close()
                     continue
-                connection.settimeout(None)
                 wires[int(hello["rank"])] = wire
                 entry.pids.append(int(hello["pid"]))
                 self._guard.watch(entry.pids[-1])

@@ -13,12 +13,12 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, LostTouch, TrainingFailed, UserError
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.base.wire import Message, Wire
+from mnist_dist.base.wire import MAX_GREETING, Message, Wire
 from mnist_dist.launch.address import join_address, split_address
 from mnist_dist.launch.ports import hold_free_port
 from mnist_dist.launch.stop import end_at_once
@@ -132,7 +132,7 @@ class PeerWatch:
                 if key.data is None:
                     self._accept(key.fileobj)  # type: ignore[arg-type]
                 elif key.data in self._links:
-                    self._listen(key.data)
+                    self._listen(key.data, key.data.wire.receive_ready)
             before, now = now, time.monotonic()
             if now - before > _ALIVE_EVERY_S:
                 # This process itself was held, most likely with all others (a suspended job): their silence says
@@ -156,7 +156,7 @@ class PeerWatch:
             return
         wire = Wire(connection)
         try:
-            hello = wire.receive(timeout_s=_FAREWELL_S)
+            hello = wire.receive(timeout_s=_FAREWELL_S, max_bytes=MAX_GREETING)
             if hello["token"] != self._token:
                 raise ValueError("a stranger")
             self._missing.remove(hello["rank"])
@@ -166,25 +166,21 @@ class PeerWatch:
             return
         link = _Link(name, wire)
         self._add(link)
-        self._heed(link, wire.arrived())
+        self._listen(link, wire.arrived)  # more may have come with it
         if not self._missing:
             self._selector.unregister(server)
             server.close()
 
-    def _listen(self, link: _Link) -> None:
-        """Read what has come from another process."""
+    def _listen(self, link: _Link, receive: Callable[[], list[Message]]) -> None:
+        """Receive what has come from another process, and do what it says."""
         try:
-            messages = link.wire.receive_ready()
+            messages = receive()
         except TimeoutError:
             return
         except (OSError, ValueError):
             self._lose(link.name, "its connection broke")
             return
         link.heard_s = time.monotonic()
-        self._heed(link, messages)
-
-    def _heed(self, link: _Link, messages: list[Message]) -> None:
-        """Do what another process says."""
         for message in messages:
             if "done" in message:
                 self._links.remove(link)

@@ -8,13 +8,13 @@ import time
 from typing import NamedTuple
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.base.wire import Message, Wire
+from mnist_dist.base.wire import MAX_GREETING, Message, Wire
 from mnist_dist.launch.ports import share_port
 from mnist_dist.launch.topology import SlurmStep, TFConfig, Topology
 
 FIRST_TOPIC = "start"
 READ_TIMEOUT_S = 5.0
-"""For a message that has begun to come."""
+"""For a message to come, and to be sent."""
 _RETRY_S = 0.2
 
 
@@ -76,7 +76,8 @@ class Reception:
                 continue
             wire = Wire(connection)
             try:
-                message = wire.receive(timeout_s=READ_TIMEOUT_S)
+                connection.settimeout(READ_TIMEOUT_S)
+                message = wire.receive(timeout_s=READ_TIMEOUT_S, max_bytes=MAX_GREETING)
                 with self._changed:
                     self._answer(message, wire)
             except (OSError, ValueError, KeyError, TypeError):

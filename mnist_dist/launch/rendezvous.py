@@ -97,19 +97,19 @@ class Rendezvous:
         if topology.world_size == 1:
             yield []
             return
-        self.hold_own_port()
-        if isinstance(launcher, TFConfig):
-            held, own = None, launcher.addresses[topology.rank]
-        else:
-            assert isinstance(launcher, SlurmStep), launcher  # horovodrun's processes have no such addresses
-            held = hold_free_port()
-            own = join_address(launcher.hosts[topology.rank], held.getsockname()[1])
-        addresses = self.exchange(own, topic="addresses")
-        if held:
-            share_port(held)
-        elif self._at_own_port:
-            held, self._at_own_port = self._at_own_port.end(), None
-        with held or contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if isinstance(launcher, TFConfig):
+                self.hold_own_port()
+                addresses = self.exchange(launcher.addresses[topology.rank], topic="addresses")
+                assert self._at_own_port is not None
+                reception, self._at_own_port = self._at_own_port, None
+                stack.enter_context(reception.end())
+            else:
+                assert isinstance(launcher, SlurmStep), launcher  # horovodrun's processes have no such addresses
+                held = stack.enter_context(hold_free_port())
+                own = join_address(launcher.hosts[topology.rank], held.getsockname()[1])
+                addresses = self.exchange(own, topic="addresses")
+                share_port(held)
             yield addresses
 
     def _receive_all(self, text: str, addresses: Sequence[str], *, topic: str, deadline: float) -> dict[int, str]:

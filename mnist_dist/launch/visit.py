@@ -87,7 +87,7 @@ def knock(address: str, text: str, topology: Topology, *, topic: str, patience_s
             # Whoever listens there may be of another job, or no program of ours.
             answer = wire.receive(timeout_s=patience_s or _ANSWER_S)
         except Garbled as error:
-            if error.line.startswith(b"\0"):  # of HTTP/2, in which TensorFlow's server greets
+            if error.start.startswith(b"\0"):  # of HTTP/2, in which TensorFlow's server greets
                 raise Started from error
             raise
         if answer["job"] != job:
