@@ -175,7 +175,7 @@ def test_a_child_that_ends_is_lost_even_within_a_word(last, ends):
     wire, theirs = ends
     theirs.sendall(last)
     theirs.close()
-    with pytest.raises(Lost, match="^ended$"):
+    with pytest.raises(Lost, match=r"^ended$"):
         receive_all([wire], timeout_s=20)
 
 
