@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from jobs import horovodrun
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.base.wire import Wire
 from mnist_dist.benchmark.entries import default_texts, parse
 from mnist_dist.benchmark.machine import Bystanders
+from mnist_dist.benchmark.protocol import Lost, Turns, receive_all
 from mnist_dist.benchmark.report import build_rows, build_targets, format_table
 
 MODULE = ("-m", "mnist_dist.benchmark")
@@ -148,6 +151,41 @@ def test_no_child_outlives_a_killed_benchmark(small_npz, start_python, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert wait_for(lambda: not any(is_child(pid) for pid in jobs))
+
+
+@pytest.fixture
+def ends():
+    """Both sides of a connection; into the second one a test writes what it likes."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Wire(ours), theirs
+
+
+def test_what_came_with_the_greeting_is_not_waited_for(ends):
+    wire, theirs = ends
+    theirs.sendall(b'{"token": "x"}\n{"ready": {}}\n')
+    assert wire.receive() == {"token": "x"}
+    assert receive_all([wire], timeout_s=0.1) == [{"ready": {}}]
+    with pytest.raises(Lost, match=r"^did not answer within 0\.1 s$"):
+        receive_all([wire], timeout_s=0.1)
+
+
+@pytest.mark.parametrize("last", [b"", b'{"sec'])
+def test_a_child_that_ends_is_lost_even_within_a_word(last, ends):
+    wire, theirs = ends
+    theirs.sendall(last)
+    theirs.close()
+    with pytest.raises(Lost, match=r"^ended$"):
+        receive_all([wire], timeout_s=20)
+
+
+@pytest.mark.parametrize("last", [b"", b'{"d'])
+def test_a_child_ends_with_the_benchmark(last, ends):
+    wire, theirs = ends
+    theirs.sendall(last)
+    theirs.close()
+    with pytest.raises(SystemExit):
+        Turns(wire).wait()
 
 
 def list_children(pid: int) -> list[int]:
