@@ -1,10 +1,10 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
+from jobs import CHECKOUT
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.compose import compose_config
+from mnist_dist.config.compose import TRAIN, compose, compose_config
+from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import FLOAT32_MAX, FLOAT32_TINY
 
 
@@ -38,13 +38,17 @@ def test_ranges_are_those_of_float32():
             compose_config(f"optimizer.{key}={below_1}")
 
 
-def test_every_key_is_in_the_readme():
-    """A table of keys that misses one is worse than none."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for model in ("mlp", "cnn"):
-        for optimizer in ("adam", "sgd"):
-            config = compose_config(f"model={model}", f"optimizer={optimizer}")
-            for key, value in vars(config).items():
-                nested = [f"{key}.{name}" for name in vars(value)] if hasattr(value, "__dict__") else [key]
-                for name in nested:
-                    assert name.endswith(".name") or f"`{name}`" in readme, name
+def test_the_table_of_keys_is_that_of_the_schema(monkeypatch):
+    """`python docs/make_configuration.py` writes it."""
+    monkeypatch.syspath_prepend(CHECKOUT / "docs")
+    import make_configuration
+
+    for name in make_configuration.PLACES:
+        monkeypatch.delenv(name, raising=False)
+    (table,) = make_configuration.TABLE.findall(make_configuration.PAGE.read_text())
+    assert table == make_configuration.build_table()
+
+
+def test_every_key_has_a_meaning():
+    for key in describe_keys(compose(TRAIN, [])):
+        assert key.meaning.endswith("."), key.name

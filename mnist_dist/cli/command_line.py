@@ -6,6 +6,7 @@ The options are these few and not Hydra's, of which some read pickles, write fol
 import argparse
 import itertools
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_dist import __version__
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import conf_dir
+from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import shorten
 
 # Groups that are none of a command's keys: Hydra's own settings, the dataclasses, and values that commands share.
@@ -155,7 +157,19 @@ Keys, with the values they have on this command line:
 
 {values}
 
+What they mean, and may be:
+
+{_describe_meanings(composed)}
+
 {_parser().format_help().strip()}"""
+
+
+def _describe_meanings(composed: DictConfig) -> str:
+    lines = []
+    for key in describe_keys(composed):
+        lines.append(f"  {key.name}" + (f" ({key.values})" if key.values else ""))
+        lines.append(textwrap.indent(textwrap.fill(key.meaning, 100), "      "))
+    return "\n".join(lines)
 
 
 def _describe_choices(command: str) -> str:

@@ -14,7 +14,7 @@ class StrategyConfig(Checked):
 
     name: str = one_of("auto", "single", "mirrored", "multiworker", "horovod", words="is set by strategy={}")
     num_replicas: int | None = between(1, MAX_PARTS, default=None)
-    """mirrored: how many GPUs to use, or without GPUs how many logical CPUs."""
+    """mirrored: how many GPUs to use (by default all), or without GPUs how many logical CPUs."""
     start_timeout_s: float = timeout_s()
     """Several processes: how long they wait for each other at the start, seconds."""
 
@@ -29,7 +29,7 @@ class PrecisionConfig(Checked):
     initial_loss_scale: float = between(1, 2.0**126)
     """mixed_float16: first factor on the loss, which keeps small gradients from vanishing."""
     loss_scale_growth_steps: int = between(1, MAX_INT32)
-    """mixed_float16: the factor doubles after so many steps without overflow."""
+    """mixed_float16: steps without overflow after which the factor doubles."""
 
 
 def _threads() -> Any:
@@ -44,6 +44,6 @@ class ThreadsConfig(Checked):
     section = "threads."
 
     intra_op: str = _threads()
-    """Threads inside one operation: auto | a number."""
+    """fast: threads inside one operation; exact always has one, and warns where another number is configured."""
     inter_op: str = _threads()
-    """Operations side by side: auto | a number."""
+    """Operations side by side; changes the speed, not the results."""

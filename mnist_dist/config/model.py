@@ -43,8 +43,9 @@ class ModelConfig(Checked):
 
     name: str = MISSING
     dropout: float = between(0, 0.9999)
-    """Share of units dropped after each hidden layer; `PositionalDropout` keeps it to 1/65536."""
+    """Share of units dropped after each hidden layer, kept to 1/65536."""
     activation: str = one_of(*ACTIVATIONS)
+    """Of the hidden layers."""
     kernel_initializer: str = one_of(*INITIALIZERS)
     """Keras initializer of the hidden layers."""
     output_initializer: str = one_of(*INITIALIZERS)
@@ -67,7 +68,7 @@ class MLPConfig(ModelConfig):
 
     name: str = one_of("mlp", words=_SET_BY_CHOICE)
     hidden_sizes: list[int] = MISSING
-    """Units of each hidden layer."""
+    """mlp: units of each hidden layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,11 +87,11 @@ class CNNConfig(ModelConfig):
 
     name: str = one_of("cnn", words=_SET_BY_CHOICE)
     filters: list[int] = MISSING
-    """Channels of each convolution."""
+    """cnn: channels of each convolution."""
     kernel_size: int = between(1, MAX_INT64)
-    """Side of the convolution kernels, in pixels."""
+    """cnn: side of the convolution kernels, in pixels."""
     dense_size: int = between(1, MAX_INT64)
-    """Units of the dense layer before the softmax."""
+    """cnn: units of the dense layer before the softmax."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

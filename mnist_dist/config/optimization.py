@@ -18,6 +18,7 @@ class OptimizerConfig(Checked):
 
     name: str = MISSING
     learning_rate: float = positive_float32()
+    """Of every step, unless `learning_rate.scaling` raises it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,8 +36,11 @@ class AdamConfig(OptimizerConfig):
 
     name: str = one_of("adam", words=_SET_BY_CHOICE)
     beta_1: float = decay()
+    """adam: decay of the mean of gradients."""
     beta_2: float = decay()
+    """adam: decay of the mean of squared gradients."""
     epsilon: float = positive_float32()
+    """adam: keeps the division from 0."""
 
     @property
     def num_slots(self) -> int:
@@ -50,7 +54,9 @@ class SGDConfig(OptimizerConfig):
 
     name: str = one_of("sgd", words=_SET_BY_CHOICE)
     momentum: float = decay()
+    """sgd: share of the last update that is added to the next one."""
     nesterov: bool = MISSING
+    """sgd: Nesterov's form of momentum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +80,7 @@ class LearningRateConfig(Checked):
     section = "learning_rate."
 
     scaling: str = one_of("none", "linear", "sqrt")
-    """none | linear | sqrt: of the factor by which the global batch is larger than `batch.global_size`."""
+    """How the rate follows the factor by which weak scaling makes the global batch larger."""
     warmup_epochs: float = between(0, MAX_INT32)
     """Epochs over which the rate rises to its full value (Goyal et al. 2017, arXiv 1706.02677)."""
 
@@ -86,8 +92,8 @@ class BatchConfig(Checked):
     section = "batch."
 
     global_size: int = between(1, MAX_INT32)
-    """Examples per optimizer step: over all replicas together (strong scaling), or of each replica (weak)."""
+    """Examples of an optimizer step: of all replicas together (strong scaling), or of each replica (weak)."""
     scaling: str = one_of("strong", "weak")
-    """strong | weak."""
+    """strong: the global batch is divided over the replicas; weak: each replica has `batch.global_size` examples."""
     num_shards: int = between(1, MAX_PARTS)
-    """reproducibility=exact: pieces that a global batch is cut into; the largest number of replicas."""
+    """exact: pieces that a global batch is cut into; the largest number of replicas, and of cores of a process."""

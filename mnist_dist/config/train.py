@@ -19,20 +19,21 @@ class TrainerConfig(Checked):
     section = "trainer."
 
     epochs: int = between(1, MAX_INT32)
+    """How many are trained; a finished run is trained further when it is raised."""
 
 
 @dataclass
 class CheckpointConfig(Checked):
-    """What is kept of the training while it runs, to go on from."""
+    """What is kept of the training while it runs, to resume from."""
 
     section = "checkpoint."
 
     every_epochs: int = between(1, MAX_INT32)
-    """A checkpoint after so many epochs, and after the last one."""
+    """Epochs from one checkpoint to the next; the last epoch has one always."""
     every_s: float = between(0, math.inf)
-    """And after the epoch that ends so many seconds after the last checkpoint, or later."""
+    """Seconds after which the next epoch ends with a checkpoint in any case."""
     keep: int = between(1, MAX_INT32)
-    """How many of the newest are kept; the best by validation accuracy is kept besides."""
+    """How many of the newest are kept; the best by validation accuracy is kept as well."""
 
 
 @dataclass
@@ -67,11 +68,11 @@ class TrainConfig(Checked):
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING
     reproducibility: str = one_of("auto", "exact", "fast")
-    """auto | exact | fast; auto is exact on CPUs and fast on GPUs."""
+    """exact: bit-identical on any number of replicas; fast: sums in any order; auto: exact on CPUs, fast on GPUs."""
     threads: ThreadsConfig = MISSING
     trainer: TrainerConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     resume: str = one_of("auto", "never")
-    """auto | never: whether to go on with a run that was started in `run_dir`."""
+    """auto: resume the run in `run_dir`, if there is one; never: refuse a folder that holds a run."""
     plots: PlotsConfig = MISSING
     console: ConsoleConfig = MISSING
