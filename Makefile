@@ -47,12 +47,12 @@ check: $(VENV)/.installed-dev ## Check format, lint, types and the import rule; 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(VENV)/.installed-dev ## Format the code and mend what lint can mend
+format: $(VENV)/.installed-dev ## Format the code and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv and caches; runs stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 # The stamps make a second call install nothing, until what is to be installed changes.
 $(VENV)/.installed: pyproject.toml pins.txt

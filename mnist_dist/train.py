@@ -61,7 +61,7 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
     """Start TensorFlow and the devices; raises UserError where configuration and devices do not fit together."""
     config, dataset, checkpoint = run_input.config, run_input.dataset, run_input.found.checkpoint
     # Importing TensorFlow takes seconds, so it comes after everything that may send the user back. The other core
-    # prepares the data meanwhile.
+    # prepares the data at the same time.
     preparing = ThreadPoolExecutor(1).submit(
         preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
     )

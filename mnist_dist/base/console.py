@@ -23,7 +23,7 @@ from mnist_dist.base.surroundings import settings_of_keras
 
 class _Terminal(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        """Say nothing more: whoever reads it has ended (`| head`, `| tee` and Ctrl-C), and the run shall not."""
+        """Say nothing more: the reader has ended (`| head`, `| tee` and Ctrl-C), and the run must not."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -129,7 +129,7 @@ class Console:
                 _errors = None
 
     def show_held_back(self) -> None:
-        """What TensorFlow wrote before it failed, for whoever looks for the reason."""
+        """Show what TensorFlow wrote before it failed."""
         with contextlib.suppress(OSError):
             os.write(2, self._held_back)
 

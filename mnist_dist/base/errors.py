@@ -1,6 +1,6 @@
 """Exit codes, and the errors that carry them to the command line.
 
-Raise `UserError` wherever the cause is something the user can mend: it ends as one line and exit code 2.
+Raise `UserError` wherever the cause is something the user can fix: it ends as one line and exit code 2.
 """
 
 EXIT_OK = 0
@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on (for example a non-finite loss); the message says where and why."""
+    """Training cannot continue (for example a non-finite loss); the message says where and why."""
 
 
 class LostTouch(RuntimeError):

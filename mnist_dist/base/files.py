@@ -45,7 +45,7 @@ def read_regular(path: Path) -> bytes:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step, flushed to disk, in a folder that exists; raises OSError."""
-    # All within the folder as it is opened here: if it is moved meanwhile, nothing goes to what takes its place.
+    # All within the folder as it is opened here: if it is moved in between, nothing goes to what takes its place.
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         temporary = f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}"

@@ -98,7 +98,7 @@ def _open_streams() -> None:
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that the terminal lacks
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:

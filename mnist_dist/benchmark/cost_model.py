@@ -248,7 +248,7 @@ def last_paying(time_s: Callable[[int], float], *, limit: int = 1024, min_gain: 
     """The number of replicas where one more doubling saves less than `min_gain` of the time for the first time.
 
     Args:
-        time_s: seconds on so many replicas (of an epoch, say).
+        time_s: seconds on that many replicas (of an epoch, say).
         limit: the largest number of replicas; the answer where every doubling up to it pays.
         min_gain: a share of the time.
     """

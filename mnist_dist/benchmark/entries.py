@@ -128,7 +128,7 @@ def _parse_rival(text: str, kind: str, words: Sequence[str]) -> Contender:
 
 
 def _whole_number(text: str) -> int | None:
-    """A number from 1 to 1024; None if `text` is none."""
+    """A number from 1 to 1024; None if `text` is not one."""
     return int(text) if len(text) <= 4 and text.isdecimal() and 1 <= int(text) <= 1024 else None
 
 
@@ -169,7 +169,7 @@ def _parse_ours(text: str, words: Sequence[str]) -> Contender:
 
 
 def default_texts(*, num_gpus: int) -> list[str]:
-    """What is compared by default on a machine with so many GPUs."""
+    """What is compared by default on a machine with that many GPUs."""
     replicas = max(2, num_gpus)
     places = ["strategy=single"]
     if num_gpus != 1:  # one GPU has nothing to share with; on CPUs there are logical devices

@@ -62,7 +62,7 @@ class Bystanders:
             )
 
     def busiest(self, number: int = 5) -> list[dict[str, Any]]:
-        """The processes that took most CPU time meanwhile, and at least a tenth of a second; seconds."""
+        """The processes that took most CPU time in between, and at least a tenth of a second; seconds."""
         spent = {process: self._last[process] - self._first[process] for process in set(self._last) - self._own}
         top = sorted(spent, key=lambda process: -spent[process])[:number]
         return [

@@ -63,7 +63,7 @@ class Turns:
         self._wire.send({"ready": dict(facts), "parts": list(parts)})
 
     def wait(self) -> str:
-        """Wait for the next turn: the part to measure. Ends the process when there is none any more."""
+        """Wait for the next turn: the part to measure. Ends the process when there are no more."""
         try:
             return str(self._wire.receive()["do"])
         except (OSError, Garbled):

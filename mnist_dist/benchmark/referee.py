@@ -1,6 +1,6 @@
 """Starts the contenders, each in processes of its own, and lets one at a time compute.
 
-Threads can be set once a process, hence the processes; and whatever else the machine does meanwhile should hit all
+Threads can be set once a process, hence the processes; and whatever else the machine does at the time should hit all
 alike, hence the turns. Nothing here knows TensorFlow.
 """
 

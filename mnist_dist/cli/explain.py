@@ -36,7 +36,7 @@ def _first_line(text: object) -> str:
 
 
 def _given(key: str) -> str:
-    """KEY=VALUE as the command line has it; the key alone where it has not, as when a file gave the value."""
+    """KEY=VALUE as the command line has it; the key alone where it does not, as when a file gave the value."""
     key = key.partition("[")[0]  # an entry of a list
     return shorten(next((text for text in reversed(sys.argv[1:]) if text.startswith((f"{key}=", f"{key}."))), key))
 

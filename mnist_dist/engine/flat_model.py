@@ -39,7 +39,7 @@ def load_flat_model(path: Path, *, num_pixels: int, num_classes: int) -> "FlatMo
 
 
 def _shorten(error: Exception) -> str:
-    """The first sentence of an error: Keras' go on for pages."""
+    """The first sentence of an error: Keras' fill pages."""
     sentence = re.split(r"\.(?: (?=[A-Z])|$)", " ".join(str(error).split()))[0]
     return textwrap.shorten(sentence, 200, placeholder=" ...") or type(error).__name__
 

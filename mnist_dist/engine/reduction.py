@@ -58,7 +58,7 @@ class ExactSum:
             return own[0]
         if [len(nodes) for nodes in everywhere] == [1, 1]:
             return self._strategy.all_reduce_sum(own[0])
-        # All send the same number of partial sums; whoever has fewer fills up with zeros, which nobody reads.
+        # All send the same number of partial sums; those with fewer fill up with zeros, which nobody reads.
         most = max(len(nodes) for nodes in everywhere)
         own += [tf.zeros_like(own[0])] * (most - len(own))
         gathered = tf.unstack(self._strategy.all_gather(tf.stack(own)), num=most * plan.num_replicas)

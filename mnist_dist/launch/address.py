@@ -34,7 +34,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def ipv6_address(text: str) -> str:
-    """One spelling of an IPv6 address, without brackets; raises ValueError if it is none."""
+    """One spelling of an IPv6 address, without brackets; raises ValueError if it is not one."""
     if not re.fullmatch(r"[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,15})?", text):  # with the zone of a link-local one
         raise ValueError(f'"{printable(text, 80)}" is no IPv6 address')
     return str(ipaddress.IPv6Address(text))

@@ -1,7 +1,7 @@
 """Whether all processes of the job are alive, while they train together.
 
 The backends wait long for a process that is gone, or end with an error that names nobody. So every process has a
-connection to rank 0 besides, which says every few seconds that it is alive, and tells why it ends when it does. A
+further connection to rank 0, which says every few seconds that it is alive, and tells why it ends when it does. A
 connection that breaks, or stays silent, is a lost process: rank 0 tells all others, and each ends itself at once, in
 whatever collective it waits.
 """
@@ -30,7 +30,7 @@ _ALIVE_EVERY_S = 2.0
 # A process whose machine is frozen or out of reach breaks no connection. Once a collective has failed less is enough.
 _SILENCE_S, _SUSPICIOUS_SILENCE_S = 30.0, 10.0
 _JOIN_S = 30.0
-# Whoever ends for a reason tells it; most often all processes have the same reason and say so themselves meanwhile.
+# Whoever ends for a reason tells it; most often all processes have the same reason and say so themselves.
 _GRACE_S = 5.0
 _FAREWELL_S, _HASTY_FAREWELL_S = 2.0, 0.2
 

@@ -19,7 +19,7 @@ _RETRY_S = 0.2
 
 
 class RankTaken(UserError):
-    """Another process of this job has the rank of this one; the job goes on without it."""
+    """Another process of this job has the rank of this one; the job continues without it."""
 
     def __init__(self, topology: Topology, holder: str) -> None:
         super().__init__(

@@ -1,1 +1,1 @@
-"""The run folder: what is in it, when it may be used, and how a run goes on from it."""
+"""The run folder: what is in it, when it may be used, and how a run resumes from it."""

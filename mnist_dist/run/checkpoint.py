@@ -123,7 +123,7 @@ class CheckpointFolder:
         make_folder(self.path)
         write_atomically(self._file(point.epoch), checkpoint.to_bytes())
         epochs = self._epochs()
-        if point.epoch not in epochs:  # somebody has moved the folder away meanwhile
+        if point.epoch not in epochs:  # somebody has moved the folder away
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._file(point.epoch)))
         rows = [row for row in point.history.epochs if row.epoch in epochs]
         # What is left of later epochs could not be read when the run went on, and these are trained again.

@@ -116,7 +116,7 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run when it is passed back.
 
-        Raises UserError, before anything changes, if another job is training here or has begun a run meanwhile.
+        Raises UserError, before anything changes, if another job is training here or has started a run since.
         """
         if not self.is_writer:
             return
@@ -227,7 +227,7 @@ class RunFolder:
         """Write `name` in the block: an OSError, of a disk that is full for example, becomes TrainingFailed.
 
         So does a folder that is not the one of this run any more: to write what comes next into the place of a folder
-        that was removed, or into that of another job, would leave what looks like a run and is none.
+        that was removed, or into that of another job, would leave what looks like a run and is not.
         """
         try:
             if not self._lock.is_still_there():

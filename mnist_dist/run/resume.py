@@ -1,4 +1,4 @@
-"""Resuming a run: what its folder holds, what must be the same, and where the training goes on."""
+"""Resuming a run: what its folder holds, what must be the same, and where the training continues."""
 
 import logging
 from collections.abc import Iterable, Mapping

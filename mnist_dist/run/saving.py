@@ -1,4 +1,4 @@
-"""When checkpoints are written: after every so many epochs, and earlier where these take long."""
+"""When checkpoints are written: after a number of epochs, and earlier where these take long."""
 
 import time
 from collections.abc import Callable, Mapping
