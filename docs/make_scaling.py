@@ -214,7 +214,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """The page with all parts between `<!-- NAME -->` and `<!-- end -->` made anew."""
+    """The page with all parts between `<!-- NAME -->` and `<!-- end -->` made again."""
     for name, make in PARTS.items():
         begin, end = f"<!-- {name} -->\n", "<!-- end -->"
         assert page.count(begin) == 1, f"{name}: not one place in {PAGE}"

@@ -13,7 +13,7 @@
 #SBATCH --signal=SIGUSR2@90        # the processes are warned 90 s before the time is up
 #SBATCH --requeue                  # the job may be put back into the queue
 # Stopped on request (preemption, the time is nearly up) or by the loss of a process, the job is put back into the queue
-# and goes on from its last checkpoint; but from one and the same checkpoint only so many times. 0: never.
+# and resumes from its last checkpoint; but from one and the same checkpoint at most this many times. 0: never.
 max_requeues=5
 set -euo pipefail
 
@@ -148,9 +148,9 @@ count=$(grep -c ", $checkpoint\$" "$requeues" 2>/dev/null || true)
 if ((${count:-0} >= max_requeues)); then
     why_not="it was ${count:-0} time(s) already, with $checkpoint; max_requeues=$max_requeues in slurm/train.sh"
 elif why_not=$({ mkdir -p runs && echo "$(date '+%F %T') $reason, $checkpoint" >>"$requeues"; } 2>&1); then
-    echo "Job $id goes back into the queue: $reason; it will go on from $checkpoint"
+    echo "Job $id goes back into the queue: $reason; it will resume from $checkpoint"
     ! why_not=$(scontrol requeue incomplete "$id" 2>&1) || exit "$code"
 fi
 echo "error: job $id is not put back into the queue: $reason, but ${why_not:-scontrol requeue did not work}." \
-    "To go on from $checkpoint, with the same options of sbatch: sbatch slurm/train.sh$(printf ' %q' "${arguments[@]}")" >&2
+    "To resume from $checkpoint, with the same options of sbatch: sbatch slurm/train.sh$(printf ' %q' "${arguments[@]}")" >&2
 exit "$code"

@@ -59,7 +59,7 @@ RESULTS = ("model.keras", "accuracy.png", "loss.png", "confusion_matrix.png", "s
 
 
 class Difference(AssertionError):
-    """A run did not go on as it should have."""
+    """A run did not resume as it should have."""
 
 
 class Scenario(NamedTuple):

@@ -926,7 +926,7 @@ def test_evaluate_a_damaged_model(content, problem, fake_run, refuse):
     (fake_run / "model.keras").write_bytes(content)
     line = refuse(EVALUATE, "run_dir=run")
     assert line == (
-        f"run/model.keras: not a usable model: model.keras is damaged ({problem}); take it away, and the training "
+        f"run/model.keras: not a usable model: model.keras is damaged ({problem}); remove it, and the training "
         "command of this run makes it again from its last checkpoint"
     )
 

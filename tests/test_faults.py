@@ -325,6 +325,6 @@ def test_a_run_that_began_while_another_job_was_starting(tmp_path):
     with pytest.raises(UserError, match="another job is training here"):
         late.create(config)
     del folder, early
-    with pytest.raises(UserError, match="another job has begun a run here meanwhile"):
+    with pytest.raises(UserError, match="another job has started a run here"):
         late.create(config)
     assert contents(tmp_path) == before

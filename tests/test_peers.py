@@ -96,7 +96,7 @@ def gone(rank: int, how: str = "its connection broke") -> tuple[int, str]:
     return (
         EXIT_LOST_PEER,
         f"error: rank {rank} (127.0.0.1) is gone ({how}), so this process ends too; what was saved is kept, and the "
-        "same command goes on from there\n",
+        "same command resumes from there\n",
     )
 
 

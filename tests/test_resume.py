@@ -48,7 +48,7 @@ def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
     assert code == (1 if job == HOROVOD else 75), output  # horovodrun's own
     reached = len(history_of(folder).epochs)
     log = (folder / "train.log").read_text()
-    assert log.endswith(f"\nStopped on request after epoch {reached}; run the same command again to go on\n")
+    assert log.endswith(f"\nStopped on request after epoch {reached}; run the same command again to resume\n")
     assert output.count("Traceback") == (1 if job == HOROVOD else 0)  # horovodrun's own
     process = start(job, *more)
     assert process.wait(timeout=120) == 0, process.output.read_text()
@@ -179,7 +179,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(uninterrupted, 
     (folder / "summary.json").write_bytes((uninterrupted / "summary.json").read_bytes())
     result = train(folder, "trainer.epochs=100")
     assert result.returncode == 2
-    assert f"is finished after {NUM_EPOCHS}, and no checkpoint to go on from is left" in result.stderr
+    assert f"is finished after {NUM_EPOCHS}, and no checkpoint to resume from is left" in result.stderr
 
 
 @pytest.mark.parametrize(

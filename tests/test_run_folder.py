@@ -238,7 +238,7 @@ REFUSED = {
         "is a link to gone: No such file or directory",
     ),
     **{
-        f"{kind} {name}": ([in_place_of(name, make)], f"{name} is not a regular file; move it away, or mend it")
+        f"{kind} {name}": ([in_place_of(name, make)], f"{name} is not a regular file; move it away")
         for kind, make in (("folder", Path.mkdir), ("pipe", os.mkfifo))
         for name in ("config.yaml", "train.log", "history.csv", "summary.json", *RESULT_FILES)
     },

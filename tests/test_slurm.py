@@ -273,7 +273,7 @@ def check_put_back(batch: Batch, times: int, digest: str, *, reason: str) -> Non
     assert batch.returncode == 0, batch.log
     assert batch.state == "COMPLETED"
     assert batch.num_restarts == times, batch.log
-    assert batch.log.count(f"Job {batch.job_id} goes back into the queue: {reason}; it will go on from ") == times
+    assert batch.log.count(f"Job {batch.job_id} goes back into the queue: {reason}; it will resume from ") == times
     assert re.findall(r"^Job .* restarted (\d+) time", batch.log, re.MULTILINE) == [str(n) for n in range(times + 1)]
     resumed = [int(epoch) for epoch in re.findall(r"^Resuming after epoch (\d+) of", batch.log, re.MULTILINE)]
     assert resumed == batch.summary["resumed_from_epochs"]
@@ -413,7 +413,7 @@ def test_putting_back_is_not_allowed(submit):
     batch = submit(site=site)()
     assert (batch.state, batch.returncode, batch.num_restarts) == ("FAILED", 75, 0), batch.log
     (line,) = [line for line in batch.log.splitlines() if line.startswith("error: ")]
-    assert "is not put back into the queue: stopped on request, but Access denied. To go on from no checkpoint" in line
+    assert "is not put back into the queue: stopped on request, but Access denied. To resume from no checkpoint" in line
     assert line.endswith(f"sbatch slurm/train.sh run_dir=runs/job-{batch.job_id}")
 
 

@@ -193,7 +193,7 @@ class PeerWatch:
     def _lose(self, name: str, how: str) -> None:
         self._end(
             f"{name} is gone ({how}), so this process ends too; what was saved is kept, and the same command "
-            "goes on from there",
+            "resumes from there",
             EXIT_LOST_PEER,
             grace_s=0,
         )

@@ -92,13 +92,13 @@ class RunFolder:
                 )
             if not may_resume and self.is_started:
                 raise UserError(
-                    f"resume=never: {self.path} holds a run already; name another run_dir, or go on with resume=auto"
+                    f"resume=never: {self.path} holds a run already; name another run_dir, or resume it with resume=auto"
                 )
             for place in ("", *folders):
                 check_writable(self._path(place))
             for place in files:
                 if os.path.lexists(self._path(place)) and not self._path(place).is_file():
-                    raise UserError(f"run_dir={self.path}: {place} is not a regular file; move it away, or mend it")
+                    raise UserError(f"run_dir={self.path}: {place} is not a regular file; move it away")
         except OSError as error:
             raise UserError(
                 f"run_dir={self.path}: {place}{' ' if place else ''}cannot be written: {error.strerror or error}"
@@ -126,8 +126,8 @@ class RunFolder:
             self._lock.take()
             if self.is_started and not self._found_run:
                 raise UserError(
-                    f"run_dir={self.path}: another job has begun a run here meanwhile; run the same command again to "
-                    "go on with it, or name another run_dir"
+                    f"run_dir={self.path}: another job has started a run here; run the same command again to "
+                    "resume it, or name another run_dir"
                 )
         with self._failing_in_words():
             for folder in (self.path, self.checkpoints.path, self._path("plots")):
@@ -238,9 +238,9 @@ class RunFolder:
                 raise TrainingFailed(
                     f"{self.path} is not this run's folder any more: it, or the {self.log_path.name} in it, was "
                     "removed, moved or replaced. Nothing more was written there. Put it back and run the same command "
-                    "again to go on; without it that begins anew"
+                    "again to resume; without it, training starts over"
                 ) from error
             raise TrainingFailed(
                 f"{self._path(name)} cannot be written ({describe_os_error(error)}); what was written before is kept. "
-                "Mend this, then run the same command again"
+                "Fix this, then run the same command again"
             ) from error

@@ -23,7 +23,7 @@ from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
 T = TypeVar("T")
 
 
-MODEL_ADVICE = "take it away, and the training command of this run makes it again from its last checkpoint"
+MODEL_ADVICE = "remove it, and the training command of this run makes it again from its last checkpoint"
 """What to do about a `model.keras` that is damaged, or is another one."""
 
 

@@ -130,7 +130,7 @@ def _check_same_training(
     if foreign := _list_differences(saved, {**ours, **recorded}, keys=saved.keys()):
         raise UserError(
             f"run_dir={path}: the newest checkpoint is not of the run that is here ({foreign}); "
-            "take it away, or name another run_dir"
+            "remove it, or name another run_dir"
         )
 
 

@@ -80,7 +80,7 @@ class Strategy(ABC):
                 raise
             raise LostTouch(
                 f"the processes of this job cannot reach each other any more ({type(error).__name__} in a collective); "
-                "what was saved is kept, and the same command goes on from there"
+                "what was saved is kept, and the same command resumes from there"
             ) from error
 
     def is_lost_touch(self, error: tf.errors.OpError) -> bool:
