@@ -328,3 +328,18 @@ def test_a_run_that_began_while_another_job_was_starting(tmp_path):
     with pytest.raises(UserError, match="another job has started a run here"):
         late.create(config)
     assert contents(tmp_path) == before
+
+
+def test_two_new_runs_of_the_same_second(tmp_path, monkeypatch):
+    """Each has a folder, and a lock, of its own."""
+    monkeypatch.chdir(tmp_path)
+    first, second = RunFolder.from_config(None), RunFolder.from_config(None)
+    second.path = first.path
+    for folder in (first, second):
+        folder.claim()
+        folder.create(compose_config())
+    assert second.path == first.path.with_name(f"{first.path.name}_2")
+    for folder in (first, second):
+        other = RunFolder(folder.path)
+        with pytest.raises(UserError, match="another job is training here"):
+            other.claim()

@@ -49,7 +49,7 @@ class RunFolder:
         self.is_writer = is_writer
         self._is_new = is_new
         self._found_run = False
-        self._lock = FolderLock(self.log_path)
+        self._lock = FolderLock()
         self._digests: dict[str, str] = {}  # SHA-256 of the files that this object has written
 
     @classmethod
@@ -63,11 +63,6 @@ class RunFolder:
     def log_path(self) -> Path:
         """The file that takes the log's lines."""
         return self.path / "train.log"
-
-    @property
-    def model_path(self) -> Path:
-        """The saved Keras model."""
-        return self.path / MODEL
 
     @property
     def checkpoints(self) -> CheckpointFolder:
@@ -111,7 +106,7 @@ class RunFolder:
         """
         self._found_run = self.is_started
         if self._found_run and self.log_path.exists():  # a command that is refused must not make the file
-            self._lock.take()
+            self._lock.take(self.log_path)
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run when it is passed back.
@@ -123,7 +118,7 @@ class RunFolder:
         with self._failing_in_words():
             self.reserve()
         if not self._lock.is_held:
-            self._lock.take()
+            self._lock.take(self.log_path)
             if self.is_started and not self._found_run:
                 raise UserError(
                     f"run_dir={self.path}: another job has started a run here; run the same command again to "
@@ -195,8 +190,8 @@ class RunFolder:
         """Write `model.keras`."""
         if not self.is_writer:
             return
-        with self._failing_in_words(self.model_path.name), tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / self.model_path.name
+        with self._failing_in_words(MODEL), tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / MODEL
             model.save(saved)
             content = saved.read_bytes()
         self._write(MODEL, content)

@@ -11,8 +11,8 @@ from mnist_dist.base.files import describe_os_error, is_open_as, open_locked
 class FolderLock:
     """A lock on the log file of a run folder, which is open until this process ends anyway."""
 
-    def __init__(self, log_path: Path) -> None:
-        self._path = log_path
+    def __init__(self) -> None:
+        self._path = Path()
         self._descriptor: int | None = None
 
     @property
@@ -20,9 +20,9 @@ class FolderLock:
         """Whether this process has the lock."""
         return self._descriptor is not None
 
-    def take(self) -> None:
+    def take(self, log_path: Path) -> None:
         """Take the lock, and keep it until this process ends; raises UserError if another job has it."""
-        folder = self._path.parent
+        self._path, folder = log_path, log_path.parent
         try:
             self._descriptor = open_locked(self._path)
         except BlockingIOError as error:
