@@ -337,6 +337,7 @@ def test_two_new_runs_of_the_same_second(tmp_path, monkeypatch):
     second.path = first.path
     for folder in (first, second):
         folder.claim()
+    for folder in (first, second):
         folder.create(compose_config())
     assert second.path == first.path.with_name(f"{first.path.name}_2")
     for folder in (first, second):

@@ -87,7 +87,7 @@ class RunFolder:
                 )
             if not may_resume and self.is_started:
                 raise UserError(
-                    f"resume=never: {self.path} holds a run already; name another run_dir, or resume it with resume=auto"
+                    f"resume=never: {self.path} holds a run already; name another run_dir, or say resume=auto"
                 )
             for place in ("", *folders):
                 check_writable(self._path(place))
