@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 N ?=
+# Processes that run tests; many tests wait more than they compute.
+WORKERS ?= 3
 MINUTES ?= $(if $(N),inf,30)
 SEED ?= 0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda horovod train evaluate test slurm-test soak check format clean
+.PHONY: help setup cuda horovod train evaluate test test-quick slurm-test soak check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -29,9 +31,12 @@ train: setup ## Train; for example: make train ARGS="trainer.epochs=5 model=cnn"
 evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs/... split=val"
 	$(BIN)/python -m mnist_dist.evaluate $(ARGS)
 
+test-quick: $(VENV)/.installed-dev ## Run the tests that start no process: a minute
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal tests/unit $(ARGS)
+
 test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k history"
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(ARGS)
 
 slurm-test: $(VENV)/.installed-dev ## Train on a cluster of two nodes on this machine; needs Debian's slurm-wlm and munge
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
@@ -39,7 +44,7 @@ slurm-test: $(VENV)/.installed-dev ## Train on a cluster of two nodes on this ma
 
 soak: $(VENV)/.installed-dev ## Kill runs at random moments and compare; for example: make soak MINUTES=60 or N=10 SEED=7
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
-	$(BIN)/python tests/soak.py --rounds $(or $(N),0) --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+	$(BIN)/python tests/support/soak.py --rounds $(or $(N),0) --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check format, lint, types and the import rule; changes nothing
 	$(BIN)/ruff format --check .

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from jobs import CHECKOUT, LAUNCHER_VARIABLES, horovodrun
-from slurm_cluster import NODES, missing_programs, run_cluster
+from support import CHECKOUT
+from support.job import SINGLE, start_job
+from support.launchers import horovodrun
+from support.processes import LAUNCHER_VARIABLES
+from support.runs import summary_of
+from support.slurm_cluster import NODES, missing_programs, run_cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
 _JOB_S = 400  # on a busy machine; seconds on an idle one
 
@@ -155,16 +159,16 @@ def submit(cluster, desk):
 
 
 @pytest.fixture(scope="module")
-def expected(run_python, small, tmp_path_factory):
+def expected(small, tmp_path_factory):
     """The digest of the weights that the same training gives without Slurm."""
-    return train_plainly(run_python, small, tmp_path_factory.mktemp("plain") / "run")
+    return train_plainly(small, tmp_path_factory.mktemp("plain"))
 
 
-def train_plainly(run_python, arguments, folder: Path) -> str:
+def train_plainly(arguments, folder: Path) -> str:
     """Train without Slurm, on one device; returns the digest of the weights."""
-    result = run_python("-m", "mnist_dist.train", *arguments, "strategy=single", f"run_dir={folder}")
-    assert result.returncode == 0, result.stderr
-    return json.loads((folder / "summary.json").read_text())["weights_sha256"]
+    job = start_job(SINGLE, *arguments, f"run_dir={folder / 'run'}", printed_to=folder)
+    assert job.codes() == [0], job.output()
+    return summary_of(folder / "run")["weights_sha256"]
 
 
 def check(batch: Batch, expected: str, *, strategy: str, world_size: int, num_replicas: int) -> None:
@@ -263,9 +267,9 @@ def long(small):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run_python, long, tmp_path_factory):
+def undisturbed(long, tmp_path_factory):
     """The digest of the weights that the long training gives without Slurm."""
-    return train_plainly(run_python, long, tmp_path_factory.mktemp("plain") / "run")
+    return train_plainly(long, tmp_path_factory.mktemp("plain"))
 
 
 def check_put_back(batch: Batch, times: int, digest: str, *, reason: str) -> None:
@@ -405,6 +409,15 @@ def test_not_for_ever(submit):
     (line,) = [line for line in batch.log.splitlines() if line.startswith("error: ")]
     assert "it was 2 time(s) already, with no checkpoint; max_requeues=2 in slurm/train.sh" in line
     assert line.endswith(rf"sbatch slurm/train.sh seed=3 +x=a\ b run_dir=runs/job-{batch.job_id}")
+
+
+def test_a_process_that_takes_too_much_memory_does_not_come_back(submit):
+    """It would again. What Slurm says where a limit of memory is set; here a small shell says it, and is killed."""
+    line = "srun: error: node1: task 0: Out Of Memory"
+    batch = submit(site=f"launcher=(bash -c 'echo \"{line}\" >&2; kill -9 $$')")()
+    assert (batch.state, batch.num_restarts) == ("FAILED", 0), batch.log
+    assert line in batch.log
+    assert "goes back" not in batch.log
 
 
 def test_putting_back_is_not_allowed(submit):

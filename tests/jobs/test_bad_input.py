@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import CHECKOUT
+from support.processes import LIGHT_LIBRARIES, fork_server
 
 from mnist_dist import __version__
 from mnist_dist.base.memory import describe_bytes, usable_memory
@@ -20,29 +23,15 @@ from mnist_dist.data.load import load_dataset
 TRAIN, EVALUATE, BENCHMARK = "mnist_dist.train", "mnist_dist.evaluate", "mnist_dist.benchmark.__main__"
 NO_DATA = ("data=npz", "data.path=nowhere.npz")  # ends the runs that get as far as the data
 
-# Imports the entry points once and then forks a process for each request, which saves an import of a second each.
-SERVER = """
-import importlib, json, os, sys, traceback
-modules = {name: importlib.import_module(name) for name in sys.argv[1:]}
-for line in sys.stdin:
-    name, arguments, folder, printed = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for descriptor in (1, 2):
-            os.dup2(os.open(f"{printed}/{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
-        os.chdir(folder)
-        sys.argv = [name, *arguments]
-        code = 1
-        try:
-            modules[name].main()
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(100 + code if {"tensorflow", "keras"} & set(sys.modules) else code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+# Runs a module as `python -m` does, and tells whether TensorFlow was imported.
+WATCHED = """
+import os, runpy, sys
+del sys.argv[0]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    with open(os.environ["IMPORTED"], "w") as stream:
+        print(*{"tensorflow", "keras"} & set(sys.modules), file=stream)
 """
 
 
@@ -56,22 +45,6 @@ class Answer:
     knows_tensorflow: bool
 
 
-@pytest.fixture(scope="module")
-def server(python_environment):
-    # A proxy at which nobody listens, in case something does try to reach the network.
-    nobody = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, TRAIN, EVALUATE, BENCHMARK],
-        env={**python_environment, **nobody, "no_proxy": ""},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.stdin.close()
-    process.wait(timeout=60)
-
-
 @pytest.fixture
 def work(tmp_path):
     """The empty folder that commands run in."""
@@ -81,21 +54,20 @@ def work(tmp_path):
 
 
 @pytest.fixture
-def ask(server, tmp_path, work):
+def ask(python_environment, tmp_path, work):
     """Run `python -m MODULE *args` in `work` and return its answer."""
     caches = (f"data.keras_home={tmp_path}/keras", f"data.cache_dir={tmp_path}/cache")
+    # A proxy at which nobody listens, in case something does try to reach the network.
+    nobody = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    env = {**python_environment, **nobody, "no_proxy": "", "IMPORTED": str(tmp_path / "imported")}
 
     def ask(module, *args):
-        printed = tmp_path / "printed"
-        printed.mkdir(exist_ok=True)
-        for path in printed.iterdir():
-            path.unlink()
-        arguments = [*(caches if module == TRAIN else ()), *map(str, args)]
-        server.stdin.write(json.dumps([module, arguments, str(work), str(printed)]) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        stdout, stderr = ((printed / descriptor).read_text() for descriptor in "12")
-        return Answer(code % 100, stdout, stderr, knows_tensorflow=code >= 100)
+        printed = Path(tempfile.mkdtemp(dir=tmp_path))
+        paths = printed / "stdout", printed / "stderr"
+        words = ["-c", WATCHED, module, *(caches if module == TRAIN else ()), *args]
+        code = fork_server(LIGHT_LIBRARIES).start(words, env=env, cwd=work, printed=paths).wait(60)
+        imported = (tmp_path / "imported").read_text().strip()
+        return Answer(code, *(path.read_text() for path in paths), knows_tensorflow=bool(imported))
 
     return ask
 
@@ -126,7 +98,7 @@ def snapshot(folder):
 
 # The command line: arguments, and the line they get
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = CHECKOUT / "conf"
 EXPERIMENTS = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 QUOTES = (
     "cannot be read as KEY=VALUE; a value with blanks, brackets or other special characters needs quotes of its own"
@@ -447,7 +419,7 @@ def test_a_network_that_builds_on_none_of_ours(refuse, tmp_path):
 
 def test_hydras_variables_change_nothing(run_python, work):
     env = {"HYDRA_FULL_ERROR": "0", "HYDRA_MAIN_MODULE": "evil.module", "HYDRA_DEPRECATION_WARNINGS_AS_ERRORS": "1"}
-    result = run_python("-m", TRAIN, "--cfg", "job", "seed=3", cwd=work, env=env)
+    result = run_python("-m", TRAIN, "--cfg", "job", "seed=3", cwd=work, env=env, fresh=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "\nseed: 3\n" in result.stdout
     assert snapshot(work) == {}
@@ -732,7 +704,7 @@ def test_archive_that_unpacks_to_more_than_the_memory(run_python, work, small_ar
     """Its directory says so; the limit is set low, so that the file can be small."""
     np.savez_compressed(work / "mine.npz", **{**small_arrays, "x_train": np.zeros((10**6, 28, 28), np.uint8)})
     command = f"{LIMITED}runpy.run_module('{TRAIN}', run_name='__main__')"
-    result = run_python("-c", command, "data=npz", "data.path=mine.npz", "run_dir=run", cwd=work)
+    result = run_python("-c", command, "data=npz", "data.path=mine.npz", "run_dir=run", cwd=work, fresh=True)
     assert result.returncode == 2
     assert result.stderr == (
         "error: data.path=mine.npz: not a usable data file: its arrays take 784 MB of memory, and this process may use "
@@ -1007,7 +979,9 @@ def test_help_with_a_misspelt_key(refuse):
     ],
 )
 def test_from_the_shell(module, argument, code, beginning, run_python, work):
-    result = run_python("-X", "importtime", "-m", module, argument, cwd=work, env={"KERAS_HOME": os.fspath(work)})
+    result = run_python(
+        "-X", "importtime", "-m", module, argument, cwd=work, env={"KERAS_HOME": os.fspath(work)}, fresh=True
+    )
     imports = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
     printed = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == code

@@ -1,21 +1,15 @@
 """The benchmark with real child processes on small data; no test looks at how long anything took."""
 
+import contextlib
 import json
-import os
-import signal
-import socket
-import time
-from pathlib import Path
 
+import psutil
 import pytest
-from jobs import horovodrun
+from support.launchers import horovodrun
+from support.processes import family, wait_until
 
-from mnist_dist.base.errors import UserError
-from mnist_dist.base.wire import Wire
-from mnist_dist.benchmark.entries import default_texts, parse
-from mnist_dist.benchmark.machine import Bystanders
-from mnist_dist.benchmark.protocol import Lost, Turns, receive_all
-from mnist_dist.benchmark.report import build_rows, build_targets, format_table
+# One process has all of them, as they share what takes long to make.
+pytestmark = pytest.mark.xdist_group("benchmark")
 
 MODULE = ("-m", "mnist_dist.benchmark")
 SHORT = ("epochs=2", "warmup_epochs=1", "timeout_s=300")
@@ -40,7 +34,7 @@ def report(small_npz, run_python, tmp_path_factory):
             "floor",
             "strategy=single optimizer.learning_rate=1e30 optimizer=sgd precision=float32",
         ),
-        timeout=590,
+        timeout=590, fresh=True,
     )  # fmt: skip
     return result, folder, json.loads((folder / "benchmark.json").read_text())
 
@@ -98,7 +92,7 @@ def test_job_of_several_processes_and_its_parts(strategy, small_npz, run_python,
         horovodrun()
     result = run_python(
         *MODULE, "data=npz", f"data.path={small_npz}", f"run_dir={tmp_path}", *SHORT, "startup.enabled=false",
-        contenders(f"strategy={strategy} processes=2 precision=float32"), timeout=590,
+        contenders(f"strategy={strategy} processes=2 precision=float32"), timeout=590, fresh=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     content = json.loads((tmp_path / "benchmark.json").read_text())
@@ -145,98 +139,20 @@ def test_results_are_not_overwritten(run_python, tmp_path):
 def test_no_child_outlives_a_killed_benchmark(small_npz, start_python, tmp_path):
     process = start_python(
         *MODULE, "data=npz", f"data.path={small_npz}", f"run_dir={tmp_path / 'run'}", "epochs=100000",
-        "startup.enabled=false", contenders("strategy=multiworker processes=2"),
+        "startup.enabled=false", contenders("strategy=multiworker processes=2"), fresh=True,
     )  # fmt: skip
-    jobs = wait_for(lambda: children if len(children := list_children(process.pid)) == 2 else [])
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert wait_for(lambda: not any(is_child(pid) for pid in jobs))
+    (benchmark,) = process.processes
+    jobs = wait_until(lambda: children if len(children := list_children(benchmark)) == 2 else [])
+    benchmark.kill()
+    process.codes()
+    wait_until(lambda: not any(map(is_child, jobs)))
 
 
-@pytest.fixture
-def ends():
-    """Both sides of a connection; into the second one a test writes what it likes."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield Wire(ours), theirs
+def list_children(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in family(process) if is_child(child)]
 
 
-def test_what_came_with_the_greeting_is_not_waited_for(ends):
-    wire, theirs = ends
-    theirs.sendall(b'{"token": "x"}\n{"ready": {}}\n')
-    assert wire.receive() == {"token": "x"}
-    assert receive_all([wire], timeout_s=0.1) == [{"ready": {}}]
-    with pytest.raises(Lost, match=r"^did not answer within 0\.1 s$"):
-        receive_all([wire], timeout_s=0.1)
-
-
-@pytest.mark.parametrize("last", [b"", b'{"sec'])
-def test_a_child_that_ends_is_lost_even_within_a_word(last, ends):
-    wire, theirs = ends
-    theirs.sendall(last)
-    theirs.close()
-    with pytest.raises(Lost, match=r"^ended$"):
-        receive_all([wire], timeout_s=20)
-
-
-@pytest.mark.parametrize("last", [b"", b'{"d'])
-def test_a_child_ends_with_the_benchmark(last, ends):
-    wire, theirs = ends
-    theirs.sendall(last)
-    theirs.close()
-    with pytest.raises(SystemExit):
-        Turns(wire).wait()
-
-
-def list_children(pid: int) -> list[int]:
-    return [child for child in descendants(pid) if is_child(child)]
-
-
-def wait_for(condition, *, seconds=240):
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return result
-
-
-def is_child(pid: int) -> bool:
-    try:
-        return b"mnist_dist.benchmark.contenders.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        own = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return [*own, *(below for child in own for below in descendants(child))]
-
-
-def test_default_contenders_can_all_be_read():
-    for num_gpus in (0, 1, 4):
-        texts = default_texts(num_gpus=num_gpus)
-        assert len({(parse(text).name, parse(text).precision) for text in texts}) == len(texts)
-        assert any("mixed_float16" in text for text in texts) == (num_gpus > 0)
-
-
-def test_pytorch_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="PyTorch is not installed"):
-        parse("torch precision=float32")
-
-
-def test_bystanders_are_others_only():
-    bystanders = Bystanders()
-    bystanders.look()
-    sum(range(10_000_000))  # our own time does not count
-    bystanders.look()
-    assert os.getpid() not in [process["pid"] for process in bystanders.busiest(1000)]
-
-
-def test_empty_benchmark_is_a_table_without_rows():
-    assert build_rows([], warmup=1) == []
-    assert build_targets([], [], None) == []
-    assert len(format_table([])) == 1
+def is_child(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "mnist_dist.benchmark.contenders.child" in process.cmdline()
+    return False

@@ -12,28 +12,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from jobs import (
-    CHECKOUT,
-    HOROVOD,
-    MIRRORED,
-    NUM_EPOCHS,
-    SINGLE,
-    checkpoints_of,
-    history_of,
-    kill,
-    result_of,
-    stopped_after,
-    summary_of,
-    wait_for_epoch,
-)
+from support.hooks import HOOKS, WRITE_HOOK, WriteHook
+from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, Job, stopped_after, wait_for_epoch
+from support.runs import checkpoints_of, history_of, result_of, summary_of
 
-from mnist_dist.base.errors import UserError
-from mnist_dist.config.compose import compose_config
 from mnist_dist.run.checkpoint import Checkpoint
-from mnist_dist.run.folder import RunFolder
 
-KILL_AT = CHECKOUT / "tests" / "kill_at.py"
-BACKWARD_CLOCK = CHECKOUT / "tests" / "backward_clock.py"
+BACKWARD_CLOCK = (HOOKS / "backward_clock.py",)
 LOG_LINES = ("Epoch ", "Data: ", "Strategy: ", "Run folder: ", "Model: ", "Devices: ", "Batch: ", "Reproducibility: ")
 
 
@@ -46,11 +31,10 @@ def temporaries(folder: Path) -> list[Path]:
     return list(folder.rglob(".*"))
 
 
-def failure_of(process: subprocess.Popen) -> str:
+def failure_of(job: Job) -> str:
     """The one line that a run says beside its log when it cannot go on."""
-    code = process.wait(timeout=120)
-    output = process.output.read_text()
-    assert code == 1, output
+    codes, output = job.codes(), job.output()
+    assert codes == [1], output
     (line,) = [line for line in output.splitlines() if not line.startswith(LOG_LINES)]
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
@@ -229,15 +213,15 @@ def test_the_clock_goes_backwards(uninterrupted, train, start, args, tmp_path):
     """In both parts of a run, and between them: the newer a checkpoint is, the older its file."""
     folder = tmp_path / "run"
     more = ["checkpoint.every_epochs=1000", "checkpoint.every_s=0"]
-    process = start(SINGLE, *args, *more, f"run_dir={folder}", script=[BACKWARD_CLOCK])
+    process = start(SINGLE, *args, *more, f"run_dir={folder}", script=BACKWARD_CLOCK, fresh=True)
     wait_for_epoch(process, folder, 6)
-    kill(process)
+    process.kill()
     paths = checkpoints_of(folder)
     assert len(paths) >= 3
     for number, path in enumerate(paths):
         os.utime(path, (10**9 - 3600 * number,) * 2)
     newest = int(paths[-1].stem.removeprefix("epoch-"))
-    result = train(folder, *more, script=[BACKWARD_CLOCK])
+    result = train(folder, *more, script=BACKWARD_CLOCK, fresh=True)
     assert result.returncode == 0, result.stderr
     assert f"Resuming after epoch {newest} of {NUM_EPOCHS}\n" in result.stdout
     assert result_of(folder) == result_of(uninterrupted)
@@ -245,34 +229,34 @@ def test_the_clock_goes_backwards(uninterrupted, train, start, args, tmp_path):
     assert min(summary_of(folder)["timing"].values()) > 0
 
 
-# The arguments of kill_at.py, and the epoch after which the next command goes on.
+# The moment of a kill, and the epoch after which the next command resumes.
 KILLS = [
-    ("half", "config.yaml", 1, None),  # the first file of all
-    ("renamed", "history.csv", 1, None),  # an epoch without a checkpoint
-    ("half", "epoch-00005.ckpt", 1, 4),
-    ("flushed", "epoch-00009.ckpt", 1, 8),
-    ("renamed", "epoch-00013.ckpt", 1, 13),  # before older ones are removed
-    ("renamed", "history.csv", 4, 15),  # 13 again, 14, 15 and 16: it is ahead of the checkpoints
-    ("flushed", "summary.json", 1, NUM_EPOCHS),  # after the last checkpoint
+    (WriteHook("config.yaml", 0.5), None),  # the first file of all
+    (WriteHook("history.csv", "renamed"), None),  # an epoch without a checkpoint
+    (WriteHook("epoch-00005.ckpt", 0.5), 4),
+    (WriteHook("epoch-00009.ckpt", "flushed"), 8),
+    (WriteHook("epoch-00013.ckpt", "renamed"), 13),  # before older ones are removed
+    (WriteHook("history.csv", "renamed", number=4), 15),  # 13 again, 14, 15 and 16: it is ahead of the checkpoints
+    (WriteHook("summary.json", "flushed"), NUM_EPOCHS),  # after the last checkpoint
 ]
 
 
 def test_killed_at_certain_moments(uninterrupted, train, tmp_path):
     """One run, killed again and again, until the plain command ends it."""
     folder, resumed = tmp_path / "run", []
-    for moment, name, number, epoch in KILLS:
+    for hook, epoch in KILLS:
         before = contents(folder)
-        result = train(folder, script=[KILL_AT, moment, name, number])
+        result = train(folder, script=WRITE_HOOK, env=hook.environment())
         assert result.returncode == -signal.SIGKILL, result.stdout + result.stderr
-        assert [path.name.startswith(f".{name}.") for path in temporaries(folder)] == (
-            [] if moment == "renamed" else [True]
+        assert [path.name.startswith(f".{hook.file}.") for path in temporaries(folder)] == (
+            [] if hook.moment == "renamed" else [True]
         )
         lines = [line for line in result.stdout.splitlines() if line.startswith("Resuming")]
         assert lines == [f"Resuming after epoch {epoch} of {NUM_EPOCHS}" for epoch in resumed[-1:]]
         if epoch is not None:
             check_saved(folder, before)
             resumed.append(epoch)
-        if name == "epoch-00013.ckpt":
+        if hook.file == "epoch-00013.ckpt":
             epochs = [int(path.stem.removeprefix("epoch-")) for path in checkpoints_of(folder)]
             assert epochs[-4:] == [10, 11, 12, 13]
     check_goes_on(train, folder, uninterrupted)
@@ -291,56 +275,24 @@ def test_a_second_job_is_refused(uninterrupted, train, start, args, tmp_path):
         assert second.stderr.startswith(line)
         assert second.stderr.count("\n") == 1
         assert contents(folder) == before
-        kill(first)
+        first.kill()
     third = start(MIRRORED, *args, f"run_dir={folder}")
     with stopped_after(third, folder, 10):
         before = contents(folder)
         fourth = start(HOROVOD, *args, f"run_dir={folder}")
-        assert fourth.wait(timeout=120) == 1  # horovodrun's own
-        assert line in fourth.output.read_text()
+        assert fourth.codes() == [1]  # horovodrun's own
+        assert line in fourth.output()
         assert contents(folder) == before
-    assert third.wait(timeout=120) == 0, third.output.read_text()
+    assert third.codes() == [0], third.output()
     assert result_of(folder) == result_of(uninterrupted)
 
 
 def test_of_two_jobs_started_at_once_one_trains(uninterrupted, start, args, tmp_path):
     folder = tmp_path / "run"
     jobs = [start(SINGLE, *args, f"run_dir={folder}") for _ in range(2)]
-    codes = [job.wait(timeout=120) for job in jobs]
-    assert sorted(codes) == [0, 2], [job.output.read_text() for job in jobs]
-    lines = jobs[codes.index(2)].output.read_text().splitlines()
+    codes = [job.codes() for job in jobs]
+    assert sorted(codes) == [[0], [2]], [job.output() for job in jobs]
+    lines = jobs[codes.index([2])].output().splitlines()
     assert lines[-1].startswith(f"error: run_dir={folder}: another job ")
     assert result_of(folder) == result_of(uninterrupted)
     assert (folder / "train.log").read_text().count("Run folder: ") == 1
-
-
-def test_a_run_that_began_while_another_job_was_starting(tmp_path):
-    """That job has not seen how far the run has come, so it must not train there, even if nobody else does any more."""
-    config = compose_config()
-    late, early = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
-    for folder in (late, early):
-        folder.claim()
-    early.create(config)
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match="another job is training here"):
-        late.create(config)
-    del folder, early
-    with pytest.raises(UserError, match="another job has started a run here"):
-        late.create(config)
-    assert contents(tmp_path) == before
-
-
-def test_two_new_runs_of_the_same_second(tmp_path, monkeypatch):
-    """Each has a folder, and a lock, of its own."""
-    monkeypatch.chdir(tmp_path)
-    first, second = RunFolder.from_config(None), RunFolder.from_config(None)
-    second.path = first.path
-    for folder in (first, second):
-        folder.claim()
-    for folder in (first, second):
-        folder.create(compose_config())
-    assert second.path == first.path.with_name(f"{first.path.name}_2")
-    for folder in (first, second):
-        other = RunFolder(folder.path)
-        with pytest.raises(UserError, match="another job is training here"):
-            other.claim()

@@ -4,13 +4,15 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import CHECKOUT, TRAIN, free_ports, horovodrun, result_of, tf_configs
+from support import CHECKOUT
+from support.job import TRAIN, Job
+from support.launchers import free_ports, horovodrun, tf_config
+from support.processes import wait_until
+from support.runs import result_of
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_variables_of_two_launchers(args, run_python):
 
 
 def test_ranks_with_different_configurations(args, run_job, tmp_path):
-    results = run_job("multiworker", 2, *args, per_rank={1: ["seed=7", "model.dropout=0.1"]})
+    results = run_job(("multiworker", 2), *args, per_rank={1: ["seed=7", "model.dropout=0.1"]})
     fragment = "rank 1 has model.dropout=0.1, rank 0 has model.dropout=0.4"
     check_line(results[0], fragment)
     check_line(results[1], fragment, prefix="[rank 1/2] ")
@@ -62,13 +64,13 @@ def test_ranks_with_different_configurations(args, run_job, tmp_path):
 def test_ranks_with_different_data(args, small_arrays, run_job, tmp_path):
     other = tmp_path / "other.npz"
     np.savez(other, **{**small_arrays, "y_test": small_arrays["y_test"][::-1]})
-    results = run_job("multiworker", 2, *args, per_rank={1: [f"data.path={other}"]})
+    results = run_job(("multiworker", 2), *args, per_rank={1: [f"data.path={other}"]})
     check_line(results[0], "rank 1 has data.sha256=")
     check_line(results[1], "rank 1 has data.sha256=", prefix="[rank 1/2] ")
 
 
 def test_a_rank_that_cannot_take_part_is_named_to_all(args, run_job, tmp_path):
-    results = run_job("multiworker", 2, *args, per_rank={1: ["data.path=nowhere.npz"]})
+    results = run_job(("multiworker", 2), *args, per_rank={1: ["data.path=nowhere.npz"]})
     reason = "data.path=nowhere.npz: cannot be read: No such file or directory"
     check_line(results[0], f"rank 1 cannot take part: {reason}")
     check_line(results[1], reason, prefix="[rank 1/2] ")
@@ -88,7 +90,7 @@ train.main()
 
 
 def test_a_rank_with_fewer_gpus_than_processes_is_named_to_all(args, run_job, tmp_path):
-    results = run_job("multiworker", 3, *args, script=["-c", FEWER_GPUS])
+    results = run_job(("multiworker", 3), *args, script=["-c", FEWER_GPUS])
     reason = "3 processes on this machine but 2 GPUs"
     check_line(results[0], f"rank 1 cannot take part: {reason}")
     check_line(results[1], reason, prefix="[rank 1/3] ")
@@ -99,7 +101,7 @@ def test_a_rank_with_fewer_gpus_than_processes_is_named_to_all(args, run_job, tm
 def test_a_port_in_use_stops_all(args, run_job):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        results = run_job("multiworker", 2, *args, ports={1: port})
+        results = run_job(("multiworker", 2), *args, ports={1: port})
     check_line(results[0], f"rank 1 cannot take part: 127.0.0.1:{port}: cannot listen there")
     check_line(results[1], f"127.0.0.1:{port}: cannot listen there", prefix="[rank 1/2] ")
 
@@ -124,11 +126,11 @@ train.main()
 """
 
 
-def test_a_port_that_is_lost_in_the_last_moment(args, launch, tmp_path):
+def test_a_port_that_is_lost_in_the_last_moment(args, start, tmp_path):
     """By none of the means that keep it: then it is one line for all that, though TensorFlow writes many."""
-    job = launch("multiworker", 2, *args, script=["-c", LOSE_PORT])
-    assert job.wait(timeout=120) == [2, 2]
-    errors = [err.read_text() for _, err in job.outputs]
+    results = start(("multiworker", 2), *args, script=["-c", LOSE_PORT]).wait(120)
+    assert [result.returncode for result in results] == [2, 2]
+    errors = [result.stderr for result in results]
     assert all(len(text.splitlines()) == 1 for text in errors), errors
     assert all("TensorFlow's server cannot listen there, at the port of rank" in text for text in errors), errors
     assert not (tmp_path / "run").exists()
@@ -146,15 +148,15 @@ while True:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_nobody_gets_a_port_between_the_check_and_tensorflows_server(rank, args, launch, start_python, tmp_path):
+def test_nobody_gets_a_port_between_the_check_and_tensorflows_server(rank, args, start, start_python, tmp_path):
     """A program that tries all the time; the job trains as if it were not there."""
     port = free_ports(1)[0]
-    launch("multiworker", 2, *args, "trainer.epochs=300", ports={rank: port})
+    start(("multiworker", 2), *args, "trainer.epochs=300", ports={rank: port})
     wait_until(lambda: is_in_use(port))
     greedy = start_python("-c", GREEDY, port)
     wait_until((tmp_path / "run" / "history.csv").exists)
     greedy.kill()
-    assert "got it" not in greedy.communicate()[0]
+    assert "got it" not in greedy.output()
 
 
 def is_in_use(port) -> bool:
@@ -165,28 +167,14 @@ def is_in_use(port) -> bool:
     return False
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.fixture
-def start_ranks(python_environment, args, tmp_path):
-    """Start ranks of a job at these addresses, one by one; what still runs when the test ends is killed."""
-    processes = []
+def start_ranks(start_python, args):
+    """Start ranks of a job at these addresses, one by one."""
 
-    def begin(rank, addresses, *more) -> subprocess.Popen:
-        environment = {**python_environment, "TF_CONFIG": tf_configs(addresses)[rank]}
-        command = [sys.executable, *TRAIN, "strategy=multiworker", *args, *more]
-        processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path))
-        return processes[-1]
+    def begin(rank, addresses, *more) -> Job:
+        return start_python(*TRAIN, "strategy=multiworker", *args, *more, env=tf_config(addresses)[rank])
 
-    yield begin
-    for process in processes:
-        process.kill()
-        process.wait()
+    return begin
 
 
 @pytest.mark.parametrize("when", ["alone", "while it trains"])
@@ -202,18 +190,18 @@ def test_a_spare_process(rank, when, args, start_ranks, run_python, tmp_path):
         wait_until((tmp_path / "run" / "history.csv").exists)
     else:
         wait_until(lambda: is_in_use(ports[rank]))
-    result = run_python(*TRAIN, *args, env={"TF_CONFIG": tf_configs(addresses)[rank]}, timeout=30)
+    result = run_python(*TRAIN, *args, env=tf_config(addresses)[rank], timeout=30)
     check_line(result, f"rank {rank} is taken: ", prefix="[rank 1/2] " if rank else "")
     if not more:
         job.append(start_ranks(1 - rank, addresses))
-    assert [process.wait(timeout=120) for process in job] == [0, 0]
+    assert [rank.codes() for rank in job] == [[0], [0]]
 
 
 @pytest.mark.parametrize("hosts", [("[::1]", "[::1]"), ("[::1]", "localhost"), ("localhost", "[::1]")])
 def test_a_job_over_ipv6(hosts, args, start_ranks, run_python, tmp_path):
     addresses = [f"{host}:{port}" for host, port in zip(hosts, free_ports(2), strict=True)]
     job = [start_ranks(rank, addresses) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in job] == [0, 0]
+    assert [rank.codes() for rank in job] == [[0], [0]]
     assert run_python(*TRAIN, *args, f"run_dir={tmp_path / 'alone'}").returncode == 0
     assert result_of(tmp_path / "run") == result_of(tmp_path / "alone")
 
@@ -278,7 +266,7 @@ def test_a_refusal_ends_a_horovod_job(args, run_job, tmp_path):
     """The chief refuses the folder; the other rank does not go on alone (horovodrun may end it before it says why)."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "somebody's file").touch()
-    (result,) = run_job("horovod", 2, *args)
+    (result,) = run_job(("horovod", 2), *args)
     assert result.returncode == 1  # horovodrun's own, whatever its processes end with
     output = result.stdout + result.stderr
     assert "error: run_dir=" in output
@@ -305,7 +293,7 @@ def test_a_process_that_never_comes(args, run_python):
 
 
 def test_a_strategy_for_one_process_with_two(args, run_job):
-    for result in run_job("multiworker", 2, *args, "strategy=mirrored"):
+    for result in run_job(("multiworker", 2), *args, "strategy=mirrored"):
         assert result.returncode == 2
         assert "strategy=mirrored: is for one process, but tf_config started 2" in result.stderr
 
@@ -328,5 +316,5 @@ def test_horovod_was_built_for_another_tensorflow(args, run_python, tmp_path):
     source = tmp_path / "other.c"
     source.write_text("int of_another_tensorflow(void); int call(void) { return of_another_tensorflow(); }\n")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    result = run_python(*TRAIN, *args, "strategy=horovod", env={"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"})
+    result = run_python(*TRAIN, *args, "strategy=horovod", env={"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}, fresh=True)
     check_line(result, "not built for the installed TensorFlow", "of_another_tensorflow", "make horovod")

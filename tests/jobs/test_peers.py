@@ -1,6 +1,5 @@
 """A process of a job is lost, or ends for a reason: all others end too, at once, and say which it was."""
 
-import os
 import re
 import signal
 import socket
@@ -9,7 +8,9 @@ import sys
 import time
 
 import pytest
-from jobs import free_ports, is_alive, ranks_of
+from support.job import wait_for_epoch
+from support.launchers import local_addresses, tf_config
+from support.processes import is_alive
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
 
@@ -58,38 +59,24 @@ sys.exit(_guarded(main))
 
 
 @pytest.fixture
-def run_peers(python_environment, tmp_path):
+def run_peers(start_python):
     """Start one rank for each list of words and wait for those that end by themselves; (exit code, errors) of each."""
-    processes: list[subprocess.Popen] = []
 
     def run(*words, frozen=(), suspend_s=0):
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(words))]
-        for rank, own in enumerate(words):
-            task = f'{{"cluster": {{"worker": {addresses}}}, "task": {{"type": "worker", "index": {rank}}}}}'
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", PEER, *map(str, own)],
-                    env={**python_environment, "TF_CONFIG": task.replace("'", '"')},
-                    stdout=subprocess.DEVNULL,
-                    stderr=(tmp_path / f"err{rank}").open("w"),
-                )
-            )
+        environments = tf_config(local_addresses(len(words)))
+        jobs = [start_python("-c", PEER, *own, env=env) for own, env in zip(words, environments, strict=True)]
         if suspend_s:
-            for number, seconds in ((signal.SIGSTOP, suspend_s), (signal.SIGCONT, 0)):
-                time.sleep(3)  # they have met by then
-                for process in processes:
-                    process.send_signal(number)
-                time.sleep(seconds)
-        waited = [process for rank, process in enumerate(processes) if rank not in frozen]
-        codes = [process.wait(timeout=60) for process in waited]
-        errors = [(tmp_path / f"err{rank}").read_text() for rank in range(len(words)) if rank not in frozen]
+            time.sleep(3)  # they have met by then
+            for job in jobs:
+                job.freeze()
+            time.sleep(suspend_s)
+            for job in jobs:
+                job.processes[0].resume()
+        results = [job.wait(60)[0] for rank, job in enumerate(jobs) if rank not in frozen]
         # The port is not part of what is compared.
-        return list(zip(codes, [re.sub(r"(127\.0\.0\.1):\d+", r"\1", error) for error in errors], strict=True))
+        return [(result.returncode, re.sub(r"(127\.0\.0\.1):\d+", r"\1", result.stderr)) for result in results]
 
-    yield run
-    for process in processes:
-        process.kill()
-        process.wait()
+    return run
 
 
 def gone(rank: int, how: str = "its connection broke") -> tuple[int, str]:
@@ -255,28 +242,48 @@ def test_one_who_comes_and_is_done_at_once(chief):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize(("strategy", "size"), [("horovod", 3), ("multiworker", 2)])
-def test_a_lost_rank_of_a_training(strategy, size, lost, small_npz, launch, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "size", "launcher"), [("horovod", 2, None), ("horovod", 3, "srun"), ("multiworker", 2, None)]
+)
+def test_a_lost_rank_of_a_training(strategy, size, launcher, lost, small_npz, start, tmp_path):
     folder = tmp_path / "run"
     arguments = ["data=npz", f"data.path={small_npz}", "trainer.epochs=100000", f"run_dir={folder}"]
-    job = launch(strategy, size, *arguments)
-    history = folder / "history.csv"
-    while not (history.is_file() and history.read_text().count("\n") > 3):
-        assert job.is_running(), job.output()
-        time.sleep(0.05)
-    processes = ranks_of(job.processes)
-    assert sorted(processes) == list(range(size))
-    os.kill(processes[lost], signal.SIGKILL)
-    codes = job.wait(timeout=60)
+    job = start((strategy, size), *arguments, launcher=launcher)
+    wait_for_epoch(job, folder, 2)
+    assert job.is_running(), job.output()
+    ranks = job.ranks()
+    assert sorted(ranks) == list(range(size))
+    ranks[lost].kill()
+    codes = job.codes(60)
     output = job.output()
     lines = [line for line in output.splitlines() if "is gone" in line]
     assert len(lines) == size - 1, output
     for line in lines:
         assert f"error: rank {lost} (" in line
     # horovodrun has a traceback of its own, at its end.
-    assert "Traceback" not in (output if strategy == "multiworker" else output.partition("is gone")[0])
-    if strategy == "multiworker":
-        assert sorted(codes) == [-signal.SIGKILL, EXIT_LOST_PEER]
-    else:
-        assert codes == [1]  # horovodrun's own
-    assert not any(map(is_alive, processes.values()))
+    under_horovodrun = len(codes) == 1
+    assert "Traceback" not in (output.partition("is gone")[0] if under_horovodrun else output)
+    assert sorted(codes) == ([1] if under_horovodrun else [-signal.SIGKILL, *[EXIT_LOST_PEER] * (size - 1)])
+    assert not any(map(is_alive, ranks.values()))
+
+
+# Trains, and takes a process that says nothing for 3 s for a lost one, but only once all have started.
+IMPATIENT = """
+from mnist_dist import train
+from mnist_dist.launch import peers
+peers._SILENCE_S, peers._ALIVE_EVERY_S = 3.0, 0.2
+train.main()
+"""
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_of_a_training(frozen, small_npz, start, tmp_path):
+    """The long patience is for the start; once it trains, 3 s count, and not the 10 minutes of the start."""
+    folder = tmp_path / "run"
+    arguments = ["data=npz", f"data.path={small_npz}", "trainer.epochs=100000", f"run_dir={folder}"]
+    job = start(("multiworker", 2), *arguments, "strategy.start_timeout_s=600", script=("-c", IMPATIENT))
+    wait_for_epoch(job, folder, 2)
+    ranks = job.ranks()
+    ranks[frozen].suspend()
+    assert ranks[1 - frozen].wait(60) == EXIT_LOST_PEER
+    assert re.search(rf"error: rank {frozen} \(.*\) is gone \(silent for 3 s\)", job.output())

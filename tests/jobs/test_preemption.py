@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
-from jobs import TRAIN, descendants, free_ports, send, tf_configs
+from support.job import SINGLE, TRAIN
+from support.launchers import local_addresses, tf_config
+from support.processes import family, send, wait_until
 
 from mnist_dist.base.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
@@ -89,7 +91,7 @@ def test_none_is_deadly_after_the_end(inside, python_environment):
 @pytest.mark.parametrize("wait", WAITS)
 def test_before_the_training_a_signal_ends_the_process(wait, number, code, python_environment, tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    children: list[int] = []
+    children: list[psutil.Process] = []
     lines = [f"    {line}" for line in ["print('ready', flush=True)", *WAITS[wait].strip().splitlines()]]
     process = subprocess.Popen(
         [sys.executable, "-c", "\n".join([SETUP, "with request:", *lines]), tmp_path / "fifo"],
@@ -102,7 +104,7 @@ def test_before_the_training_a_signal_ends_the_process(wait, number, code, pytho
         assert process.stdout.readline() == "ready\n"
         if wait == "uninterruptible":
             wait_until(lambda: state(process.pid) == "D")
-        _, *children = descendants(process.pid)
+        _, *children = family(psutil.Process(process.pid))
         process.send_signal(number)
         assert process.wait(timeout=30) == code
     finally:
@@ -115,13 +117,6 @@ def test_before_the_training_a_signal_ends_the_process(wait, number, code, pytho
 
 def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 SIGNALS = [("SIGTERM", 75), ("SIGUSR2", 75), ("SIGINT", 130)]
@@ -139,11 +134,12 @@ def test_while_it_waits_for_the_digits_of_another_process(name, code, start, tmp
     (tmp_path / "cache").mkdir()
     with (tmp_path / "cache" / "digits-v1.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = start(("single", 1), "data=digits", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path}/run")
-        wait_until(lambda: waits_for_lock(process.pid))
-        process.send_signal(getattr(signal, name))
-        assert process.wait(timeout=30) == code
-    assert process.output.read_text() == f"{line_of(name)}\n"
+        process = start(SINGLE, "data=digits", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path}/run")
+        (waiting,) = process.processes
+        wait_until(lambda: waits_for_lock(waiting.pid))
+        waiting.send_signal(getattr(signal, name))
+        assert process.codes(30) == [code]
+    assert process.output() == f"{line_of(name)}\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -167,42 +163,32 @@ train.main()
 
 
 @pytest.mark.parametrize(("name", "code"), SIGNALS)
-def test_one_of_two_processes_ends_both(name, code, args, launch, tmp_path):
-    job = launch("multiworker", 2, *args, f"run_dir={tmp_path}/run", script=("-c", HELD), env={"SIGNS": str(tmp_path)})
+def test_one_of_two_processes_ends_both(name, code, args, start, tmp_path):
+    job = start(("multiworker", 2), *args, f"run_dir={tmp_path}/run", script=("-c", HELD), env={"SIGNS": str(tmp_path)})
     wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
     job.processes[1].send_signal(getattr(signal, name))
-    assert job.wait(timeout=60) == [code, code]
-    told = re.sub(r":[0-9]+", "", job.outputs[0][1].read_text())
+    chief, other = job.wait(60)
+    assert (chief.returncode, other.returncode) == (code, code)
+    told = re.sub(r":[0-9]+", "", chief.stderr)
     reason = "interrupted" if name == "SIGINT" else f"{name} before the training"
     assert told == f"error: rank 1 (127.0.0.1) ended: {reason}\n"
-    own = "".join(path.read_text() for path in job.outputs[1])
-    assert own == f"[rank 1/2] {line_of(name)}\n"
+    assert other.stdout + other.stderr == f"[rank 1/2] {line_of(name)}\n"
 
 
 @pytest.mark.parametrize(("name", "code"), SIGNALS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_while_it_waits_for_the_others(rank, name, code, args, python_environment, tmp_path):
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *TRAIN, *args, f"run_dir={tmp_path}/run"],
-            env={**python_environment, "TF_CONFIG": tf_configs(addresses)[rank]},
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        host, _, port = addresses[0].partition(":")
-        if rank == 0:
-            wait_until(lambda: socket.socket().connect_ex((host, int(port))) == 0)
-        else:
-            with socket.create_server((host, int(port))) as server:
-                server.settimeout(30)
-                server.accept()[0].close()
-        process.send_signal(getattr(signal, name))
-        assert process.wait(timeout=30) == code
-    finally:
-        process.kill()
-        process.wait()
+def test_while_it_waits_for_the_others(rank, name, code, args, start_python, tmp_path):
+    addresses = local_addresses(2)
+    job = start_python(*TRAIN, *args, f"run_dir={tmp_path}/run", env=tf_config(addresses)[rank])
+    host, _, port = addresses[0].partition(":")
+    if rank == 0:
+        wait_until(lambda: socket.socket().connect_ex((host, int(port))) == 0)
+    else:
+        with socket.create_server((host, int(port))) as server:
+            server.settimeout(30)
+            server.accept()[0].close()
+    job.processes[0].send_signal(getattr(signal, name))
+    assert job.codes(30) == [code]
     prefix = "[rank 1/2] " if rank else ""
-    assert (tmp_path / "output").read_text() == f"{prefix}{line_of(name)}\n"
+    assert job.output() == f"{prefix}{line_of(name)}\n"
     assert not (tmp_path / "run").exists()

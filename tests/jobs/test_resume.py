@@ -1,31 +1,22 @@
 """Stopping a run and going on with the same command: the same bits as if nothing had happened; kills: test_kills.py."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from jobs import (
-    HOROVOD,
-    MIRRORED,
-    NUM_EPOCHS,
-    SINGLE,
-    TRAIN,
-    checkpoints_of,
-    command,
-    freeze,
-    history_of,
-    job_name,
-    result_of,
-    send,
-    summary_of,
-    trainings,
-    wait_for_epoch,
-)
+from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, TRAIN, Job, job_name, wait_for_epoch
+from support.processes import kill, send
+from support.runs import checkpoints_of, history_of, result_of, summary_of
+
+from mnist_dist.base.errors import EXIT_LOST_PEER
 
 
 @pytest.mark.parametrize(
@@ -39,19 +30,20 @@ def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
     more = [*args, f"run_dir={folder}", "checkpoint.every_epochs=1000"]
     process = start(job, *more)
     wait_for_epoch(process, folder, 2)
-    frozen = freeze(process)  # or it might come to its end meanwhile
+    frozen = process.freeze()  # or it might come to its end in the meantime
+    last = process.ranks()[max(process.ranks())]
     for name in signals:
-        os.kill(trainings(process)[-1], getattr(signal, name))
+        last.send_signal(getattr(signal, name))
     send(frozen, signal.SIGCONT)
-    code = process.wait(timeout=120)
-    output = process.output.read_text()
-    assert code == (1 if job == HOROVOD else 75), output  # horovodrun's own
+    codes = process.codes()
+    output = process.output()
+    assert codes == [1 if job == HOROVOD else 75], output  # horovodrun's own
     reached = len(history_of(folder).epochs)
     log = (folder / "train.log").read_text()
     assert log.endswith(f"\nStopped on request after epoch {reached}; run the same command again to resume\n")
     assert output.count("Traceback") == (1 if job == HOROVOD else 0)  # horovodrun's own
     process = start(job, *more)
-    assert process.wait(timeout=120) == 0, process.output.read_text()
+    assert process.codes() == [0], process.output()
     assert summary_of(folder)["resumed_from_epochs"] == [reached]
     assert result_of(folder) == result_of(uninterrupted)
 
@@ -64,41 +56,43 @@ def stop_for_a_while(processes, seconds) -> None:
 
 @pytest.mark.parametrize("stopped", [[0], [1], [0, 1]], ids=str)
 def test_ranks_of_horovod_that_are_stopped_and_continued(stopped, args, uninterrupted, start, tmp_path):
-    process = start(HOROVOD, *args, f"run_dir={tmp_path / 'run'}")
+    process = start(HOROVOD, *args, f"run_dir={tmp_path / 'run'}", launcher="srun")
     wait_for_epoch(process, tmp_path / "run", 2)
-    ranks = trainings(process)
+    ranks = process.ranks()
     stop_for_a_while([ranks[rank] for rank in stopped], 3)
-    assert process.wait(timeout=120) == 0, process.output.read_text()
+    assert process.codes() == [0, 0], process.output()
     assert result_of(tmp_path / "run") == result_of(uninterrupted)
 
 
 def test_a_rank_that_is_stopped_for_longer_than_its_backend_waits(args, uninterrupted, start, tmp_path):
     """Nobody is lost, but Horovod has given up: after 30 s by itself, 10 days with us, and here 2 s."""
     more = [*args, f"run_dir={tmp_path / 'run'}"]
-    process = start(HOROVOD, *more, variables={"HOROVOD_GLOO_TIMEOUT_SECONDS": "2"})
+    process = start(HOROVOD, *more, env={"HOROVOD_GLOO_TIMEOUT_SECONDS": "2"}, launcher="srun")
     wait_for_epoch(process, tmp_path / "run", 2)
-    stop_for_a_while(trainings(process)[-1:], 5)
-    assert process.wait(timeout=120) == 1, process.output.read_text()  # horovodrun's own
-    output = process.output.read_text()
-    assert "error: the processes of this job cannot reach each other any more (UnknownError in a collective)" in output
-    assert "Exit code: 76" in output
-    process = start(HOROVOD, *more)
-    assert process.wait(timeout=120) == 0, process.output.read_text()
+    stop_for_a_while([process.ranks()[1]], 5)
+    assert EXIT_LOST_PEER in process.codes(), process.output()
+    told = "error: the processes of this job cannot reach each other any more (UnknownError in a collective)"
+    assert told in process.output()
+    process = start(SINGLE, *more)
+    assert process.codes() == [0], process.output()
     assert result_of(tmp_path / "run") == result_of(uninterrupted)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "both"])
-def test_stopped_while_nobody_reads_any_more(stream, args, start_python, tmp_path):
+def test_stopped_while_nobody_reads_any_more(stream, args, python_environment, tmp_path):
     """Ctrl-C ends `| tee log` too, and then there is nobody to tell."""
     folder = tmp_path / "run"
     stderr = subprocess.STDOUT if stream == "both" else subprocess.DEVNULL
-    process = start_python(*TRAIN, "strategy=single", *args, f"run_dir={folder}", stderr=stderr)
-    wait_for_epoch(process, folder, 2)
-    process.send_signal(signal.SIGSTOP)
-    process.stdout.close()
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=120) == 75
+    command = [sys.executable, *TRAIN, "strategy=single", *args, f"run_dir={folder}"]
+    process = psutil.Popen(command, env=python_environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr)
+    with contextlib.ExitStack() as stack:
+        stack.callback(kill, process)
+        wait_for_epoch(Job([process], []), folder, 2)
+        process.suspend()
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        process.resume()
+        assert process.wait(120) == 75
     assert checkpoints_of(folder)[-1].stem == f"epoch-{len(history_of(folder).epochs):05d}"
     assert "Stopped on request after" in (folder / "train.log").read_text()
 
@@ -217,21 +211,19 @@ def test_resume_never_in_a_new_folder(train, tmp_path):
     assert train(tmp_path / "run", "resume=never", "trainer.epochs=1").returncode == 0
 
 
-def test_fast_goes_on_with_another_number_of_replicas(args, train, run_python, tmp_path):
+def test_fast_goes_on_with_another_number_of_replicas(args, train, run_job, tmp_path):
     folder = tmp_path / "run"
     assert train(folder, "reproducibility=fast", "trainer.epochs=2").returncode == 0
-    again = command(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4")[1:]
-    result = run_python(*again)  # auto is what it was
+    (result,) = run_job(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4")  # auto is what it was
     assert result.returncode == 0, result.stderr
     assert "Resuming after epoch 2 of 4\nReplicas: 1 until now, 2 from here on" in result.stdout
     assert [row.epoch for row in history_of(folder).epochs] == [1, 2, 3, 4]
 
 
-def test_weak_scaling_needs_the_same_number_of_replicas(args, train, run_python, tmp_path):
+def test_weak_scaling_needs_the_same_number_of_replicas(args, train, run_job, tmp_path):
     folder = tmp_path / "run"
     assert train(folder, "batch.scaling=weak", "trainer.epochs=2").returncode == 0
-    again = command(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4", "batch.scaling=weak")[1:]
-    result = run_python(*again)
+    (result,) = run_job(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4", "batch.scaling=weak")
     assert result.returncode == 2
     assert "with 2 replicas a step has 128 images, but in the run here it has 64" in result.stderr
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import TRAIN
+from support.job import TRAIN
 
 from mnist_dist.base.surroundings import arithmetic_variables
 
@@ -51,8 +51,10 @@ def args(small_npz):
 def undisturbed(run_python, args, tmp_path_factory):
     """The folder of a run with nothing around it."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = run_python(*TRAIN, *args, f"run_dir={folder}")
+    keras_home = folder.with_name("keras")
+    result = run_python(*TRAIN, *args, f"run_dir={folder}", env={"KERAS_HOME": str(keras_home)}, fresh=True)
     assert result.returncode == 0, result.stderr
+    assert not keras_home.exists()  # Keras would make its settings there
     return folder
 
 
@@ -73,7 +75,7 @@ def test_variables_and_settings_of_libraries_change_nothing(settings, run_python
     (keras_home / "keras.json").write_text(settings)
     (tmp_path / "matplotlibrc").write_text("no.such.key: 3\ntext.usetex: True\nbackend: qtagg\nfont.size: 30\n")
     env = {**HARMLESS, "KERAS_HOME": str(keras_home)}
-    result = run_python(*TRAIN, *args, f"run_dir='{folder}'", env=env, cwd=tmp_path)
+    result = run_python(*TRAIN, *args, f"run_dir='{folder}'", env=env, cwd=tmp_path, fresh=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-1].startswith("Results: ")
     assert "r\\xe9" in result.stdout
@@ -81,14 +83,8 @@ def test_variables_and_settings_of_libraries_change_nothing(settings, run_python
     assert pictures(folder) == pictures(undisturbed)
     assert (keras_home / "keras.json").read_text() == settings
     assert (folder / "train.log").read_text("utf-8").count("ré") == 2
-    evaluated = run_python("-m", "mnist_dist.evaluate", f"run_dir='{folder}'", env=env, cwd=tmp_path)
+    evaluated = run_python("-m", "mnist_dist.evaluate", f"run_dir='{folder}'", env=env, cwd=tmp_path, fresh=True)
     assert (evaluated.returncode, evaluated.stderr) == (0, "")
-
-
-def test_keras_settings_are_not_made(run_python, args, tmp_path):
-    result = run_python(*TRAIN, *args, f"run_dir={tmp_path / 'run'}", env={"KERAS_HOME": str(tmp_path / "keras")})
-    assert result.returncode == 0
-    assert not (tmp_path / "keras").exists()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +97,7 @@ def test_keras_settings_are_not_made(run_python, args, tmp_path):
     ],
 )
 def test_a_variable_that_cannot_be_left_alone_is_named(variable, value, fragment, run_python, args, tmp_path):
-    result = run_python(*TRAIN, *args, f"run_dir={tmp_path / 'run'}", env={variable: value})
+    result = run_python(*TRAIN, *args, f"run_dir={tmp_path / 'run'}", env={variable: value}, fresh=True)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {variable}={value}: ")
@@ -113,7 +109,7 @@ def test_a_variable_that_cannot_be_left_alone_is_named(variable, value, fragment
 def test_a_matplotlibrc_that_cannot_be_read_is_named(kind, run_python, args, tmp_path):
     path = tmp_path / "matplotlibrc"
     path.write_bytes(b"\xff\xfe") if kind == "binary" else os.mkfifo(path)
-    result = run_python(*TRAIN, *args, f"run_dir={tmp_path / 'run'}", cwd=tmp_path, timeout=60)
+    result = run_python(*TRAIN, *args, f"run_dir={tmp_path / 'run'}", cwd=tmp_path, timeout=60, fresh=True)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: matplotlibrc: ")
@@ -127,7 +123,7 @@ def test_ranks_whose_libraries_compute_differently(run_job, args, tmp_path):
         "train.main()"
     )
     several = [arg for arg in args if not arg.startswith("strategy=")]
-    for result in run_job("multiworker", 2, *several, f"run_dir={tmp_path / 'run'}", script=("-c", code)):
+    for result in run_job(("multiworker", 2), *several, f"run_dir={tmp_path / 'run'}", script=("-c", code), fresh=True):
         assert result.returncode == 2
         assert "rank 1 has ONEDNN_DEFAULT_FPMATH_MODE=BF16, rank 0 has ONEDNN_DEFAULT_FPMATH_MODE=None" in result.stderr
 
@@ -144,7 +140,7 @@ def shell(command: str, python_environment, cwd) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("closed", ["2>&- <&-", "<&- 2>&-", ">&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("closed", ["<&- 2>&-", ">&-", ">&- 2>&- <&-"])
 def test_closed_streams_are_like_the_null_device(closed, args, undisturbed, python_environment, tmp_path):
     command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
     result = shell(f"{command} {closed}", python_environment, tmp_path)
@@ -215,11 +211,10 @@ def test_a_home_folder_and_caches_that_cannot_be_written(args, undisturbed, as_a
     assert not any((tmp_path / "home").iterdir())
 
 
-@pytest.mark.parametrize("home", ["", "HOME=/proc/nowhere"])
-def test_a_user_whom_the_machine_does_not_know(home, args, undisturbed, python_environment, tmp_path):
+def test_a_user_whom_the_machine_does_not_know(args, undisturbed, python_environment, tmp_path):
     """As in a container that is given a number for a user."""
     command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
-    unknown = f"unshare --user --map-user=54321 --map-group=54321 env -u HOME {home} "
+    unknown = "unshare --user --map-user=54321 --map-group=54321 env -u HOME"
     result = shell(f"{unknown} {command}", python_environment, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert outcome(tmp_path / "run") == outcome(undisturbed)

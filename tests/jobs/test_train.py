@@ -12,6 +12,9 @@ from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.results.history import from_csv
 from mnist_dist.results.sums import weights_digest
 
+# One process has all of them, as they share what takes long to make.
+pytestmark = pytest.mark.xdist_group("train")
+
 FILES = {"config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log", "checkpoints"}
 EPOCH_LINE = (
     r"Epoch (\d+)/3 - \d+\.\ds - loss: \d\.\d{4} - accuracy: \d\.\d{4} - val_loss: \d\.\d{4} - val_accuracy: \d\.\d{4}"
@@ -30,9 +33,11 @@ def run(tmp_path_factory, small_npz, run_python):
     return result, folder
 
 
-def train_again(run_python, folder, *args):
+def train_again(run_python, folder, *args, **options):
     """Start the run of `folder` once more, from its own config.yaml."""
-    return run_python("-m", "mnist_dist.train", "--config-dir", str(folder), "--config-name", "config", *args)
+    return run_python(
+        "-m", "mnist_dist.train", "--config-dir", str(folder), "--config-name", "config", *args, **options
+    )
 
 
 def test_the_run_folder_is_complete(run):
@@ -54,7 +59,7 @@ def test_output_is_plain_lines_and_the_log_holds_them(run):
 
 
 def test_tensorflow_speaks_when_asked(run, run_python, tmp_path):
-    result = train_again(run_python, run[1], f"run_dir={tmp_path}/x", "console.tensorflow_messages=true")
+    result = train_again(run_python, run[1], f"run_dir={tmp_path}/x", "console.tensorflow_messages=true", fresh=True)
     assert result.returncode == 0
     assert "oneDNN" in result.stderr or "cuda" in result.stderr.lower()
 
@@ -97,7 +102,7 @@ def test_the_saved_model_opens_in_plain_keras(run, small_arrays, run_python, tmp
         f"model = keras.models.load_model({str(folder / 'model.keras')!r})\n"
         f"np.save({str(tmp_path / 'out.npy')!r}, model.predict(np.load({str(tmp_path / 'images.npy')!r}), verbose=0))"
     )
-    assert run_python("-c", code).returncode == 0
+    assert run_python("-c", code, fresh=True).returncode == 0
     probabilities = np.load(tmp_path / "out.npy")
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     summary = json.loads((folder / "summary.json").read_text())

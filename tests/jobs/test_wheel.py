@@ -7,15 +7,17 @@ import venv
 from pathlib import Path
 
 import pytest
+from support import CHECKOUT
 
-ROOT = Path(__file__).parent.parent
+# One process has all of them, as they share what takes long to make.
+pytestmark = pytest.mark.xdist_group("wheel")
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A fresh environment with the built wheel; everything else comes from the packages that are here already."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(CHECKOUT)]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "env", with_pip=False)

@@ -1,150 +1,154 @@
-"""Jobs in processes of their own: to start, to kill, and what they leave. Without TensorFlow, for scripts too."""
+"""A job as a user starts it: to start, to wait for, to stop, to kill, and what it prints. Without TensorFlow."""
 
 import contextlib
-import dataclasses
-import json
-import os
-import re
-import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import pytest
+import psutil
 
-from mnist_dist.results.history import EpochMetrics, History, from_csv
+from support import launchers
+from support.launchers import horovodrun, tf_config
+from support.processes import family, fork_server, freeze, is_alive, kill, python_environment
+from support.runs import history_of
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-# What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
-LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
-NUM_EPOCHS = 40
-SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
 TRAIN = ("-m", "mnist_dist.train")
-HELD = (str(CHECKOUT / "tests" / "held.py"),)
+NUM_EPOCHS = 40
+"""Of the runs on the small data set: enough to be stopped in, over in a second."""
+SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
 
 
-def job_name(job) -> str:
-    """How a job, (strategy, processes or replicas), is called in the list of tests."""
-    return f"{job[0]} x{job[1]}"
+def job_name(kind) -> str:
+    """How a kind of job, (strategy, processes or replicas), is called in the list of tests."""
+    return f"{kind[0]} x{kind[1]}"
 
 
-def horovodrun() -> str:
-    """The launcher; without Horovod the test is skipped, but fails where nothing may be skipped (CI)."""
-    path = Path(sys.executable).with_name("horovodrun")
-    if not path.is_file():
-        reason = "Horovod is not installed: make horovod"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return str(path)
+@dataclass
+class Job:
+    """The processes that a user starts for a job, and the two files of each that take what it prints."""
+
+    processes: list[psutil.Process]
+    printed: list[tuple[Path, Path]]
+
+    def is_running(self) -> bool:
+        """Whether none of the processes has ended."""
+        return all(map(is_alive, self.processes))
+
+    def output(self) -> str:
+        """All that was printed so far, each process's standard output before its errors."""
+        return "".join(path.read_text(errors="replace") for pair in self.printed for path in pair)
+
+    def wait(self, timeout_s: float = 300) -> list[subprocess.CompletedProcess[str]]:
+        """Wait for the end of all; how each ended. Raises psutil.TimeoutExpired, with all still running."""
+        codes = [process.wait(timeout_s) for process in self.processes]
+        texts = [[path.read_text(errors="backslashreplace") for path in pair] for pair in self.printed]
+        return [subprocess.CompletedProcess([], int(code), *text) for code, text in zip(codes, texts, strict=True)]
+
+    def codes(self, timeout_s: float = 120) -> list[int]:
+        """Wait for the end of all; their exit codes."""
+        return [result.returncode for result in self.wait(timeout_s)]
+
+    def kill(self) -> None:
+        """kill -9 all of it."""
+        for process in self.processes:
+            kill(process)
+
+    def freeze(self) -> list[psutil.Process]:
+        """Stop all of it; returns every process, in the order of their start."""
+        return [one for process in self.processes if is_alive(process) for one in freeze(process)]
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes that train, by rank; under horovodrun those that have been started already."""
+        if "-np" not in self.processes[0].cmdline():
+            return dict(enumerate(self.processes))
+        found = {}
+        for process in family(self.processes[0]):
+            with contextlib.suppress(psutil.Error):  # it ends just now
+                rank = process.environ().get("HOROVOD_RANK")
+                if rank is not None and process.cmdline()[:1] == [sys.executable]:
+                    found[int(rank)] = process
+        return found
 
 
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [server.getsockname()[1] for server in servers]
+def start(*words, printed_to: Path, env=None, cwd=None, prefix=(), fresh=False) -> Job:
+    """Start `python *words`, forked off a process that has imported its libraries.
 
-
-def tf_configs(addresses) -> list[str]:
-    """TF_CONFIG for each worker of `multiworker`."""
-    cluster = {"worker": list(addresses)}
-    return [
-        json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}) for index in range(len(addresses))
-    ]
-
-
-def python_environment() -> dict[str, str]:
-    """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path}
-
-
-def command(job, *args, script=TRAIN) -> list[str]:
-    strategy, size = job
-    launcher = [horovodrun(), "-np", str(size)] if strategy == "horovod" else []
-    replicas = [f"strategy.num_replicas={size}"] if strategy == "mirrored" else []
-    return [*launcher, sys.executable, *map(str, script), f"strategy={strategy}", *replicas, *map(str, args)]
-
-
-def start_job(job, *args, output: Path, env: dict[str, str], cwd: Path, script=TRAIN, prefix=()) -> subprocess.Popen:
-    """Start a job in a process group of its own; all that it prints goes to the file `output`.
-
-    `script` replaces `-m mnist_dist.train`, and `prefix` are words before the whole command.
+    Args:
+        words: what follows `python`.
+        printed_to: a folder for the files that take what it prints.
+        env: environment variables besides those of `python_environment`.
+        cwd: where it runs, by default in `printed_to`.
+        prefix: words before the whole command.
+        fresh: start a new interpreter, for what imports must not have happened yet.
     """
-    with output.open("w") as log:
-        process = subprocess.Popen(
-            [*prefix, *command(job, *args, script=script)],
-            env=env,
-            cwd=cwd,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    process.output = output
-    return process
+    environment = {**python_environment(), **(env or {})}
+    folder = Path(tempfile.mkdtemp(prefix="printed-", dir=printed_to))
+    printed = folder / "stdout", folder / "stderr"
+    for path in printed:
+        path.touch()
+    if not fresh and not prefix:
+        process = fork_server().start(words, env=environment, cwd=cwd or printed_to, printed=printed)
+    else:
+        with printed[0].open("w") as out, printed[1].open("w") as err:
+            process = psutil.Popen(
+                [*prefix, sys.executable, *map(str, words)],
+                env=environment,
+                cwd=cwd or printed_to,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+    return Job([process], [printed])
 
 
-def descendants(pid: int) -> list[int]:
-    """A process and all that it has started, whatever session they are in (horovodrun gives each its own)."""
-    children: list[int] = []
-    with contextlib.suppress(OSError):  # it ends just now
-        for path in Path(f"/proc/{pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                children += [int(word) for word in path.read_text().split()]
-    return [pid, *(process for child in children for process in descendants(child))]
+def start_job(
+    kind, *args, printed_to: Path, launcher=None, script=TRAIN, env=None, per_rank=None, delays_s=None, ports=None,
+    **options,
+) -> Job:  # fmt: skip
+    """Start a training of a kind, (strategy, processes or replicas), as a user does.
+
+    Args:
+        kind: for example ("horovod", 2).
+        args: keys and values.
+        printed_to: a folder for the files that take what it prints.
+        launcher: "srun" for Horovod and multiworker; by default horovodrun, and TF_CONFIG.
+        script: what replaces `-m mnist_dist.train`.
+        env: environment variables for all processes.
+        per_rank: more arguments for single ranks (not under horovodrun).
+        delays_s: how long single ranks start after the one before.
+        ports: of single ranks of multiworker.
+        options: as for `start`.
+    """
+    strategy, size = kind
+    words = [*map(str, script), f"strategy={strategy}", *map(str, args)]
+    if strategy == "mirrored":
+        words.append(f"strategy.num_replicas={size}")
+    if strategy == "horovod" and launcher is None:
+        options = {**options, "prefix": [*options.get("prefix", ()), horovodrun(), "-np", str(size)], "fresh": True}
+    environments = [{}]
+    if launcher == "srun":
+        horovodrun() if strategy == "horovod" else None
+        environments = launchers.srun(size)
+    elif strategy == "multiworker":
+        environments = tf_config(launchers.local_addresses(size, ports))
+    job = Job([], [])
+    for rank, variables in enumerate(environments):
+        time.sleep((delays_s or {}).get(rank, 0))
+        more = (per_rank or {}).get(rank, [])
+        one = start(*words, *more, printed_to=printed_to, env={**(env or {}), **variables}, **options)
+        job.processes += one.processes
+        job.printed += one.printed
+    return job
 
 
-def freeze(process: subprocess.Popen) -> list[int]:
-    """Stop the process and all that it has started, those too that are only just being started; returns all of them."""
-    frozen: set[int] = set()
-    while new := set(descendants(process.pid)) - frozen:
-        send(new, signal.SIGSTOP)
-        frozen |= new
-        while any(may_start_processes(pid) for pid in new):
-            time.sleep(0.001)
-    return sorted(frozen)
-
-
-def may_start_processes(pid: int) -> bool:
-    """Whether a process that was told to stop still runs. If it waits in the kernel, it stops before it does more."""
-    with contextlib.suppress(OSError):  # it ends just now
-        for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-            with contextlib.suppress(OSError):
-                if path.read_text().rpartition(")")[2].split()[0] in "RS":
-                    return True
-    return False
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is such a process, and not only its exit code, which nobody has asked for yet."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
-
-
-def send(pids, number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """kill -9 the process and all that it has started."""
-    if process.poll() is None:
-        pids = freeze(process)
-        send(pids, signal.SIGKILL)
-        while any(is_alive(pid) for pid in pids):
-            time.sleep(0.001)
-    process.wait()
-
-
-def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
-    """Wait until `history.csv` has so many epochs, or the job has ended."""
-    while process.poll() is None:
+def wait_for_epoch(job: Job, folder: Path, epoch: int) -> None:
+    """Wait until `history.csv` has that many epochs, or the job has ended."""
+    while job.is_running():
         with contextlib.suppress(OSError, ValueError):
             if len(history_of(folder).epochs) >= epoch:
                 return
@@ -152,66 +156,12 @@ def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
 
 
 @contextlib.contextmanager
-def stopped_after(process: subprocess.Popen, folder: Path, epoch: int) -> Iterator[None]:
+def stopped_after(job: Job, folder: Path, epoch: int) -> Iterator[None]:
     """Hold a job of one process still, somewhere after `epoch`, while the block runs."""
-    wait_for_epoch(process, folder, epoch)
-    process.send_signal(signal.SIGSTOP)
-    state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    assert state.si_code == os.CLD_STOPPED, process.output.read_text()
+    wait_for_epoch(job, folder, epoch)
+    frozen = job.freeze()
+    assert frozen and all(map(is_alive, frozen)), job.output()
     yield
-    process.send_signal(signal.SIGCONT)
-
-
-def trainings(process: subprocess.Popen) -> list[int]:
-    """The processes of a job that train, in the order of their start."""
-    found = []
-    for pid in sorted(descendants(process.pid)):
-        with contextlib.suppress(OSError):
-            words = tuple(Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"))
-            found += [pid] if words[1:3] == TRAIN or words[1:2] == HELD else []
-    return found
-
-
-def rank_of(pid: int) -> int:
-    """The rank of a process that trains, as its launcher told it."""
-    environment = Path(f"/proc/{pid}/environ").read_bytes()
-    match = re.search(rb'(?:\0HOROVOD_RANK=|"index": )(\d+)', b"\0" + environment)
-    return int(match[1]) if match else 0
-
-
-def ranks_of(processes) -> dict[int, int]:
-    """The processes that train, of those that a user has started and of what these have started, by rank."""
-    found = {}
-    for process in processes:
-        for pid in trainings(process):
-            with contextlib.suppress(OSError):  # it ends just now
-                found[rank_of(pid)] = pid
-    return found
-
-
-class Result(NamedTuple):
-    """What must not depend on interruptions."""
-
-    weights_sha256: str
-    num_correct: tuple[int, ...]
-    rows: tuple[EpochMetrics, ...]
-
-
-def result_of(folder: Path) -> Result:
-    summary = summary_of(folder)
-    rows = tuple(dataclasses.replace(row, epoch_s=0.0, images_per_s=0.0) for row in history_of(folder).epochs)
-    return Result(
-        summary["weights_sha256"], tuple(summary[name]["num_correct"] for name in ("train", "val", "test")), rows
-    )
-
-
-def summary_of(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def history_of(folder: Path) -> History:
-    return from_csv((folder / "history.csv").read_text())
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("epoch-*.ckpt"))
+    for process in frozen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()

@@ -3,8 +3,8 @@
 It needs Debian's packages `slurm-wlm` and `munge` to be installed, and nothing of them configured or running: key,
 sockets, ports and state are the cluster's own, in a folder of its own, and what was started is what is stopped.
 
-    python3 tests/slurm_cluster.py            # a shell in which sbatch, srun, squeue talk to the cluster
-    python3 tests/slurm_cluster.py COMMAND    # or one command
+    python3 tests/support/slurm_cluster.py            # a shell in which sbatch, srun, squeue talk to the cluster
+    python3 tests/support/slurm_cluster.py COMMAND    # or one command
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Kills runs at random moments, repeats their command to the end, and compares the result with an undisturbed run's.
 
-`test_kills.py` does this with fixed seeds, `make soak` with as many as one likes (`python tests/soak.py --help`).
+`test_kills.py` does this with fixed seeds, `make soak` as often as one likes (`python tests/support/soak.py --help`).
 """
 
 import argparse
@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,28 +20,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jobs import (
-    HELD,
-    HOROVOD,
-    MIRRORED,
-    NUM_EPOCHS,
-    SINGLE,
-    TRAIN,
-    Result,
-    command,
-    free_ports,
-    freeze,
-    is_alive,
-    job_name,
-    kill,
-    python_environment,
-    ranks_of,
-    result_of,
-    send,
-    summary_of,
-    tf_configs,
-)
-from small_data import create_small_arrays
+import psutil
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.data import create_small_arrays
+from support.hooks import WRITE_HOOK, WriteHook
+from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, TRAIN, job_name, start_job
+from support.processes import is_alive, send
+from support.runs import Result, result_of, summary_of
 
 MULTIWORKER = ("multiworker", 2)
 MAX_END_S = 60
@@ -54,6 +41,8 @@ MAX_WAIT_S = 180
 
 STAGES = ("config", "start-up", "import", "tracing", "epoch", "history", "save", "results")
 """The first file; before TensorFlow; its import; the first epoch; a later one; what is written after each; the end."""
+FRESH_STAGES = ("start-up", "import")
+"""Those that a process is over with when it is forked off one that has imported TensorFlow."""
 FILES = {"config": "config.yaml", "history": "history.csv", "save": "epoch-{:05d}.ckpt"}
 RESULTS = ("model.keras", "accuracy.png", "loss.png", "confusion_matrix.png", "summary.json")
 
@@ -113,51 +102,27 @@ class Kill:
         return f"{self.stage}{who} at {self.after_s:.1f} s with epoch {self.epoch} saved{writing}{ended}{hangs}"
 
 
-@dataclass
-class Hold:
-    """Where `held.py` is to stop and wait; see there."""
-
-    file: str
-    after: str
-    signs: Path
-
-    @property
-    def is_reached(self) -> bool:
-        return (self.signs / "held").exists()
-
-    @property
-    def stage(self) -> str:
-        return stage_of_file(self.file)
-
-    def release(self) -> None:
-        (self.signs / "go").touch()
-
-    def environment(self) -> dict[str, str]:
-        return {"HOLD_FILE": self.file, "HOLD_AFTER": self.after, "HOLD_SIGNS": str(self.signs)}
-
-
 class Attempt:
-    """The command, given once: for each process that a user starts one `Popen`."""
+    """The command, given once."""
 
-    def __init__(self, job, args, folder: Path, *, output: Path, hold: Hold | None = None) -> None:
-        self.job, self.folder, self.output, self.hold = job, folder, output, hold
+    def __init__(self, kind, args, folder: Path, *, hook: WriteHook | None = None, fresh: bool = False) -> None:
+        """Start it; `fresh`: with imports of its own, and Horovod's ranks by horovodrun in place of srun."""
+        self.kind, self.folder, self.hook = kind, folder, hook
         self._log_begin = log_size(folder)
         self._temporaries_before = temporaries(folder)
         self._epoch_before = newest_epoch(folder)
         self._started = time.monotonic()
-        words = command(job, *args, START_TIMEOUT, f"run_dir={folder}", script=HELD if hold else TRAIN)
-        environment = {**python_environment(), **(hold.environment() if hold else {})}
-        environments = [environment]
-        if job[0] == "multiworker":
-            configs = tf_configs([f"127.0.0.1:{port}" for port in free_ports(job[1])])
-            environments = [{**environment, "TF_CONFIG": text} for text in configs]
-        with output.open("w") as stream:
-            self._processes = [
-                subprocess.Popen(
-                    words, env=env, cwd=folder.parent, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-                )
-                for env in environments
-            ]
+        self._job = start_job(
+            kind,
+            *args,
+            START_TIMEOUT,
+            f"run_dir={folder}",
+            script=WRITE_HOOK if hook else TRAIN,
+            env=hook.environment() if hook else None,
+            printed_to=folder.parent,
+            launcher="srun" if kind == HOROVOD and not fresh else None,
+            fresh=fresh,
+        )
 
     @property
     def seconds(self) -> float:
@@ -165,7 +130,8 @@ class Attempt:
 
     @property
     def is_running(self) -> bool:
-        return any(process.poll() is None for process in self._processes)
+        """Whether any of its processes runs."""
+        return any(map(is_alive, self._job.processes))
 
     @property
     def log(self) -> str:
@@ -193,26 +159,29 @@ class Attempt:
         """The half-written files that are not of an earlier attempt."""
         return sorted(path.name for path in temporaries(self.folder) - self._temporaries_before)
 
-    def ranks(self) -> dict[int, int]:
+    @property
+    def ranks(self) -> dict[int, psutil.Process]:
         """The processes that train, by rank."""
-        return ranks_of(self._processes)
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            return self._job.ranks()
+        return {}
 
     def wait_until(self, condition) -> None:
         """Wait until it is true, or the job has ended; raises Difference."""
         while self.is_running and not condition():
             if self.seconds > MAX_WAIT_S:
-                raise Difference(f"{job_name(self.job)} hangs:\n{self.output.read_text()}")
+                raise Difference(f"{job_name(self.kind)} hangs:\n{self._job.output()}")
             time.sleep(0.005)
 
     def stage(self) -> str:
         """Where the (stopped) processes are."""
-        if self.hold and self.hold.is_reached:
-            return self.hold.stage
+        if self.hook and self.hook.is_held:
+            return stage_of_file(self.hook.file)
         if new := self.new_temporaries():
             return stage_of_file(new[0].removeprefix("."))
         if self.is_trained:
             return "results"
-        if not has_tensorflow(self.ranks().get(0)):
+        if not has_tensorflow(self.ranks.get(0)):
             return "start-up"
         if not self.is_training:
             return "import"
@@ -227,12 +196,12 @@ class Attempt:
         if not self.is_running:
             self.finish()
             return None
-        frozen = [pid for process in self._processes if process.poll() is None for pid in freeze(process)]
-        victims = frozen if rank is None else [pid for pid in frozen if pid == self.ranks().get(rank)]
+        frozen = self._job.freeze()
+        victims = frozen if rank is None else [process for process in frozen if process == self.ranks.get(rank)]
         new = self.new_temporaries()
         made = Kill(
             stage=self.stage(),
-            job=job_name(self.job),
+            job=job_name(self.kind),
             after_s=self.seconds,
             epoch=newest_epoch(self.folder),
             rank=rank,
@@ -240,10 +209,10 @@ class Attempt:
         )
         killed = time.monotonic()
         send(victims, signal.SIGKILL)
-        if self.hold:
-            self.hold.release()
+        if self.hook:
+            self.hook.release()
         send(frozen, signal.SIGCONT)
-        while any(is_alive(pid) for pid in frozen) or self.is_running:
+        while any(map(is_alive, frozen)) or self.is_running:
             if time.monotonic() - killed > MAX_END_S:
                 send(frozen, signal.SIGKILL)  # also those whose launcher has ended
                 made.hangs = True
@@ -255,13 +224,13 @@ class Attempt:
     def finish(self) -> None:
         """Wait for the end; raises Difference unless it is a good one."""
         self.wait_until(lambda: False)
-        codes = [process.wait() for process in self._processes]
+        codes = self._job.codes()
         if any(codes):
-            raise Difference(f"{job_name(self.job)} ended with {codes}:\n{self.output.read_text()}")
+            raise Difference(f"{job_name(self.kind)} ended with {codes}:\n{self._job.output()}")
 
     def check(self) -> None:
         """Raise Difference unless this attempt went on after the newest checkpoint that was there."""
-        output = self.output.read_text(errors="replace")
+        output = self._job.output()
         if "cannot be used" in output:
             raise Difference(f"a kill damaged a checkpoint:\n{output}")
         has_begun = self.resumed or "Epoch " in self.log  # else it may have been killed before it said so
@@ -270,8 +239,7 @@ class Attempt:
 
     def close(self) -> None:
         """Let nothing run on."""
-        for process in self._processes:
-            kill(process)
+        self._job.kill()
 
 
 def stage_of_file(name: str) -> str:
@@ -294,9 +262,9 @@ def newest_epoch(folder: Path) -> int:
     return max((int(path.stem.removeprefix("epoch-")) for path in folder.glob("checkpoints/epoch-*.ckpt")), default=0)
 
 
-def has_tensorflow(pid: int | None) -> bool:
-    with contextlib.suppress(OSError):
-        return pid is not None and "libtensorflow" in Path(f"/proc/{pid}/maps").read_text()
+def has_tensorflow(process: psutil.Process | None) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process is not None and any("libtensorflow" in part.path for part in process.memory_maps())
     return False
 
 
@@ -307,8 +275,8 @@ class Target(NamedTuple):
     rank: int | None
     file: str | None
     """The kill comes while this file is written; None: when the clock says so."""
-    after: str
-    """Where in its writing (`held.py`)."""
+    moment: float | str
+    """Where in its writing (`WriteHook.moment`)."""
     ahead: float
     """Which of the epochs to come, from 0 to 1."""
     delay: float
@@ -329,21 +297,21 @@ def draw_target(scenario: Scenario, stage: str, size: int, *, seed: str) -> Targ
     file = FILES.get(stage)
     if stage == "results" and generator.random() < 0.7:
         file = generator.choice(RESULTS)
-    part = f"{generator.random():.3f}"
-    after = generator.choice([part, part, "1", "rename"])
+    part = round(generator.random(), 3)
+    moment = generator.choice([part, part, 1.0, "renamed"])
     rank = generator.randrange(size) if scenario.one_rank else None
-    return Target(stage, rank, file, after, generator.random(), generator.random())
+    return Target(stage, rank, file, moment, generator.random(), generator.random())
 
 
 def wait_for(attempt: Attempt, target: Target, *, epoch: int) -> float:
     """Wait until the stage begins; returns how many seconds into it the kill is to come."""
-    if attempt.hold:
-        attempt.wait_until(lambda: attempt.hold.is_reached)
+    if attempt.hook:
+        attempt.wait_until(lambda: attempt.hook.is_held)
         return 0.0
-    num_processes = 1 if attempt.job[0] == "mirrored" else attempt.job[1]
+    num_processes = 1 if attempt.kind[0] == "mirrored" else attempt.kind[1]
     begins, longest_s = {
-        "start-up": (lambda: len(attempt.ranks()) == num_processes, 0.5),
-        "import": (lambda: has_tensorflow(attempt.ranks().get(0)), 1.5),
+        "start-up": (lambda: len(attempt.ranks) == num_processes, 0.5),
+        "import": (lambda: has_tensorflow(attempt.ranks.get(0)), 1.5),
         "tracing": (lambda: attempt.is_training, 0.4),
         "epoch": (lambda: f"Epoch {epoch}/" in attempt.log, 0.05),
         "results": (lambda: attempt.is_training and attempt.is_trained, 0.8),
@@ -356,21 +324,20 @@ def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, 
     """Give a run's command again and again, kill it at each of `stages`, and once not; raises Difference."""
     for number, stage in enumerate([*stages, None]):
         job = scenario.jobs[number % len(scenario.jobs)]
-        output = folder.parent / f"output-{number}"
         if stage is None:
-            run_to_end(job, args, folder, output=output)
+            run_to_end(job, args, folder)
             break
         target = draw_target(scenario, stage, job[1], seed=f"{seed} {number}")
         # Not so far ahead that nothing is left for the kills to come.
         num_ahead = sum(later in ("epoch", "save") for later in stages[number:])
         reached = newest_epoch(folder)
         epoch = reached + 1 + int(target.ahead * max(0, NUM_EPOCHS - 2 - reached) / max(1, num_ahead))
-        hold = None
+        hook = None
         if target.file:
-            hold = Hold(target.file.format(epoch), target.after, folder.parent / f"signs-{number}")
-            hold.signs.mkdir()
+            hook = WriteHook(target.file.format(epoch), target.moment, signs=folder.parent / f"signs-{number}")
+            hook.signs.mkdir()
         was_finished = (folder / "summary.json").exists()
-        attempt = Attempt(job, args, folder, output=output, hold=hold)
+        attempt = Attempt(job, args, folder, hook=hook, fresh=target.stage in FRESH_STAGES)
         try:
             made = attempt.kill(target.rank, after_s=wait_for(attempt, target, epoch=epoch))
         finally:
@@ -378,14 +345,14 @@ def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, 
         attempt.check()
         if made is not None:
             yield made
-        elif hold and not hold.is_reached and not was_finished:
-            raise Difference(f"{hold.file} was never written:\n{output.read_text()}")
+        elif hook and not hook.is_held and not was_finished:
+            raise Difference(f"{hook.file} was never written")
     check_result(folder, expected)
 
 
-def run_to_end(job, args, folder: Path, *, output: Path) -> Result:
+def run_to_end(job, args, folder: Path) -> Result:
     """Give the command and leave it in peace; raises Difference."""
-    attempt = Attempt(job, args, folder, output=output)
+    attempt = Attempt(job, args, folder)
     try:
         attempt.finish()
     finally:
@@ -430,7 +397,7 @@ def soak(options: argparse.Namespace, root: Path) -> tuple[list[Kill], Path | No
     """Run round after round; returns the kills, and the folder of the run that went wrong, if one did."""
     np.savez(root / "small.npz", **create_small_arrays())
     args = ("data=npz", f"data.path={root / 'small.npz'}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
-    expected = run_to_end(SINGLE, args, root / "undisturbed", output=root / "output")
+    expected = run_to_end(SINGLE, args, root / "undisturbed")
     kills: list[Kill] = []
     end = time.monotonic() + 60 * options.minutes
     for seed in itertools.count(options.seed):

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from jobs import CHECKOUT
+from support import CHECKOUT
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import TRAIN, compose, compose_config

@@ -2,11 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from support import CHECKOUT
 
-PACKAGE = Path(__file__).parent.parent / "mnist_dist"
+PACKAGE = CHECKOUT / "mnist_dist"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 MAX_LINES = 60
 

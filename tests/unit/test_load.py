@@ -435,43 +435,6 @@ def test_digits_that_differ_from_the_recorded_ones(fake_digits, small_arrays, cr
     assert any("differ from the recorded ones" in message for message in logged())
 
 
-BUILD = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from mnist_dist.config.data import DataConfig
-from mnist_dist.data import digits
-from mnist_dist.data.dataset import array_digests
-from mnist_dist.data.load import load_dataset
-
-here = Path.cwd()
-arrays = dict(np.load(sys.argv[1]))
-
-def generate_digits(on_progress=None):
-    with (here / "built").open("a") as stream:
-        stream.write("x")
-    time.sleep(0.5)  # long enough that the others come in that time
-    return arrays
-
-digits.generate_digits = generate_digits
-digits.DIGITS_SHA256 = array_digests(arrays)
-(here / f"ready{sys.argv[2]}").touch()
-while len(list(here.glob("ready*"))) < 3:
-    time.sleep(0.005)
-cache = str(here / "cache")
-config = DataConfig(name="digits", cache_dir=cache, keras_home=cache, val_fraction=0.1, split_seed=0)
-print(load_dataset(config).sha256)
-"""
-
-
-def test_processes_at_once_build_once(start_python, small_npz, tmp_path):
-    processes = [start_python("-c", BUILD, small_npz, number, cwd=tmp_path) for number in range(3)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert len(set(outputs)) == 1, outputs
-    assert len(outputs[0].strip()) == 64
-    assert (tmp_path / "built").read_text() == "x"
-
-
 # The user's own arrays
 
 

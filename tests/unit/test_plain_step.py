@@ -16,6 +16,9 @@ from mnist_dist.engine.layers.dropout import BatchPosition, random_uint16
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
+# One process has all of them, as they share what takes long to make.
+pytestmark = pytest.mark.xdist_group("plain step")
+
 SEED, RATE, NUM_STEPS = 3, 0.4, 97
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from jobs import free_ports, horovodrun
+from support.launchers import free_ports, horovodrun
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch import reception, rendezvous, visit

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from faults import flip_bit_of_replica
-from jobs import job_name
+from support.faulty_device import flip_bit_of_replica
 
 from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.config.compose import compose_config
@@ -11,7 +10,6 @@ from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale
 from mnist_dist.engine.programs.replica_check import ReplicaCheck
 from mnist_dist.engine.programs.state import TrainState
-from mnist_dist.results.history import from_csv
 from mnist_dist.strategy.mirrored import Mirrored
 
 NUM_WEIGHTS = 1000
@@ -76,26 +74,3 @@ def test_no_two_alike(num_replicas):
         flip_bit_of_replica(strategy, state.slots[1], replica, element=replica)
     with pytest.raises(TrainingFailed, match=rf"^after epoch 1 no two of the {num_replicas} replicas have"):
         check.run(1)
-
-
-@pytest.mark.parametrize(
-    ("job", "what", "mode", "named"),
-    [
-        (("horovod", 2), "weights", "fast", "no two of the 2 replicas have"),
-        (("horovod", 3), "slot", "exact", "replica 1 of 3 did not have"),
-        (("mirrored", 3), "weights", "exact", "replica 1 of 3 did not have"),
-    ],
-    ids=lambda value: job_name(value) if isinstance(value, tuple) else None,
-)
-def test_a_run_stops_at_a_flipped_bit(job, what, mode, named, run_probe, small_npz, tmp_path):
-    env = {"PROBE_DIR": str(tmp_path), "PROBE_FLIP": f"2:1:{what}"}
-    arguments = [
-        "data=npz", f"data.path={small_npz}", "trainer.epochs=3", f"reproducibility={mode}", f"run_dir={tmp_path}/run",
-    ]  # fmt: skip
-    results = run_probe(*job, *arguments, env=env)  # which fails after five minutes if anybody hangs
-    for result in results:
-        assert result.returncode == 1, result.stderr + result.stdout
-    output = "".join(result.stdout + result.stderr for result in results)
-    assert f"error: after epoch 2 {named}" in output
-    assert [row.epoch for row in from_csv((tmp_path / "run" / "history.csv").read_text()).epochs] == [1]
-    assert not (tmp_path / "run" / "summary.json").exists()

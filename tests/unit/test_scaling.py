@@ -2,11 +2,11 @@
 
 import importlib.util
 import itertools
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from support import CHECKOUT
 
 from mnist_dist.benchmark.cost_model import (
     Collective,
@@ -30,7 +30,7 @@ from mnist_dist.benchmark.cost_model import (
     tree_all_reduce_s,
 )
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = CHECKOUT / "docs"
 LINK = Link(alpha_s=5e-6, beta_s_per_byte=1e-10)
 FAST_LINK = Link(alpha_s=1e-6, beta_s_per_byte=1e-12)
 FREE = Network("free", Link(0, 0))

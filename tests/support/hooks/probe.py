@@ -48,9 +48,8 @@ def catch(*arguments):
 
 
 def flip_a_bit(in_epoch: int, replica: int, *, what: str) -> None:
-    from faults import flip_bit_of_replica  # not before TensorFlow is to start
-
     from mnist_dist.engine.programs.replica_check import ReplicaCheck
+    from support.faulty_device import flip_bit_of_replica  # not before TensorFlow is to start
 
     check = ReplicaCheck.run
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jobs import NUM_EPOCHS, TRAIN, checkpoints_of, history_of, result_of, summary_of
+from support.job import NUM_EPOCHS, TRAIN
+from support.runs import checkpoints_of, history_of, result_of, summary_of
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
@@ -384,7 +385,7 @@ def test_all_is_made_again(folder, uninterrupted, train, logged):
     assert result_of(folder) == result_of(uninterrupted)
     assert {path.name for path in folder.iterdir()} == {path.name for path in uninterrupted.iterdir()}
     assert set(summary_of(folder)["files"]) == set(RESULT_FILES)
-    result = train(folder, script=("-X", "importtime", *TRAIN))
+    result = train(folder, script=("-X", "importtime", *TRAIN), fresh=True)
     assert result.returncode == 0
     assert "finished: nothing to do" in result.stdout
     assert not any(line.endswith((" tensorflow", " keras", " matplotlib")) for line in result.stderr.splitlines())
@@ -401,7 +402,7 @@ def test_fewer_epochs_than_it_has_make_all_of_them_again(folder, uninterrupted, 
 
 def test_several_processes(folder, uninterrupted, run_job, args):
     """The chief decides: to make it again, that nothing is to do, that it cannot be done."""
-    command = ("multiworker", 2, *args, f"run_dir={folder}")
+    command = (("multiworker", 2), *args, f"run_dir={folder}")
     damage_all(folder)
     for message in (MADE_AGAIN, "finished: nothing to do"):
         chief, other = run_job(*command)

@@ -1,0 +1,70 @@
+"""Forks Python programs off a process that has imported their libraries: `python forkserver.py MODULE ...`.
+
+Each line of input is a request (see `processes.ForkServer`), each line of output the process ID of the program. A
+program is a process as any other from its first line on: its own session, environment, folder, streams and exit. It has
+only no import of TensorFlow before it, which takes 3.5 s of a core.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+
+def serve() -> dict:
+    """Answer requests until nobody is left to ask; returns in the forked processes only, with what to run."""
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        middle = os.fork()
+        if middle == 0:
+            if child := os.fork():
+                os.write(writer, str(child).encode())
+                os._exit(0)
+            return json.loads(line)
+        os.waitpid(middle, 0)  # now the child is one of the tests' own (`processes.adopt_orphans`)
+        print(os.read(reader, 20).decode(), flush=True)
+        os.close(reader)
+        os.close(writer)
+    sys.exit()
+
+
+def enter(request: dict) -> None:
+    """Become a process as `subprocess.Popen` makes it."""
+    os.setsid()
+    for descriptor, path in enumerate((os.devnull, *request["printed"])):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 (for as long as the process runs)
+    sys.stderr = open(2, "w", errors="backslashreplace", buffering=1)  # noqa: SIM115
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+
+
+def run(words: list[str]) -> None:
+    """What `python *words` does."""
+    match words:
+        case ["-m", module, *_]:
+            sys.argv = words[1:]
+            sys.path.insert(0, str(Path.cwd()))
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case ["-c", code, *arguments]:
+            sys.argv = ["-c", *arguments]
+            sys.path.insert(0, "")
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        case [path, *_]:
+            sys.argv = words
+            sys.path.insert(0, str(Path(path).parent))
+            runpy.run_path(path, run_name="__main__")
+
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+gc.freeze()
+request = serve()
+enter(request)
+run(request["words"])
