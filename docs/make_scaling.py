@@ -58,7 +58,7 @@ NETWORK_ALPHA_S = 5e-6
 
 
 def ethernet(gigabits_per_s: float) -> Link:
-    """A network card of so many Gb/s."""
+    """A network card of that many Gb/s."""
     return Link(alpha_s=NETWORK_ALPHA_S, beta_s_per_byte=8 / (BANDWIDTH_SHARE * gigabits_per_s * 1e9))
 
 
@@ -106,7 +106,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def steps_table() -> str:
-    """Microseconds a step on the assumed GPU."""
+    """Microseconds per step on the assumed GPU."""
     rows = []
     for number in NUMBERS:
         cells = [
@@ -123,7 +123,7 @@ def predict_gpu(network: Network, mode: Mode, num_replicas: int) -> Prediction:
 
 
 def limits_table() -> str:
-    """Where it stops paying, for both devices."""
+    """Where it stops paying off, for both devices."""
     rows = []
     for name, device, networks in (("GPU", ASSUMED_GPU, NETWORKS), ("CPU core", measured_core(), FLAT)):
         for network in networks:
@@ -159,14 +159,14 @@ def assumptions() -> str:
     gpu = ASSUMED_GPU
     return "\n".join(
         [
-            f"- GPU (H100 or H200): {KERNELS_A_STEP} kernels a step, {SECONDS_A_LAUNCH * 1e6:g} µs each to launch: "
+            f"- GPU (H100 or H200): {KERNELS_A_STEP} kernels per step, {SECONDS_A_LAUNCH * 1e6:g} µs each to launch: "
             f"{gpu.launch_s * 1e6:.0f} µs; {gpu.overhead_s * 1e6:.0f} µs for the optimizer; "
-            f"{GPU_FLOP_PER_S / 1e12:g} TFLOP/s on {FLOP_A_ROW / 1e6:.2f} MFLOP a row: "
+            f"{GPU_FLOP_PER_S / 1e12:g} TFLOP/s on {FLOP_A_ROW / 1e6:.2f} MFLOP per row: "
             f"{512 / gpu.rows_per_s * 1e6:.0f} µs for 512 rows.",
             f"- NVLink: alpha {NVLINK.alpha_s * 1e6:g} µs; {BANDWIDTH_SHARE:.0%} of 450 GB/s in each direction. "
             "Beyond one NVLink domain (8 GPUs in a usual machine, 72 in a rack) this column is hypothetical.",
             f"- Network: alpha {NETWORK_ALPHA_S * 1e6:g} µs; {BANDWIDTH_SHARE:.0%} of the nominal rate; every GPU has "
-            "a card of its own. One GPU a machine, or (last column) machines of 8 GPUs with NVLink inside.",
+            "its own card. One GPU per machine, or (last column) machines of 8 GPUs with NVLink inside.",
         ]
     )
 
@@ -196,9 +196,9 @@ def validation() -> str:
 
 
 def bounds() -> str:
-    """What is left with a network that costs nothing."""
+    """What is left with a free interconnect."""
     return (
-        f"Amdahl's limit (strong, any number of replicas, a network that costs nothing): "
+        f"Amdahl's limit (strong scaling, any number of replicas, a free interconnect): "
         f"{amdahl_limit(ASSUMED_GPU):.2f} times one GPU, {amdahl_limit(measured_core()):.0f} times one CPU core."
     )
 
@@ -214,7 +214,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """The page with all parts between `<!-- NAME -->` and `<!-- end -->` made again."""
+    """The page with all parts between `<!-- NAME -->` and `<!-- end -->` replaced."""
     for name, make in PARTS.items():
         begin, end = f"<!-- {name} -->\n", "<!-- end -->"
         assert page.count(begin) == 1, f"{name}: not one place in {PAGE}"
