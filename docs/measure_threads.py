@@ -2,8 +2,8 @@
 
     python docs/measure_threads.py
 
-runs itself once for each number of threads (`THREADS`; it shows even with more threads than cores), compares the digests
-of each operation's result with those of one thread, and prints the table. About three minutes on two cores.
+runs itself once for each number of threads (`THREADS`; more threads than cores show it too), compares the digests of
+each operation's result with those of one thread, and prints the table. About three minutes on two cores.
 """
 
 import hashlib

@@ -114,7 +114,7 @@ def exact_reduction_s(link: Link, *, num_bytes: float, num_replicas: int, num_sh
 
 
 @dataclass(frozen=True)
-class Network:
+class Interconnect:
     """How replicas are connected.
 
     Args:
@@ -208,7 +208,7 @@ class Prediction:
 
 
 def predict(
-    device: Device, *, network: Network, mode: Mode, num_replicas: int, workload: Workload | None = None
+    device: Device, *, interconnect: Interconnect, mode: Mode, num_replicas: int, workload: Workload | None = None
 ) -> Prediction:
     """The model: launch + overhead + rows / throughput + all-reduce; `workload` is the recipe's unless given."""
     workload = workload or Workload()
@@ -216,7 +216,7 @@ def predict(
         num_replicas=num_replicas,
         launch_s=device.launch_s,
         compute_s=device.compute_s(workload.rows_per_replica(mode, num_replicas=_checked(num_replicas))),
-        communication_s=network.all_reduce_s(workload.message_bytes, num_replicas=num_replicas),
+        communication_s=interconnect.all_reduce_s(workload.message_bytes, num_replicas=num_replicas),
         steps_per_epoch=workload.steps_per_epoch(mode, num_replicas=num_replicas),
     )
 
@@ -233,7 +233,7 @@ def efficiency(alone: Prediction, together: Prediction, *, mode: Mode) -> float:
 
 
 def amdahl_limit(device: Device, *, workload: Workload | None = None) -> float:
-    """Strong scaling's speed-up with a network that costs nothing and any number of replicas (Amdahl 1967)."""
+    """Strong scaling's speed-up with a free interconnect and any number of replicas (Amdahl 1967)."""
     rows = (workload or Workload()).batch_rows
     fixed = device.launch_s + device.overhead_s
     return (device.launch_s + device.compute_s(rows)) / fixed if fixed else math.inf
