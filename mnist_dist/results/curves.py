@@ -123,7 +123,7 @@ def _reference_curves(reference: Reference, metric: Metric, num_epochs: int) -> 
     curves = []
     for label, column, look in (("train", metric, train), ("validation", f"val_{metric}", validation)):
         values = tuple(reference.columns[column][i] for i in shown)
-        curves.append(_Curve(f"{label}, reference {name}", epochs, values, look))
+        curves.append(_Curve(f"{label}, {name}", epochs, values, look))
     return curves
 
 
