@@ -3,12 +3,11 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from mnist_dist.base.array import Array
+
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
 """The arrays of a data set, named as in a Keras-layout file."""
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.console import progress
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, expand_path, file_lock, write_atomically
 from mnist_dist.config.data import DataConfig
 from mnist_dist.data import digits
-from mnist_dist.data.dataset import Array, ImageDataset, array_digests
+from mnist_dist.data.dataset import ImageDataset, array_digests
 from mnist_dist.data.formats import read_npz
 
 log = logging.getLogger(__name__)

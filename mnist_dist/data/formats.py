@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, open_regular
 from mnist_dist.base.memory import describe_bytes, usable_memory
-from mnist_dist.data.dataset import ARRAY_NAMES, Array
+from mnist_dist.data.dataset import ARRAY_NAMES
 
 IDX_FILES = {
     "x_train": "train-images",

@@ -9,10 +9,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, expand_path, file_lock, write_atomically
 from mnist_dist.config.data import DataConfig
-from mnist_dist.data.dataset import Array, ImageDataset, array_digests
+from mnist_dist.data.dataset import ImageDataset, array_digests
 from mnist_dist.data.formats import read_idx_folder, read_npz, readable
 
 log = logging.getLogger(__name__)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import expand_path
 from mnist_dist.config.data import DataConfig
-from mnist_dist.data.dataset import Array, ImageDataset
+from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.data.formats import read_npz
 
 

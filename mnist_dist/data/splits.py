@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
-from mnist_dist.data.dataset import Array, ImageDataset
+from mnist_dist.data.dataset import ImageDataset
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.train import TrainConfig
@@ -31,7 +32,7 @@ from mnist_dist.launch.topology import Topology
 from mnist_dist.models.build import build_model
 from mnist_dist.results.placement import Placement
 from mnist_dist.results.sums import EpochSums, EvaluationSums, weights_digest
-from mnist_dist.strategy.base import Array, Strategy
+from mnist_dist.strategy.base import Strategy
 from mnist_dist.strategy.choose import create_strategy
 
 log = logging.getLogger(__name__)

@@ -14,17 +14,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.files import describe_os_error, make_folder, read_regular, remove_temporaries, write_atomically
 from mnist_dist.results.history import History, best_of, from_csv, to_csv
 
 log = logging.getLogger(__name__)
-
-Array = npt.NDArray[Any]
 
 DATA_DIGEST = "data.sha256"
 """The name under which the digest of the data stands beside the keys that a training depends on."""

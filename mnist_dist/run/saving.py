@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from mnist_dist.base.array import Array
 from mnist_dist.config.train import CheckpointConfig
 from mnist_dist.results.history import History
-from mnist_dist.run.checkpoint import Array, Checkpoint, ResumePoint
+from mnist_dist.run.checkpoint import Checkpoint, ResumePoint
 from mnist_dist.run.folder import RunFolder
 
 

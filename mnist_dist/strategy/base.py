@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import LostTouch
-
-Array = npt.NDArray[Any]
 
 
 class Strategy(ABC):

@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.gpus import own_share
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import SlurmStep, Topology
-from mnist_dist.strategy.base import Array, SingleDevice
+from mnist_dist.strategy.base import SingleDevice
 
 # Horovod's own settings, measured for one message a step between 2 CPU ranks: without its cache of agreed names, which
 # is made for hundreds of messages, an all-reduce of 1.08 MB takes 1.6 ms in place of 4. And Gloo would give up after

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.strategy.base import Array, Strategy
+from mnist_dist.base.array import Array
+from mnist_dist.strategy.base import Strategy
 
 
 class DistributeStrategy(Strategy):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.benchmark.contenders.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.train import TrainConfig
@@ -15,7 +16,7 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.engine.build import Engine, Programs, build_engine
 from mnist_dist.engine.trainer import Trainer
 from mnist_dist.launch.rendezvous import Rendezvous
-from mnist_dist.strategy.base import Array, SingleDevice, Strategy
+from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.strategy.choose import list_gpus
 
 MESSAGE_BYTES = tuple(1024 * 2**n for n in range(14))

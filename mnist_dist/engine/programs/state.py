@@ -5,11 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.engine.flat_model import FloatArray
 from mnist_dist.engine.optimizer import Optimizer
 from mnist_dist.engine.precision import LossScale
-from mnist_dist.strategy.base import Array, Strategy
+from mnist_dist.strategy.base import Strategy
 
 
 class TrainState:
