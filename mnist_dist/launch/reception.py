@@ -54,9 +54,7 @@ class Reception:
         with self._changed:
             if topic != self._topic:
                 self._topic, self._guests, self._may_enter = topic, {}, True
-            self._changed.wait_for(
-                lambda: len(self._guests) == self._topology.world_size - 1, timeout=deadline - time.monotonic()
-            )
+            self._changed.wait_for(self._is_complete, timeout=deadline - time.monotonic())
             self._may_enter = False
             return self._guests
 
@@ -66,6 +64,14 @@ class Reception:
         share_port(self._server)
         self._thread.join(_RETRY_S)
         return self._server
+
+    def _is_complete(self) -> bool:
+        """Whether all ranks are here; one that has come and gone may be started again, and is waited for."""
+        num_others = self._topology.world_size - 1
+        if len(self._guests) == num_others:
+            for rank in [rank for rank, guest in self._guests.items() if _has_gone(guest.wire.connection)]:
+                self._guests.pop(rank).wire.close()
+        return len(self._guests) == num_others
 
     def _run(self) -> None:
         while not self._has_ended:
