@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 MODEL = "model.keras"
 RESULT_FILES = (MODEL, "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png")
-"""The files whose SHA-256 `summary.json` has below `files`."""
+"""The files whose SHA-256 is in `summary.json`, under `files`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Timing:
     """How long the run took, or its last part if it was resumed; seconds."""
 
     startup_s: float
-    """From the first line of the run to its first epoch."""
+    """From the start of the command to its first epoch."""
     first_epoch_s: float
     median_epoch_s: float
     total_s: float
@@ -47,7 +47,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The content of `summary.json`, in its order; what earlier versions of the package did not write has a default."""
+    """The content of `summary.json`, in order; keys that earlier versions of the package lack have defaults."""
 
     status: str
     dataset: DatasetSummary
@@ -79,7 +79,7 @@ class Summary:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Summary":
-        """Read a whole `summary.json`; raises ValueError that says what is wrong with it."""
+        """Read the content of a `summary.json`; raises ValueError that says what is wrong with it."""
         try:
             values = json.loads(content, parse_constant=_refuse)
         except RecursionError as error:
@@ -99,7 +99,7 @@ def build_summary(
     weights_sha256: str,
     timing: Timing,
 ) -> Summary:
-    """The summary of a run that has reached its last epoch; its `files` are added when they are written."""
+    """The summary of a run that has reached its last epoch; `files` is filled in by `RunFolder.write_summary`."""
     splits: dict[str, Any] = {name: sums.metrics() for name, sums in results.items()}
     return Summary(
         status="finished",
@@ -112,7 +112,7 @@ def build_summary(
         seed=config.seed,
         epochs_completed=reached.epoch,
         **splits,
-        # The bounds of Ng's "Machine Learning Yearning": training error over none, and what validation adds to it.
+        # As in Ng's "Machine Learning Yearning": the training error, and what validation adds to it.
         avoidable_bias_percent=100 * (1 - splits["train"].accuracy),
         variance_percent=100 * (splits["train"].accuracy - splits["val"].accuracy),
         weights_sha256=weights_sha256,
@@ -145,7 +145,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _read(kind: Any, value: Any, name: str) -> Any:
-    """`value`, which JSON gave, as a `kind`: a dataclass, a mapping, a tuple, a number or a text; raises ValueError."""
+    """A value from JSON as a `kind`: a dataclass, a mapping, a tuple, a number or a text; raises ValueError."""
     container = typing.get_origin(kind)
     if is_dataclass(kind) or container is Mapping:
         if not isinstance(value, dict):

@@ -302,7 +302,7 @@ def test_too_many_layers(key, refuse):
     choice = () if key == "model.hidden_sizes" else ("model=cnn",)
     line = refuse(TRAIN, *choice, f"{key}=[{'8,' * 400}8]", *NO_DATA)
     assert line.startswith(f"{key}=[8, 8, 8, ")
-    assert line.endswith(": 401 layers; 400 are the most")
+    assert line.endswith(": 401 layers; at most 400 are possible")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ FILES = {
     "a Python object": ("seed: !!python/object/apply:os.mkdir [ran]\n", "the configuration cannot be read: "),
     "defaults that are no list": ("defaults: train\n", "the configuration cannot be read: "),
     "defaults that are missing": ("defaults: [train, nowhere]\n", "In 'mine': Could not load 'nowhere'."),
-    "defaults in a circle": ("defaults: [mine]\n", "the configuration cannot be read: files whose defaults name each "),
+    "defaults in a circle": ("defaults: [mine]\n", "the configuration cannot be read: the defaults of its files form "),
     "an unknown key": (MINE + "sead: 3\n", "In 'mine': ConfigKeyError raised while composing config: Key 'sead' not "),
     "values in a circle": (MINE + "seed: ${seed}\n", "seed: Recursive interpolation detected"),
     "a variable that is not set": (MINE + "seed: ${oc.env:NO_SUCH}\n", "seed: KeyError raised while resolving"),
@@ -431,9 +431,7 @@ def test_a_file_of_the_users_own_with_a_name_of_ours(refuse, tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "mlp.yaml").write_text("defaults: [cnn]\n")
     line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", *NO_DATA)
-    assert line == (
-        f"--config-dir={tmp_path}/mine: model/mlp.yaml has the name of a file of ours, which is read; rename it"
-    )
+    assert line == f"--config-dir={tmp_path}/mine: model/mlp.yaml has the name of a file of this package; rename it"
 
 
 def test_a_network_that_builds_on_none_of_ours(refuse, tmp_path):
@@ -899,10 +897,10 @@ def test_evaluate_arguments(arguments, line, fake_run, refuse):
         ("config.yaml", None, "config.yaml is missing"),
         ("config.yaml", "[1, 2", "config.yaml is damaged"),
         ("config.yaml", "- 1", "config.yaml is damaged (it is not a configuration)"),
-        ("config.yaml", "seed: 0", "config.yaml does not say what the data was ('data')"),
-        ("config.yaml", "data: {name: npz}", "config.yaml does not say what the data was ("),
-        ("config.yaml", "data: {name: 5, foo: 5}", "config.yaml does not say what the data was (Key 'foo' not in "),
-        ("config.yaml", "data: x", "config.yaml does not say what the data was ("),
+        ("config.yaml", "seed: 0", "config.yaml does not say which data was used ('data')"),
+        ("config.yaml", "data: {name: npz}", "config.yaml does not say which data was used ("),
+        ("config.yaml", "data: {name: 5, foo: 5}", "config.yaml does not say which data was used (Key 'foo' not in "),
+        ("config.yaml", "data: x", "config.yaml does not say which data was used ("),
     ],
 )
 def test_evaluate_an_incomplete_run(name, content, problem, fake_run, refuse):
@@ -916,9 +914,9 @@ def test_evaluate_an_incomplete_run(name, content, problem, fake_run, refuse):
     ("content", "problem"),
     [
         (b"", "it is empty"),
-        (b"damaged", "it is no archive as Keras writes it, or its end is missing"),
+        (b"damaged", "it is not an archive written by Keras, or its end is missing"),
         (b"PK\x05\x06" + bytes(18), "it has no config.json, metadata.json"),
-        (b"\x89HDF\r\n\x1a\n", "it is no archive as Keras writes it, or its end is missing"),
+        (b"\x89HDF\r\n\x1a\n", "it is not an archive written by Keras, or its end is missing"),
     ],
     ids=["empty", "text", "empty zip", "HDF5"],
 )
