@@ -1,6 +1,6 @@
 """Which launcher started this process: a mapping of environment variables in, a `Topology` out.
 
-The only room that reads the environment to learn about the job; everything else is told what it needs to know.
+Nothing else reads the environment to learn about the job; everything else gets a `Topology`.
 """
 
 import os
@@ -15,7 +15,7 @@ from mnist_dist.launch.tf_config import read_tf_config
 from mnist_dist.launch.topology import Alone, Topology
 from mnist_dist.launch.variables import MAX_CORES, Variables
 
-# Settings of Horovod that it ends on, with no word, where they are no numbers or too large for it.
+# Settings of Horovod with the largest value that it accepts; given anything else it exits without a message.
 _HOROVOD_SETTINGS = {
     "HOROVOD_CACHE_CAPACITY": 10**6,
     "HOROVOD_CYCLE_TIME": 10**5,
@@ -25,12 +25,12 @@ _HOROVOD_SETTINGS = {
 
 
 def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
-    """The process layout that the launcher set up. An empty variable is one that is not set.
+    """The process layout that the launcher set up. An empty variable counts as not set.
 
-    Horovod's variables and TF_CONFIG are stronger than Slurm's, which are there in every process of an allocation.
+    Horovod's variables and TF_CONFIG take precedence over Slurm's, which every process of an allocation has.
 
     Raises:
-        UserError: two launchers at once, or a variable that is not usable, or does not fit to the others.
+        UserError: two launchers at once, or a variable that is unusable or contradicts the others.
     """
     told = Variables(environ)
     horovod = next((name for name in HOROVOD_NAMES if name in told), None)
