@@ -130,7 +130,7 @@ def test_a_port_that_is_lost_in_the_last_moment(args, launch, tmp_path):
     assert job.wait(timeout=120) == [2, 2]
     errors = [err.read_text() for _, err in job.outputs]
     assert all(len(text.splitlines()) == 1 for text in errors), errors
-    assert all("TensorFlow's server cannot listen there, at the port of rank" in text for text in errors), errors
+    assert all("TensorFlow's server cannot listen there, on the port of rank" in text for text in errors), errors
     assert not (tmp_path / "run").exists()
 
 

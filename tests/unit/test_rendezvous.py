@@ -217,7 +217,7 @@ def test_a_spare_process_that_comes_when_tensorflow_serves(addresses, hold, monk
     assert server.target
     started = time.monotonic()
     text = start([1], addresses, 30)[1]
-    assert text.startswith(f"rank 1 is taken: the job of rank 0 ({addresses[0]}) has started")
+    assert text.startswith(f"rank 1 is taken: the job of rank 0 ({addresses[0]}) has already started")
     with pytest.raises(UserError, match=r"^rank 0 is taken: a running training has "):
         hold(0, addresses)
     assert time.monotonic() - started < 10

@@ -360,7 +360,7 @@ def test_a_checkpoint_without_a_part_of_the_state(folder, train):
     result = train(folder, f"trainer.epochs={NUM_EPOCHS + 1}")
     assert (result.returncode, result.stderr) == (
         2,
-        "error: the checkpoint to resume from has no good_steps as this version of the package needs it; "
+        "error: the checkpoint to resume from lacks the good_steps that this version of the package needs; "
         "name another run_dir\n",
     )
 
