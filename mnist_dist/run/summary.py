@@ -3,8 +3,9 @@
 import json
 import logging
 import statistics
+import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +44,26 @@ class Timing:
     first_epoch_s: float
     median_epoch_s: float
     total_s: float
+
+
+class RunClock:
+    """Takes the times of a run, from when it is created."""
+
+    def __init__(self) -> None:
+        self._start = self._first_epoch = time.perf_counter()
+
+    def first_epoch_begins(self) -> None:
+        """Note that all is ready for the first epoch."""
+        self._first_epoch = time.perf_counter()
+
+    def timing(self, epoch_s: Sequence[float]) -> Timing:
+        """The times until now; `epoch_s` are those of all epochs."""
+        return Timing(
+            startup_s=self._first_epoch - self._start,
+            first_epoch_s=epoch_s[0],
+            median_epoch_s=statistics.median(epoch_s),
+            total_s=time.perf_counter() - self._start,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +141,6 @@ def build_summary(
         resumed_from_epochs=reached.resumed_from_epochs,
         versions=imported_versions(),
     )
-
-
-def build_timing(epoch_s: list[float], *, startup_s: float, total_s: float) -> Timing:
-    """The times of a run; `epoch_s` are those of all its epochs."""
-    return Timing(startup_s, first_epoch_s=epoch_s[0], median_epoch_s=statistics.median(epoch_s), total_s=total_s)
 
 
 def log_summary(summary: Summary, path: Path) -> None:
