@@ -1,4 +1,4 @@
-"""What every source of images ends as."""
+"""The form in which every source returns its images."""
 
 import hashlib
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class ImageDataset:
 
     @classmethod
     def from_arrays(cls, name: str, arrays: Mapping[str, Array]) -> "ImageDataset":
-        """The data set of `ARRAY_NAMES`; whatever else is in `arrays` stays out."""
+        """The data set of `ARRAY_NAMES`; other entries of `arrays` are ignored."""
         digests = array_digests(arrays)
         text = "".join(f"{key}:{arrays[key].dtype}:{arrays[key].shape}:{digests[key]}\n" for key in ARRAY_NAMES)
         sha256 = hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The curves of an earlier run to compare with: the original one, which comes with the package, or the user's."""
+"""The curves of an earlier run to compare with: the original run, which comes with the package, or the user's."""
 
 import csv
 import io

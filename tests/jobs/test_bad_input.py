@@ -515,14 +515,14 @@ def floats(images, **at_first_pixel):
 
 # What is done to the small arrays, and how the line goes on after the file's name.
 DATA = {
-    "empty file": (lambda _: b"", "not a usable data file: it is no .npz archive, or its end is missing; write"),
-    "cut short": (lambda a: to_npz(a)[:-100], "not a usable data file: it is no .npz archive, or its end is missing"),
+    "empty file": (lambda _: b"", "not a usable data file: it is not an .npz archive, or its end is missing; write"),
+    "cut short": (lambda a: to_npz(a)[:-100], "not a usable data file: it is not an .npz archive, or its end is "),
     "beginning lost": (lambda a: to_npz(a)[100:], "not a usable data file: "),
     "one byte changed": (lambda a: flip(to_npz(a)), "not a usable data file: Bad CRC-32 for file 'x_train.npy'"),
     "compressed, changed": (lambda a: flip(to_npz(a, np.savez_compressed)), "not a usable data file: "),
-    "text": (lambda _: b"5,0,0,0\n" * 100, "not a usable data file: it is no .npz archive"),
-    "one .npy array": (lambda a: to_npy(a["x_train"]), "not a usable data file: it is no .npz archive"),
-    "pickle": (lambda a: b"\x80\x04K\x01.", "not a usable data file: it is no .npz archive"),
+    "text": (lambda _: b"5,0,0,0\n" * 100, "not a usable data file: it is not an .npz archive"),
+    "one .npy array": (lambda a: to_npy(a["x_train"]), "not a usable data file: it is not an .npz archive"),
+    "pickle": (lambda a: b"\x80\x04K\x01.", "not a usable data file: it is not an .npz archive"),
     "pickled arrays": (lambda a: to_npz({**a, "y_train": a["y_train"].astype(object)}),
                        "not a usable data file: it holds pickled objects, which are never loaded; save plain arrays"),
     "other keys": (lambda a: to_npz({"x_train": a["x_train"], "labels": a["y_train"]}),
@@ -549,7 +549,7 @@ DATA = {
     "too few labels": (lambda a: to_npz({**a, "y_train": a["y_train"][1:]}),
                        "x_train has 600 images but y_train has 599 labels"),
     "one-hot labels": (lambda a: to_npz({**a, "y_train": np.eye(4)[a["y_train"]]}),
-                       "y_train has shape (600, 4); expected (n,), one label an image"),
+                       "y_train has shape (600, 4); expected (n,), one label per image"),
     "float labels": (lambda a: to_npz({**a, "y_test": a["y_test"] / 1}),
                      "y_test is float64; expected whole numbers (class 0, 1, 2, ...)"),
     "negative labels": (lambda a: to_npz({**a, "y_test": a["y_test"].astype(int) - 1}),
@@ -600,7 +600,7 @@ def test_mnist_file_that_is_not_there(refuse):
 def test_mnist_file_of_something_else(refuse, small_npz):
     line = refuse(TRAIN, "data=mnist", f"data.path={small_npz}")
     assert line.startswith(f"data.path={small_npz}: x_train is not MNIST's (SHA-256 ")
-    assert line.endswith("get the original file, or say data=npz for data of your own")
+    assert line.endswith("get the original file, or give data=npz for your own data")
 
 
 def test_mnist_folder_without_the_files(refuse, work):
@@ -656,7 +656,7 @@ def test_a_lock_that_is_not_a_regular_file(ask, tmp_path, work):
     os.mkfifo(tmp_path / "cache" / "digits-v1.lock")
     answer = ask(TRAIN, "data=digits", "plots.reference=original", "data.val_fraction=0.99999999")
     assert answer.code == 2
-    assert "cannot keep the built digits at" in answer.stdout
+    assert "cannot cache the digits at" in answer.stdout
 
 
 def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
@@ -666,7 +666,7 @@ def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
     assert answer.stderr.startswith("error: data=mnist: MNIST is not here and cannot be downloaded (")
     assert answer.stderr.endswith(
         f"); give data.path=mnist.npz (or a folder with the four IDX files), or put mnist.npz at {path}, "
-        "or say data=digits\n"
+        "or give data=digits\n"
     )
     assert answer.stdout == f"downloading MNIST to {path}\n"
     assert not answer.knows_tensorflow

@@ -1,4 +1,4 @@
-"""Our own epoch; and of a job of several processes, its parts: the computing alone and the all-reduces alone."""
+"""Our own epoch and, for a job of several processes, its parts: the computing alone and the all-reduces alone."""
 
 import statistics
 import time
@@ -63,9 +63,9 @@ def _epochs(trainer: Trainer) -> Callable[[], dict[str, Any]]:
 
 
 class OneShare(SingleDevice):
-    """One replica of a job, which does its share of the work and never talks to the others.
+    """One replica of a job that does its share of the work without communicating.
 
-    What it trains is of no use, since it sees a part of each gradient only; the time is.
+    What it trains is useless, since it sees only a part of each gradient; its time is what counts.
     """
 
     name = "share"
