@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.base.array import Array
-from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
+from mnist_dist.engine.mode import choose_mode
 from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -220,34 +220,6 @@ def build_engine(
         ),
         topology=topology,
     )
-
-
-def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> str:
-    """Exact or fast, chosen before the devices start; a warning says which configured value will have no effect.
-
-    `auto` is exact on CPUs, where it costs little, and fast on GPUs, where one large product beats several small ones.
-    """
-    mode, num_shards = config.reproducibility, config.batch.num_shards
-    if mode == "auto":
-        # On CPUs a process has one replica, or as many as requested.
-        num_replicas = max(topology.world_size, config.strategy.num_replicas or 1)
-        mode = "fast" if num_gpus or num_replicas > num_shards else "exact"
-        if mode == "fast" and not num_gpus:
-            job_log.warning(
-                "WARNING: batch.num_shards=%d: fewer shards than the %d replicas, so reproducibility=auto is fast and "
-                "the number of replicas may change the last bits; batch.num_shards=%d makes it exact",
-                num_shards,
-                num_replicas,
-                num_replicas,
-            )
-    if mode == "exact" and config.threads.intra_op != "auto" and int(config.threads.intra_op) != 1:
-        job_log.warning(
-            "WARNING: threads.intra_op=%s is ignored: reproducibility=exact runs each operation on one thread, so "
-            "that the bits do not depend on the number; a larger batch.num_shards, more processes or "
-            "reproducibility=fast use more cores",
-            config.threads.intra_op,
-        )
-    return mode
 
 
 def _global_batch_size(config: TrainConfig, num_examples: int, batch_factor: int, num_replicas: int) -> int:

@@ -54,7 +54,7 @@ def agree(report: Report, rendezvous: Rendezvous) -> Report:
             raise UserError(f"rank {rank} cannot take part: {other.error}")
     problem = find_disagreement([report.facts for report in reports])
     if problem is not None:
-        raise UserError(f"the processes of this job do not agree: {problem}; start all of them alike")
+        raise UserError(f"the processes of this job do not agree: {problem}; start all of them the same way")
     check_not_shared([report.gpus for report in reports])
     return reports[0]
 

@@ -15,27 +15,27 @@ _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 _NUM_ADDRESSES, _PORT_STEP = 8, 1_013
 
 
-def read_slurm_step(told: Variables) -> Topology:
+def read_slurm_step(env: Variables) -> Topology:
     """The topology that srun's variables describe; tasks are numbered node by node (srun's default distribution)."""
     nodes, per_node = "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"
     numbers = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    told.check_complete((nodes, per_node, *numbers), given="SLURM_STEP_NUM_TASKS", launcher="srun")
-    hosts, counts = told.parsed(nodes, expand_node_list), told.parsed(per_node, expand_task_counts)
-    rank, local_rank, job, step = (told.number(name, maximum=MAX_ID) for name in numbers)
-    restarts = told.number("SLURM_RESTART_COUNT", default=0)
+    env.check_complete((nodes, per_node, *numbers), given="SLURM_STEP_NUM_TASKS", launcher="srun")
+    hosts, counts = env.parsed(nodes, expand_node_list), env.parsed(per_node, expand_task_counts)
+    rank, local_rank, job, step = (env.number(name, maximum=MAX_ID) for name in numbers)
+    restarts = env.number("SLURM_RESTART_COUNT", default=0)
     if len(hosts) != len(counts):
         raise UserError(
-            f"{told.shown(nodes)} names {len(hosts)} nodes, {told.shown(per_node)} {len(counts)}; "
+            f"{env.shown(nodes)} names {len(hosts)} nodes, {env.shown(per_node)} {len(counts)}; "
             "start the tasks with srun"
         )
     tasks = tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
     for name, fits in (
-        ("SLURM_STEP_NUM_TASKS", int(told["SLURM_STEP_NUM_TASKS"]) == len(tasks)),
+        ("SLURM_STEP_NUM_TASKS", int(env["SLURM_STEP_NUM_TASKS"]) == len(tasks)),
         ("SLURM_PROCID", rank < len(tasks)),
     ):
         if not fits:
             raise UserError(
-                f"{name}={told[name]}, but {told.shown(per_node)} means {len(tasks)} tasks; start the tasks with srun"
+                f"{name}={env[name]}, but {env.shown(per_node)} means {len(tasks)} tasks; start the tasks with srun"
             )
     # The ports are derived from the numbers of job and step, so that all ranks know them.
     first = job * 31 + step
@@ -54,14 +54,14 @@ def read_slurm_step(told: Variables) -> Topology:
     return topology
 
 
-def read_slurm_job(told: Variables) -> SlurmJob | None:
+def read_slurm_job(env: Variables) -> SlurmJob | None:
     """The Slurm job that this process runs in; None without Slurm."""
     names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
-    job, array, task = (told.number(name, default=-1, maximum=MAX_ID) for name in names)
-    restarts = told.number("SLURM_RESTART_COUNT", default=0)
+    job, array, task = (env.number(name, default=-1, maximum=MAX_ID) for name in names)
+    restarts = env.number("SLURM_RESTART_COUNT", default=0)
     if job < 0:
         return None
-    nodes = printable(told.get("SLURM_STEP_NODELIST") or told.get("SLURM_JOB_NODELIST", ""))
+    nodes = printable(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
     return SlurmJob(f"{array}_{task}" if array >= 0 and task >= 0 else str(job), nodes, restarts)
 
 

@@ -11,13 +11,13 @@ from mnist_dist.launch.topology import TFConfig, Topology
 from mnist_dist.launch.variables import MAX_PROCESSES, Variables, printable
 
 
-def read_tf_config(told: Variables) -> Topology:
+def read_tf_config(env: Variables) -> Topology:
     """TensorFlow's own variable: {"cluster": {"worker": [ADDRESS, ...]}, "task": {"type": "worker", "index": N}}."""
     try:
-        rank, addresses = _parse(told["TF_CONFIG"])
+        rank, addresses = _parse(env["TF_CONFIG"])
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{told.shown('TF_CONFIG')}: not usable ({error}); expected "
+            f"{env.shown('TF_CONFIG')}: not usable ({error}); expected "
             '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
         ) from error
     machines = tuple(_machine(split_address(address)[0]) for address in addresses)

@@ -4,7 +4,7 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
-from mnist_dist.engine.build import choose_mode
+from mnist_dist.engine.mode import choose_mode
 from mnist_dist.engine.shards import ShardPlan, plan_shards
 from mnist_dist.launch.topology import HorovodRun, Topology
 
