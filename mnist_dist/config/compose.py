@@ -108,7 +108,7 @@ def to_config(command: Command[Config], composed: DictConfig) -> Config:
 
 
 def conf_dir() -> Path:
-    """The folder `conf/`: inside the package once installed, beside it in a checkout."""
+    """The folder `conf/`: inside the package once installed, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 

@@ -28,7 +28,7 @@ class _TurnByTurn(keras.callbacks.Callback):  # type: ignore[misc]
         self._start = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Answer; the validation is over by now."""
+        """Answer; the time includes validation."""
         seconds = time.perf_counter() - self._start
         self._turns.done(seconds=seconds, loss=float(logs["loss"]), val_accuracy=float(logs["val_accuracy"]))
 
