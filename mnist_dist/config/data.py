@@ -37,5 +37,5 @@ class DataConfig(Checked):
             self.path is None or self.name in ("mnist", "npz"),
             "data.path",
             self.path,
-            f"data={self.name} reads no file; say data=mnist or data=npz as well",
+            f"data={self.name} reads no file; give data=mnist or data=npz as well",
         )

@@ -478,8 +478,8 @@ def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
     ("arguments", "line"),
     [
         (["data=npz"], "data.path=None: data=npz needs data.path=FILE.npz"),
-        (["data=digits", "data.path=x"], "data.path=x: data=digits reads no file; say data=mnist or data=npz as well"),
-        (["data.path=x"], "data.path=x: data=auto reads no file; say data=mnist or data=npz as well"),
+        (["data=digits", "data.path=x"], "data.path=x: data=digits reads no file; give data=mnist or data=npz as well"),
+        (["data.path=x"], "data.path=x: data=auto reads no file; give data=mnist or data=npz as well"),
         (
             ["optimizer=sgd", "optimizer.nesterov=true"],
             "optimizer.nesterov=True: needs optimizer.momentum greater than 0",
@@ -733,7 +733,7 @@ def test_archive_that_unpacks_to_more_than_the_memory(run_python, work, small_ar
     result = run_python("-c", command, "data=npz", "data.path=mine.npz", "run_dir=run", cwd=work)
     assert result.returncode == 2
     assert result.stderr == (
-        "error: data.path=mine.npz: not a usable data file: its arrays take 784 MB of memory, and this process may use "
+        "error: data.path=mine.npz: not a usable data file: its arrays need 784 MB of memory, and this process may use "
         "600 MB\n"
     )
 

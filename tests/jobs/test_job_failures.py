@@ -35,7 +35,7 @@ def test_more_replicas_than_examples_in_a_batch(args, run_python, tmp_path):
 def test_more_replicas_than_shards(args, run_python, tmp_path):
     mirrored = ("strategy=mirrored", "strategy.num_replicas=4", "batch.num_shards=2")
     result = run_python(*TRAIN, *args, *mirrored, "reproducibility=exact")
-    check_line(result, "batch.num_shards=2", "4 replicas", "say batch.num_shards=4", "or reproducibility=fast")
+    check_line(result, "batch.num_shards=2", "4 replicas", "give batch.num_shards=4", "or reproducibility=fast")
     assert not (tmp_path / "run").exists()
 
 

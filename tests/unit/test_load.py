@@ -203,7 +203,7 @@ def test_idx_names_with_a_dot(small_arrays, fake_mnist, create_config, tmp_path)
         (to_idx(np.zeros((120, 1), np.uint8)), "not an IDX file of 1-dimensional uint8"),
         (to_idx(np.zeros(120, np.uint8))[:-1], "it has 119 bytes of data but its header says 120"),
         (to_idx(np.zeros(120, np.uint8)) + b"1", "it has more than 120 bytes of data but its header says 120"),
-        (gzip.compress(to_idx(np.zeros(120, np.uint8)) + bytes(10**8)), "it has more than 120 bytes of data where"),
+        (gzip.compress(to_idx(np.zeros(120, np.uint8)) + bytes(10**8)), "it has more than 120 bytes of data but"),
         (bytes([0, 0, 8, 1]) + b"\xff" * 4, "it has 0 bytes of data but its header says 4294967295"),
         (gzip.compress(bytes([0, 0, 8, 1]) + b"\xff" * 4), "it has 0 bytes of data but its header says 4294967295"),
         (b"\x00\x00\x08\x01\x00", "not a usable data file"),

@@ -34,7 +34,7 @@ def test_mode(asked, topology, num_gpus, mode):
     ("overrides", "warned"),
     [
         (["threads.intra_op=8"], "WARNING: threads.intra_op=8 is ignored: reproducibility=exact runs each operation"),
-        (["threads.intra_op=8", "reproducibility=exact"], "WARNING: threads.intra_op=8 is not used"),
+        (["threads.intra_op=8", "reproducibility=exact"], "WARNING: threads.intra_op=8 is ignored"),
         (["threads.intra_op=1"], None),
         (["threads.intra_op=8", "reproducibility=fast"], None),
         (

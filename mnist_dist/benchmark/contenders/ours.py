@@ -85,7 +85,7 @@ class OneShare(SingleDevice):
         return self._index
 
     def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
-        """The own rows in everybody's place."""
+        """Its own rows in place of every replica's."""
         return tf.concat([rows] * self.num_replicas, axis=0)
 
 
