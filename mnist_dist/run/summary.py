@@ -40,7 +40,7 @@ class Timing:
     """How long the run took, or its last part if it was resumed; seconds."""
 
     startup_s: float
-    """From the start of the command to its first epoch."""
+    """From the start of `train` to the first epoch."""
     first_epoch_s: float
     median_epoch_s: float
     total_s: float
