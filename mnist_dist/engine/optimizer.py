@@ -113,7 +113,7 @@ class LearningRate:
         self._target = base * {"none": 1.0, "linear": batch_factor, "sqrt": batch_factor**0.5}[config.scaling]
         if self._target > FLOAT32_MAX:
             raise UserError(
-                f"learning_rate.scaling={config.scaling}: raises optimizer.learning_rate={base} with the factor of the "
+                f"learning_rate.scaling={config.scaling}: raises optimizer.learning_rate={base} by the factor of the "
                 f"batch, {batch_factor}, to {self._target:g}, which is too large for float32"
             )
         self._start = base if self._target > base else 0.0
