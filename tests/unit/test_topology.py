@@ -129,7 +129,10 @@ def test_one_slurm_task_is_one_process():
         (tf_config("a:1", "b"), ["b is not host:port"]),
         (tf_config("a:1", "b:x"), ["b:x is not host:port"]),
         (tf_config("a:1", 7), ["7 is not host:port"]),
-        ({"TF_CONFIG": '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}'}, ["not a list of host:port"]),
+        (
+            {"TF_CONFIG": '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}'},
+            ["not a list of host:port"],
+        ),
         (
             {"TF_CONFIG": '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}'},
             ["no parameter servers"],
