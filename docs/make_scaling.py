@@ -15,9 +15,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from mnist_dist.benchmark.cost_model import (
     Device,
+    Interconnect,
     Link,
     Mode,
-    Network,
     Prediction,
     Workload,
     all_reduce_s,
@@ -54,17 +54,17 @@ ASSUMED_GPU = Device(
 # Assumptions about links: latency, and the share of the nominal bandwidth that a program sees.
 BANDWIDTH_SHARE = 0.8
 NVLINK = Link(alpha_s=2e-6, beta_s_per_byte=1 / (BANDWIDTH_SHARE * 450e9))
-NETWORK_ALPHA_S = 5e-6
+ETHERNET_ALPHA_S = 5e-6
 
 
 def ethernet(gigabits_per_s: float) -> Link:
-    """A network card of so many Gb/s."""
-    return Link(alpha_s=NETWORK_ALPHA_S, beta_s_per_byte=8 / (BANDWIDTH_SHARE * gigabits_per_s * 1e9))
+    """A network card of that many Gb/s."""
+    return Link(alpha_s=ETHERNET_ALPHA_S, beta_s_per_byte=8 / (BANDWIDTH_SHARE * gigabits_per_s * 1e9))
 
 
-FLAT = [Network(f"{rate} Gb/s", ethernet(rate)) for rate in (100, 200, 400)]
-NODES = Network("nodes of 8, 400 Gb/s", ethernet(400), inside=NVLINK)
-NETWORKS = [Network("NVLink", NVLINK), *FLAT, NODES]
+FLAT = [Interconnect(f"{rate} Gb/s", ethernet(rate)) for rate in (100, 200, 400)]
+NODES = Interconnect("nodes of 8, 400 Gb/s", ethernet(400), inside=NVLINK)
+INTERCONNECTS = [Interconnect("NVLink", NVLINK), *FLAT, NODES]
 NUMBERS = [1, 2, 4, 8, 16, 64, 256, 1024]
 MODES: list[Mode] = ["strong", "weak"]
 
@@ -89,14 +89,14 @@ def measured_core() -> Device:
     return fit_device(load_measured()["compute"])
 
 
-def times(device: Device, network: Network, mode: Mode) -> Callable[[int], Prediction]:
+def times(device: Device, interconnect: Interconnect, mode: Mode) -> Callable[[int], Prediction]:
     """Predictions as a function of the number of replicas."""
-    return lambda num_replicas: predict(device, network=network, mode=mode, num_replicas=num_replicas)
+    return lambda num_replicas: predict(device, interconnect=interconnect, mode=mode, num_replicas=num_replicas)
 
 
-def epochs(device: Device, network: Network, mode: Mode) -> Callable[[int], float]:
+def epochs(device: Device, interconnect: Interconnect, mode: Mode) -> Callable[[int], float]:
     """Seconds of an epoch as a function of the number of replicas."""
-    return lambda num_replicas: predict(device, network=network, mode=mode, num_replicas=num_replicas).epoch_s
+    return lambda num_replicas: predict(device, interconnect=interconnect, mode=mode, num_replicas=num_replicas).epoch_s
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -106,34 +106,34 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def steps_table() -> str:
-    """Microseconds a step on the assumed GPU."""
+    """Microseconds per step on the assumed GPU."""
     rows = []
     for number in NUMBERS:
         cells = [
-            " / ".join(f"{predict_gpu(network, mode, number).step_s * 1e6:,.0f}" for mode in MODES)
-            for network in NETWORKS
+            " / ".join(f"{predict_gpu(interconnect, mode, number).step_s * 1e6:,.0f}" for mode in MODES)
+            for interconnect in INTERCONNECTS
         ]
         rows.append([f"{number:,}", *cells])
-    return table(["GPUs", *(network.name for network in NETWORKS)], rows)
+    return table(["GPUs", *(interconnect.name for interconnect in INTERCONNECTS)], rows)
 
 
-def predict_gpu(network: Network, mode: Mode, num_replicas: int) -> Prediction:
+def predict_gpu(interconnect: Interconnect, mode: Mode, num_replicas: int) -> Prediction:
     """The assumed GPU with the recipe's workload."""
-    return predict(ASSUMED_GPU, network=network, mode=mode, num_replicas=num_replicas)
+    return predict(ASSUMED_GPU, interconnect=interconnect, mode=mode, num_replicas=num_replicas)
 
 
 def limits_table() -> str:
-    """Where it stops paying, for both devices."""
+    """Where it stops paying off, for both devices."""
     rows = []
-    for name, device, networks in (("GPU", ASSUMED_GPU, NETWORKS), ("CPU core", measured_core(), FLAT)):
-        for network in networks:
-            row = [f"{name}, {network.name}"]
+    for name, device, interconnects in (("GPU", ASSUMED_GPU, INTERCONNECTS), ("CPU core", measured_core(), FLAT)):
+        for interconnect in interconnects:
+            row = [f"{name}, {interconnect.name}"]
             for mode in MODES:
-                at = times(device, network, mode)
-                last = last_paying(epochs(device, network, mode))
-                best = fastest(epochs(device, network, mode))
+                at = times(device, interconnect, mode)
+                last = last_paying(epochs(device, interconnect, mode))
+                best = fastest(epochs(device, interconnect, mode))
                 row += [f"{last:,}", f"{best:,}", f"{speed_up(at(1), at(best)):.1f}"]
-            weak = times(device, network, "weak")
+            weak = times(device, interconnect, "weak")
             rows.append([*row, f"{100 * efficiency(weak(1), weak(64), mode='weak'):.0f} %"])
     header = ["", "strong: pays up to", "fastest", "speed-up there"]
     header += ["weak: pays up to", "fastest", "speed-up there", "efficiency at 64"]
@@ -143,12 +143,12 @@ def limits_table() -> str:
 def exact_table() -> str:
     """Microseconds of the reduction with reproducibility=fast and =exact."""
     rows = []
-    for network in NETWORKS[:-1]:
-        row = [network.name]
+    for interconnect in INTERCONNECTS[:-1]:
+        row = [interconnect.name]
         for number in (2, 4, 8):
             size = RECIPE.message_bytes
-            fast = all_reduce_s(network.link, num_bytes=size, num_replicas=number)
-            exact = exact_reduction_s(network.link, num_bytes=size, num_replicas=number, num_shards=8)
+            fast = all_reduce_s(interconnect.link, num_bytes=size, num_replicas=number)
+            exact = exact_reduction_s(interconnect.link, num_bytes=size, num_replicas=number, num_shards=8)
             row.append(f"{fast * 1e6:,.0f} / {exact * 1e6:,.0f}")
         rows.append(row)
     return table(["fast / exact", "2 replicas", "4 replicas", "8 replicas"], rows)
@@ -159,14 +159,14 @@ def assumptions() -> str:
     gpu = ASSUMED_GPU
     return "\n".join(
         [
-            f"- GPU (H100 or H200): {KERNELS_A_STEP} kernels a step, {SECONDS_A_LAUNCH * 1e6:g} µs each to launch: "
+            f"- GPU (H100 or H200): {KERNELS_A_STEP} kernels per step, {SECONDS_A_LAUNCH * 1e6:g} µs each to launch: "
             f"{gpu.launch_s * 1e6:.0f} µs; {gpu.overhead_s * 1e6:.0f} µs for the optimizer; "
-            f"{GPU_FLOP_PER_S / 1e12:g} TFLOP/s on {FLOP_A_ROW / 1e6:.2f} MFLOP a row: "
+            f"{GPU_FLOP_PER_S / 1e12:g} TFLOP/s on {FLOP_A_ROW / 1e6:.2f} MFLOP per row: "
             f"{512 / gpu.rows_per_s * 1e6:.0f} µs for 512 rows.",
             f"- NVLink: alpha {NVLINK.alpha_s * 1e6:g} µs; {BANDWIDTH_SHARE:.0%} of 450 GB/s in each direction. "
             "Beyond one NVLink domain (8 GPUs in a usual machine, 72 in a rack) this column is hypothetical.",
-            f"- Network: alpha {NETWORK_ALPHA_S * 1e6:g} µs; {BANDWIDTH_SHARE:.0%} of the nominal rate; every GPU has "
-            "a card of its own. One GPU a machine, or (last column) machines of 8 GPUs with NVLink inside.",
+            f"- Interconnect: alpha {ETHERNET_ALPHA_S * 1e6:g} µs; {BANDWIDTH_SHARE:.0%} of the nominal rate; "
+            "every GPU has its own card. One GPU per machine, or (last column) machines of 8 GPUs with NVLink inside.",
         ]
     )
 
@@ -196,9 +196,9 @@ def validation() -> str:
 
 
 def bounds() -> str:
-    """What is left with a network that costs nothing."""
+    """What is left with a free interconnect."""
     return (
-        f"Amdahl's limit (strong, any number of replicas, a network that costs nothing): "
+        f"Amdahl's limit (strong scaling, any number of replicas, a free interconnect): "
         f"{amdahl_limit(ASSUMED_GPU):.2f} times one GPU, {amdahl_limit(measured_core()):.0f} times one CPU core."
     )
 
@@ -214,7 +214,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """The page with all parts between `<!-- NAME -->` and `<!-- end -->` made again."""
+    """The page with all parts between `<!-- NAME -->` and `<!-- end -->` replaced."""
     for name, make in PARTS.items():
         begin, end = f"<!-- {name} -->\n", "<!-- end -->"
         assert page.count(begin) == 1, f"{name}: not one place in {PAGE}"
@@ -225,71 +225,71 @@ def render(page: str) -> str:
 
 
 def draw() -> Figure:
-    """Step time (strong) and rows a second (weak), of the assumed GPU and of the measured CPU core."""
+    """Step time (strong) and rows per second (weak), of the assumed GPU and of the measured CPU core."""
     figure = Figure(figsize=(12, 9.5), dpi=105, layout="constrained")
     panels = figure.subplots(2, 2)
     core = measured_core()
-    names = ("GPU (assumed, not measured)", "CPU core (measured), network (assumed)")
-    for row, device, networks, name in zip(panels, (ASSUMED_GPU, core), (NETWORKS, FLAT), names, strict=True):
-        _draw_strong(row[0], device, networks, f"{name}: strong scaling")
-        _draw_weak(row[1], device, networks, f"{name}: weak scaling")
+    names = ("GPU (assumed, not measured)", "CPU core (measured), interconnect (assumed)")
+    for row, device, interconnects, name in zip(panels, (ASSUMED_GPU, core), (INTERCONNECTS, FLAT), names, strict=True):
+        _draw_strong(row[0], device, interconnects, f"{name}: strong scaling")
+        _draw_weak(row[1], device, interconnects, f"{name}: weak scaling")
     for axes in panels[0]:
-        _label_lines(axes, NETWORKS)
+        _label_lines(axes, INTERCONNECTS)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=11, frameon=False)
     return figure
 
 
-def _draw_strong(axes: Axes, device: Device, networks: Sequence[Network], title: str) -> None:
+def _draw_strong(axes: Axes, device: Device, interconnects: Sequence[Interconnect], title: str) -> None:
     numbers = doublings()
-    for network in networks:
-        at = times(device, network, "strong")
+    for interconnect in interconnects:
+        at = times(device, interconnect, "strong")
         values = [1e6 * at(number).step_s for number in numbers]
-        _draw_line(axes, network, numbers, values)
-        best = fastest(epochs(device, network, "strong"))
-        axes.plot(best, 1e6 * at(best).step_s, "o", color=LOOKS[network.name][0], markersize=13, fillstyle="none")
-    free = Network("compute alone", Link(0, 0))
+        _draw_line(axes, interconnect, numbers, values)
+        best = fastest(epochs(device, interconnect, "strong"))
+        axes.plot(best, 1e6 * at(best).step_s, "o", color=LOOKS[interconnect.name][0], markersize=13, fillstyle="none")
+    free = Interconnect("compute alone", Link(0, 0))
     values = [1e6 * times(device, free, "strong")(number).step_s for number in numbers]
-    axes.plot(numbers, values, color="#777777", linestyle="--", linewidth=1.5, label="the network costs nothing")
+    axes.plot(numbers, values, color="#777777", linestyle="--", linewidth=1.5, label="a free interconnect")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    _set_axes(axes, title, "Time of a step, µs (a ring marks the least)")
+    _set_axes(axes, title, "Step time, µs (a ring marks the minimum)")
 
 
-def _draw_weak(axes: Axes, device: Device, networks: Sequence[Network], title: str) -> None:
+def _draw_weak(axes: Axes, device: Device, interconnects: Sequence[Interconnect], title: str) -> None:
     numbers = doublings()
-    for network in networks:
-        at = times(device, network, "weak")
+    for interconnect in interconnects:
+        at = times(device, interconnect, "weak")
         values = [100 * efficiency(at(1), at(number), mode="weak") for number in numbers]
-        _draw_line(axes, network, numbers, values)
+        _draw_line(axes, interconnect, numbers, values)
     axes.axhline(100, color="#777777", linestyle="--", linewidth=1.5)
     last = RECIPE.num_examples / RECIPE.batch_rows
     axes.axvline(last, color="#777777", linestyle=":", linewidth=1.5)
     note = "right of this line\none step is more\nthan an epoch"
     axes.text(last * 1.15, 0.04, note, transform=axes.get_xaxis_transform(), fontsize=10, color="#444444")
-    _set_axes(axes, title, "Images a second and replica, % of one alone")
+    _set_axes(axes, title, "Images per second and replica, % of one alone")
     axes.set_ylim(45, 103)
 
 
-def _draw_line(axes: Axes, network: Network, numbers: Sequence[int], values: Sequence[float]) -> None:
-    color, marker = LOOKS[network.name]
-    axes.plot(numbers, values, color=color, marker=marker, markersize=5, linewidth=1.8, label=network.name)
+def _draw_line(axes: Axes, interconnect: Interconnect, numbers: Sequence[int], values: Sequence[float]) -> None:
+    color, marker = LOOKS[interconnect.name]
+    axes.plot(numbers, values, color=color, marker=marker, markersize=5, linewidth=1.8, label=interconnect.name)
 
 
-def _label_lines(axes: Axes, networks: Sequence[Network]) -> None:
+def _label_lines(axes: Axes, interconnects: Sequence[Interconnect]) -> None:
     """Names at the lines' right ends."""
     lines = {line.get_label(): line for line in axes.lines}
-    for network in networks:
-        numbers, values = (np.asarray(data) for data in lines[network.name].get_data())
+    for interconnect in interconnects:
+        numbers, values = (np.asarray(data) for data in lines[interconnect.name].get_data())
         axes.annotate(
-            network.name.replace(", ", ",\n"),
+            interconnect.name.replace(", ", ",\n"),
             xy=(numbers[-1], values[-1]),
             xytext=(8, 0),
             textcoords="offset points",
             annotation_clip=False,
-            color=LOOKS[network.name][0],
+            color=LOOKS[interconnect.name][0],
             fontsize=10,
             va="center",
         )

@@ -1,9 +1,9 @@
-"""Which TensorFlow operations give other bits with another number of threads: the table of docs/threads.md.
+"""Which TensorFlow operations give different bits with another number of threads: the table of docs/threads.md.
 
     python docs/measure_threads.py
 
-runs itself once for each number of threads (`THREADS`; more than the machine has cores show it too), compares the
-digests of each operation's result with those of one thread, and prints the table. About three minutes on two cores.
+runs itself once for each number of threads (`THREADS`; more threads than cores show it too), compares the digests of
+each operation's result with those of one thread, and prints the table. About three minutes on two cores.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def main() -> None:
     for threads in THREADS:
         output = subprocess.run([sys.executable, __file__, str(threads)], check=True, stdout=subprocess.PIPE).stdout
         found[threads] = json.loads(output.splitlines()[-1])
-    print("| operation | shapes | type | other bits than with 1 thread |\n|---|---|---|---|")
+    print("| operation | shapes | type | bits differ from 1 thread |\n|---|---|---|---|")
     rows: dict[tuple[str, str, str], dict[tuple[int, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for key, digest in found[1].items():
         dtype, operation, shape, num_rows = key.split("|")

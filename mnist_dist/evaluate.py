@@ -40,7 +40,7 @@ class EvaluateDataConfig:
 
 @dataclass
 class EvaluateConfig(Checked):
-    """Everything that `python -m mnist_dist.evaluate` can be told."""
+    """All keys of `python -m mnist_dist.evaluate`."""
 
     run_dir: str | None = ruled(
         lambda value: value is not None, "say which run to evaluate: run_dir=runs/...", default=None
@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     check_data_fits(data_config, dataset)
     splits = preprocess(dataset, val_fraction=data_config.val_fraction, split_seed=data_config.split_seed)
 
-    # Importing TensorFlow takes seconds, so it comes after everything that may send the user back.
+    # Importing TensorFlow takes seconds, so it comes after everything that may refuse the input.
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
         from mnist_dist.engine.flat_model import load_flat_model
         from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -115,12 +115,12 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
 def class_report(confusion: npt.NDArray[np.int64], *, class_names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Precision, recall, F1 score and support (examples) of each class, by scikit-learn.
 
-    `confusion` has the shape (num_classes, num_classes); [i, j] counts examples of class i taken for class j. A class
-    that was never predicted has precision 0.
+    `confusion` has the shape (num_classes, num_classes); [i, j] counts examples of class i predicted as class j. A
+    class that was never predicted has precision 0.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    # A confusion matrix is all that the scores depend on, so it stands for the examples.
+    # The scores depend on the confusion matrix only, so examples are made up from it.
     actual, predicted = (np.repeat(side, confusion.reshape(-1)) for side in np.indices(confusion.shape).reshape(2, -1))
     columns = precision_recall_fscore_support(actual, predicted, labels=range(len(class_names)), zero_division=0)
     keys = ("precision", "recall", "f1", "support")
@@ -133,14 +133,14 @@ def class_report(confusion: npt.NDArray[np.int64], *, class_names: tuple[str, ..
 def _load_data(config: EvaluateConfig, trained_on: DataConfig) -> ImageDataset:
     if config.data.path is not None:
         if trained_on.name not in ("mnist", "npz"):
-            raise UserError(f"data.path={config.data.path}: the run was trained on {trained_on.name}; leave it out")
+            raise UserError(f"data.path={config.data.path}: the run was trained on {trained_on.name}; omit it")
         return load_dataset(replace(trained_on, path=config.data.path))
     try:
         return load_dataset(trained_on)
     except UserError as error:
         if trained_on.path is None:
             raise
-        raise UserError(f"{error}; so config.yaml names it: if the data has moved, give data.path=...") from error
+        raise UserError(f"{error}; this path is from config.yaml: if the data has moved, give data.path=...") from error
 
 
 def _log_report(report: dict[str, Any], run_folder: RunFolder) -> None:

@@ -1,9 +1,8 @@
 """Train: `python -m mnist_dist.train KEY=VALUE ...`. A run, from top to bottom."""
 
 import logging
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mnist_dist.base.console import Console, progress
@@ -22,7 +21,7 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.input import RunInput, agree_on_input, read_input
 from mnist_dist.run.resume import start_point
 from mnist_dist.run.saving import PeriodicCheckpoints
-from mnist_dist.run.summary import build_summary, build_timing, log_summary
+from mnist_dist.run.summary import RunClock, build_summary, log_summary
 
 if TYPE_CHECKING:
     from mnist_dist.engine.build import Engine
@@ -32,7 +31,7 @@ log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run wit
 
 def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     """Train, evaluate, save and plot one run; returns the exit code."""
-    clock = time.perf_counter()
+    clock = RunClock()
     with Job(topology, timeout_s=config.strategy.start_timeout_s) as job:
         run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
         with job.telling_errors():
@@ -45,28 +44,27 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         with job.peers.watching(run_input.watch_address, start_silence_s=config.strategy.start_timeout_s):
             engine = build(run_input, job, console)
             start = prepare_folder(run_input, engine, run_folder, console)
-            trained = train_epochs(engine, start, run_folder, job)
-            if trained.point.epoch == engine.config.trainer.epochs:
-                write_results(engine, trained, run_folder, run_input.reference, clock=clock)
-                code = EXIT_OK
+            reached = train_epochs(engine, start, run_folder, job, clock)
+            is_finished = reached.epoch == engine.config.trainer.epochs
+            if is_finished:
+                write_results(engine, reached, run_folder, run_input.reference, clock)
             else:
-                where = f"after epoch {trained.point.epoch}" if trained.point.epoch else "before the first epoch"
+                where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
                 log.info("Stopped on request %s; run the same command again to resume", where)
-                code = EXIT_PREEMPTED
             engine.strategy.barrier()
-            return code
+            return EXIT_OK if is_finished else EXIT_PREEMPTED
 
 
 def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
-    """Start TensorFlow and the devices; raises UserError where configuration and devices do not fit together."""
+    """Start TensorFlow and the devices; raises UserError if configuration and devices do not match."""
     config, dataset, checkpoint = run_input.config, run_input.dataset, run_input.found.checkpoint
-    # Importing TensorFlow takes seconds, so it comes after everything that may send the user back. The other core
-    # prepares the data at the same time.
+    # Importing TensorFlow takes seconds, so it comes after everything that may refuse the input. Another core prepares
+    # the data at the same time.
     preparing = ThreadPoolExecutor(1).submit(
         preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
     )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        import mnist_dist.results.curves  # noqa: F401 (not hours later, when its files may have changed)
+        import mnist_dist.results.curves  # noqa: F401 (hours later its files may have changed)
         from mnist_dist.engine.build import build_engine
         from mnist_dist.strategy.choose import list_gpus
 
@@ -80,7 +78,7 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
 
 
 def prepare_folder(run_input: RunInput, engine: "Engine", run_folder: RunFolder, console: Console) -> ResumePoint:
-    """Make the run folder this run's own; returns where the training starts, and logs what it will be."""
+    """Set up the run folder; logs what will be trained, and returns where the training starts."""
     start = start_point(
         engine.config,
         run_input.found.point,
@@ -97,16 +95,7 @@ def prepare_folder(run_input: RunInput, engine: "Engine", run_folder: RunFolder,
     return start
 
 
-@dataclass(frozen=True)
-class Trained:
-    """How far a training came."""
-
-    point: ResumePoint
-    first_epoch_at: float
-    """When its first epoch began, on the clock of `time.perf_counter`."""
-
-
-def train_epochs(engine: "Engine", start: ResumePoint, run_folder: RunFolder, job: Job) -> Trained:
+def train_epochs(engine: "Engine", start: ResumePoint, run_folder: RunFolder, job: Job, clock: RunClock) -> ResumePoint:
     """Train from `start` to the last epoch, or until a process is asked to stop; either way with a checkpoint."""
     from mnist_dist.engine.actions import LogEpoch
 
@@ -124,41 +113,31 @@ def train_epochs(engine: "Engine", start: ResumePoint, run_folder: RunFolder, jo
             wants_to_stop=job.stop_request,
         )
         show(start.epoch, num_epochs)
-        first_epoch_at = time.perf_counter()
+        clock.first_epoch_begins()
         history = trainer.fit(num_epochs=num_epochs, history=start.history)
     checkpoints.catch_up(history)
-    return Trained(replace(start, history=history), first_epoch_at)
+    return replace(start, history=history)
 
 
 def write_results(
-    engine: "Engine", trained: Trained, run_folder: RunFolder, reference: Reference | None, *, clock: float
+    engine: "Engine", reached: ResumePoint, run_folder: RunFolder, reference: Reference | None, clock: RunClock
 ) -> None:
-    """Evaluate the trained model on every split; write it, the pictures and the summary. `clock`: the run's start."""
+    """Evaluate the trained model on every split; write it, the pictures and the summary."""
     from mnist_dist.results.curves import plot_run
 
     with engine.strategy.collectives():
         results = engine.evaluate()
     run_folder.save_model(engine.model)
-    history, dataset = trained.point.history, engine.config.data.name
-    run_folder.write_plots(
-        plot_run(
-            history,
-            results["test"].confusion,
-            dataset=dataset,
-            class_names=engine.splits.class_names,
-            reference=reference,
-        )
-    )
-    timing = build_timing(
-        history.column("epoch_s"), startup_s=trained.first_epoch_at - clock, total_s=time.perf_counter() - clock
-    )
+    history, confusion = reached.history, results["test"].confusion
+    dataset, class_names = engine.config.data.name, engine.splits.class_names
+    run_folder.write_plots(plot_run(history, confusion, dataset=dataset, class_names=class_names, reference=reference))
     summary = build_summary(
         engine.config,
         engine.placement(),
-        trained.point,
+        reached,
         results,
         weights_sha256=weights_digest(engine.weights()),
-        timing=timing,
+        timing=clock.timing(history.column("epoch_s")),
     )
     run_folder.write_summary(summary)
     log_summary(summary, run_folder.path)

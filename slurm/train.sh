@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Train under Slurm; from the folder that holds slurm/:  sbatch slurm/train.sh [KEY=VALUE ...]
 #
-# What to edit is here. An option given to sbatch itself is stronger: sbatch --nodes=2 slurm/train.sh strategy=horovod
+# Edit these lines. Options given to sbatch override them: sbatch --nodes=2 slurm/train.sh strategy=horovod
 #SBATCH --job-name=mnist_dist
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1        # processes on each node for strategy=horovod: as many as GPUs
+#SBATCH --ntasks-per-node=1        # processes on each node for strategy=horovod: one per GPU
 #SBATCH --cpus-per-task=2          # cores for each of them
-##SBATCH --gpus-per-node=1         # with one # in front it counts; without GPUs leave it alone
+##SBATCH --gpus-per-node=1         # remove one # to use GPUs
 #SBATCH --time=01:00:00
-#SBATCH --output=runs/job-%j.log   # below the folder that sbatch was called in
-#SBATCH --open-mode=append         # a job that is started again goes on in the same file
+#SBATCH --output=runs/job-%j.log   # below the folder from which sbatch was called
+#SBATCH --open-mode=append         # a requeued job appends to the same file
 #SBATCH --signal=SIGUSR2@90        # the processes are warned 90 s before the time is up
-#SBATCH --requeue                  # the job may be put back into the queue
-# Stopped on request (preemption, the time is nearly up) or by the loss of a process, the job is put back into the queue
-# and resumes from its last checkpoint; but from one and the same checkpoint at most this many times. 0: never.
+#SBATCH --requeue                  # the job may be requeued
+# A job that was stopped on request (preemption, the time is nearly up) or lost a process is requeued, and resumes from
+# its last checkpoint; but at most this many times from the same checkpoint. 0: never.
 max_requeues=5
 set -euo pipefail
 
@@ -33,7 +33,7 @@ launcher=() # what comes before python on each node: a container, for example
 srun_options=()
 site=${MNIST_DIST_SITE:-slurm/site.sh}
 if [[ -f $site ]]; then
-    # What modules and environments run is not written for these two.
+    # Modules and environments are often not written for these two options.
     set +eu
     # shellcheck source=/dev/null
     source "$site"
@@ -73,13 +73,13 @@ case $strategy in
         fi
         ;;
 esac
-# The job's cores on the node where it has the fewest: 4(x2),2 means 4, 4 and 2.
+# The job's cores on the node where it has fewest: 4(x2),2 means 4, 4 and 2.
 cores=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-1}" | sed 's/(.*//' | sort -n | sed -n 1p)
 per_task=$((cores >= per_node ? cores / per_node : 1))
 
 # --- where the results go -----------------------------------------------------
 
-# The number of the job stays when it is put back into the queue.
+# A requeued job keeps its number.
 id=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 [[ -n $run_dir ]] || arguments+=("run_dir=${run_dir:=runs/job-$id}")
@@ -88,12 +88,12 @@ id=$SLURM_JOB_ID
 
 echo "Job $id on $SLURM_JOB_NODELIST: $nodes node(s), $per_node process(es) on each with $per_task core(s)," \
     "$gpus GPU(s) on each, restarted ${SLURM_RESTART_COUNT:-0} time(s)"
-log=/proc/$$/fd/2 # where srun will say which process ended how
+log=/proc/$$/fd/2 # where srun reports how each process ended
 [[ -f $log ]] || log=/dev/null
 log_size=$(stat --dereference --format=%s "$log")
 
-# No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/launch/topology.py). When one fails, srun
-# ends the others.
+# No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/launch/slurm.py). When one fails,
+# srun ends the others.
 export PYTHONUNBUFFERED=1 # each line goes into the log at once (srun --unbuffered would pretend a terminal)
 srun --mpi=none --distribution=block --kill-on-bad-exit=1 \
     --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" --cpus-per-task="$per_task" \
@@ -107,13 +107,13 @@ while [[ -n $signalled ]]; do # a signal ends the waiting
     signalled='' code=0
     wait "$srun" || code=$?
 done
-trap '' TERM USR2 # as sent to a job that is put back: the lines below shall reach the log
+trap '' TERM USR2 # a job that is being requeued gets these too; the lines below must reach the log
 ((code != 0)) || exit 0
 
-# --- back into the queue, or not ----------------------------------------------
+# --- requeue, or not ----------------------------------------------------------
 
-# The highest of the exit codes, which is srun's, may be that of a process that was ended because of another one. What
-# tells the cause is the first line of "srun: error: node7: task 3: Killed", "tasks 0,2: Exited with exit code 75" ...
+# srun exits with the highest of the exit codes, which may be that of a process that was ended because of another one.
+# The cause is in the first line of "srun: error: node7: task 3: Killed", "tasks 0,2: Exited with exit code 75" ...
 ends=$(tail --bytes="+$((log_size + 1))" "$log" | grep -oE 'srun: error: [^ ]+: tasks? [-0-9,]+: .+' || true)
 first=${ends%%$'\n'*}
 case $first in
@@ -122,20 +122,20 @@ case $first in
     *": User defined signal 2"*) code=140 ;;
     ?*) code=137 ;; # killed by another signal
 esac
-# A process that failed by itself, and others that missed it and were faster.
+# One process failed by itself; others noticed its loss and ended before it.
 if ((code < 128)) && failed=$(grep -oE ' exit code [12]$' <<<"$ends"); then
     code=${failed##* }
 fi
 case $code in
     75 | 130 | 140 | 143) reason="stopped on request" ;; # the signals: before the processes listened to them
     *)
-        # Wrong input or a failed training would come to the same end again, and so would too little memory.
+        # Wrong input, a failed training or too little memory would only fail again.
         ((code == 76 || code > 128)) && [[ $ends != *"Out Of Memory"* ]] || exit "$code"
         reason="a process of the job was lost"
         ;;
 esac
 
-# Cancelled by the user, or put back by Slurm itself (preemption, a lost node)? Not once more.
+# Cancelled by the user, or already requeued by Slurm itself (preemption, a lost node)?
 state=$(scontrol --oneliner show job "$id" | grep -oE 'JobState=[A-Z_]+' || true)
 [[ ${state:-JobState=RUNNING} == JobState=RUNNING ]] || exit "$code"
 

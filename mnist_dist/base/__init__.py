@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, the console, what a process finds around it."""
+"""What every room may use: errors, files, console, versions, messages over sockets."""

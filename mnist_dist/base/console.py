@@ -1,6 +1,6 @@
-"""What the terminal shows: plain lines for everybody, a live bar for a terminal, and a copy of the lines on file.
+"""What the terminal shows: plain lines, a live progress bar, and a copy of the lines in a file.
 
-Modules log through the standard library (`logging.getLogger(__name__)`); `Console` decides where that goes.
+Modules log through the standard library (`logging.getLogger(__name__)`); `Console` decides where the lines go.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from mnist_dist.base.surroundings import settings_of_keras
 
 class _Terminal(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        """Say nothing more: the reader has ended (`| head`, `| tee` and Ctrl-C), and the run must not."""
+        """Print nothing more: the reader has ended (`| head`, `| tee` and Ctrl-C), but the run must not."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -31,8 +31,8 @@ class _Terminal(rich.console.Console):
 _terminal = _Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)
 _logger = logging.getLogger("mnist_dist")
 job_log = logging.getLogger("mnist_dist.job")
-"""For what every process of a job would say alike, warnings too: one of them shows it."""
-# Where errors go while file descriptor 2 leads elsewhere.
+"""For lines that are the same on every process of a job, warnings included: only the chief shows them."""
+# Where errors go while file descriptor 2 is redirected.
 _errors: TextIO | None = None
 
 
@@ -40,7 +40,7 @@ class _TerminalHandler(logging.Handler):
     """Lines to standard output, errors to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # the reader has ended
             if record.levelno >= logging.ERROR:
                 print(self.format(record), file=_errors or sys.stderr, flush=True)
                 return
@@ -49,10 +49,10 @@ class _TerminalHandler(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """Lines to the end of a file; what does not fit on its disk is on the terminal only."""
+    """Appends lines to a file; what does not fit on a full disk is only on the terminal."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the standard library's name)
-        """Say nothing: the disk is full, and what needs it more than the log ends the run with one clear line."""
+        """Ignore it: if the disk is full, the next file that matters ends the run with one clear line."""
 
     def close(self) -> None:
         """Close the file, whether or not its last lines can be written."""
@@ -64,7 +64,7 @@ class Console:
     """The log of one run: the terminal from the start, and a file once there is a run folder."""
 
     def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
-        """Open the log of one process; those of rank 1 and up show warnings only, with their number."""
+        """Open the log of one process; ranks other than 0 show only warnings, marked with their number."""
         self._is_chief = rank == 0
         self._prefix = "" if self._is_chief else f"[rank {rank}/{world_size}] "
         self._held_back = b""
@@ -92,8 +92,7 @@ class Console:
 
         If the block fails, `show_held_back` shows them.
 
-        Without garbage collection: what an import makes stays, and to look it through over and over takes a fifth of
-        the time.
+        Garbage collection is off: imported objects stay anyway, and scanning them repeatedly takes a fifth of the time.
         """
         gc.disable()
         try:
@@ -105,16 +104,16 @@ class Console:
 
     @contextlib.contextmanager
     def _holding_back(self) -> Iterator[None]:
-        """Keep what TensorFlow writes while the block runs, if the block fails; our own errors are shown at once."""
+        """Hold back what TensorFlow writes in the block, for when the block fails; our own errors are shown at once."""
         global _errors
         # Read by TensorFlow's C++ side when it is first imported: 2 leaves errors only.
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-        # But until its logging is set up it writes to file descriptor 2 regardless.
+        # But until its logging is set up, it writes to file descriptor 2 regardless.
         stderr = os.dup(2)
         with tempfile.TemporaryFile() as kept, os.fdopen(stderr, "w") as _errors:
             os.dup2(kept.fileno(), 2)
-            told_of_crashes = faulthandler.is_enabled()
-            faulthandler.enable(_errors)  # a crash, with which the messages are lost, at least says where
+            was_enabled = faulthandler.is_enabled()
+            faulthandler.enable(_errors)  # a crash loses the messages, but at least shows where it was
             try:
                 yield
             except BaseException:
@@ -124,7 +123,7 @@ class Console:
             finally:
                 os.dup2(stderr, 2)
                 faulthandler.disable()
-                if told_of_crashes:
+                if was_enabled:
                     faulthandler.enable()
                 _errors = None
 
@@ -134,12 +133,12 @@ class Console:
             os.write(2, self._held_back)
 
     def log_to(self, path: Path) -> None:
-        """Write all lines, those of before included, to the end of the file `path` as well."""
+        """Append all lines, earlier ones included, to the file `path` too."""
         if not self._is_chief:
             return
         file = _LogFile(path, encoding="utf-8")
         self._early.setTarget(file)
-        self._early.close()  # hands over what it has kept
+        self._early.close()  # passes on the lines that it has kept
         _logger.removeHandler(self._early)
         _logger.addHandler(file)
         self._handlers.append(file)
@@ -147,7 +146,7 @@ class Console:
 
 @contextlib.contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A live bar with the time left, while the block runs and where a terminal shows it; call it with (done, total)."""
+    """A live progress bar while the block runs, if there is a terminal; call what it yields with (done, total)."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),

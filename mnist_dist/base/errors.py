@@ -1,13 +1,13 @@
-"""Exit codes, and the errors that carry them to the command line.
+"""Exit codes, and the errors that lead to them.
 
-Raise `UserError` wherever the cause is something the user can fix: it ends as one line and exit code 2.
+Raise `UserError` wherever the cause is something the user can fix: it becomes one line and exit code 2.
 """
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # stopped early on request, with a checkpoint
-EXIT_LOST_PEER = 76  # another process of the job is gone; a checkpoint is there from before
+EXIT_LOST_PEER = 76  # another process of the job is gone; earlier checkpoints are kept
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -20,4 +20,4 @@ class TrainingFailed(RuntimeError):
 
 
 class LostTouch(RuntimeError):
-    """The processes of the job cannot reach each other any more, though nobody knows which of them is gone."""
+    """The processes of the job can no longer reach each other, and it is unknown which of them is gone."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never meets half of one; locks between processes."""
+"""Writing files so that no reader or crash ever sees half of one; locks between processes."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def expand_path(key: str, value: str) -> Path:
-    """The path that a key names, `~` expanded; raises UserError where that cannot be done."""
+    """The path that a key names, with `~` expanded; raises UserError if there is no such user."""
     try:
         return Path(value).expanduser()
     except RuntimeError as error:
@@ -26,8 +26,8 @@ def expand_path(key: str, value: str) -> Path:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a file for reading, unless it may never end or never begin: a FIFO, a device; raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for somebody to write
+    """Open a regular file for reading, not a FIFO or device, which might block or never end; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without, a FIFO would wait for a writer
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "Is a directory" if path.is_dir() else "Not a regular file", str(path))
@@ -44,8 +44,8 @@ def read_regular(path: Path) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step, flushed to disk, in a folder that exists; raises OSError."""
-    # All within the folder as it is opened here: if it is moved in between, nothing goes to what takes its place.
+    """Replace `path` by `content` atomically, flushed to disk, in a folder that exists; raises OSError."""
+    # Relative to the folder opened here: if it is moved meanwhile, nothing is written to what takes its place.
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         temporary = f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}"
@@ -66,28 +66,28 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` has the name of what `write_atomically` leaves when its process is killed."""
+    """Whether `path` has the name of a file that `write_atomically` leaves if its process is killed."""
     return path.name.startswith(".") and path.suffix == _TEMPORARY
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what `write_atomically` leaves in `folder` when its process is killed; for the only writer there."""
+    """Remove what killed processes left of `write_atomically` in `folder`; only for the folder's only writer."""
     for path in filter(is_temporary, folder.glob(".*")):
         path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder `path` if there is none, but nothing that it lies in; raises OSError."""
-    with contextlib.suppress(FileExistsError):  # a file of this name is refused by whoever writes into it
+    """Make the folder `path` if there is none, but not its parents; raises OSError."""
+    with contextlib.suppress(FileExistsError):  # if it is a file, writing into it will fail
         path.mkdir()
 
 
 def _flush_folder(descriptor: int) -> None:
-    """Make a new name in an open folder outlast a power failure; raises OSError."""
+    """Make a new name in an open folder survive a power failure; raises OSError."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
 
 
@@ -101,15 +101,15 @@ def file_lock(path: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> int:
-    # For writing: NFS locks nothing else. A FIFO would wait for somebody to read.
+    # For writing, which NFS requires for locks; not blocking, since a FIFO would wait for a reader.
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
 
 
 def open_locked(path: Path) -> int:
     """Open the file `path` (created if needed, else not changed) with an exclusive lock; returns the descriptor.
 
-    The lock ends when the descriptor is closed or the process dies in any way. On a file system that has no locks the
-    file is open without one. Raises BlockingIOError if another process has the lock, and OSError.
+    The lock ends when the descriptor is closed or the process ends in any way. On a file system without locks the file
+    is opened without one. Raises BlockingIOError if another process holds the lock, and OSError.
     """
     descriptor = _open_lock(path)
     try:
@@ -122,16 +122,16 @@ def open_locked(path: Path) -> int:
 
 
 def is_open_as(descriptor: int, path: Path) -> bool:
-    """Whether `path` is still the file that is open, not removed, moved or replaced since."""
+    """Whether `path` is still the open file, not removed, moved or replaced since."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError as error:
-        # Of any other error nothing follows; who writes there next will meet it.
+        # Other errors prove nothing; the next write will meet them.
         return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError unless files can be made in `folder`, or it can be created; leaves nothing behind."""
+    """Raise OSError unless files can be written in `folder`, or it can be created; leaves nothing behind."""
     ancestors = (folder, *folder.absolute().parents)
     number, place = next((n, path) for n, path in enumerate(ancestors) if path.exists() or path.is_symlink())
     try:

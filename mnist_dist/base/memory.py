@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def usable_memory(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process may use at the most: the machine's, or a smaller limit on its group or itself.
+    """Bytes that this process may use at most: the machine's memory, or a smaller limit on its group or itself.
 
-    Swap space counts, and what others use does not: what needs more than this cannot run here at any time.
+    Swap space counts, and use by others does not: what needs more than this can never run here.
     """
     machine, swap = _read_meminfo(proc)
     limits: list[float] = [machine + swap, *(limit + swap for limit in _group_limits(proc, cgroups))]
@@ -22,7 +22,7 @@ def usable_memory(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def _read_meminfo(proc: Path) -> tuple[float, float]:
-    """The machine's memory and swap space, bytes; infinite and none where that cannot be told."""
+    """The machine's memory and swap space, bytes; infinite and none if unknown."""
     sizes = {"MemTotal": math.inf, "SwapTotal": 0.0}
     for key, _, value in (line.partition(":") for line in _lines(proc / "meminfo")):
         if key in sizes:
@@ -31,13 +31,13 @@ def _read_meminfo(proc: Path) -> tuple[float, float]:
 
 
 def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
-    """The limits of the control groups that this process is in, of both versions."""
+    """The limits of this process's control groups, of both versions."""
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
         roots = [cgroups / "memory"] if controllers else [cgroups, cgroups / "unified"]
-        # In a container a group's path may be seen from outside; then what is there is the mount's root.
+        # In a container a group's path may be that outside, while the mount shows only its root.
         for group in (Path(path), *Path(path).parents):
             for root in roots:
                 for name in ("memory.max", "memory.limit_in_bytes"):

@@ -1,6 +1,6 @@
-"""What a process finds around it, settled before anything is done: so that a run depends on its configuration alone.
+"""What a process finds around it, put in order before all else, so that a run depends only on its configuration.
 
-Libraries read variables and files of the user that were meant for other programs; standard streams may be closed, and
+Libraries read the user's variables and files, which were meant for other programs; standard streams may be closed, and
 the working directory may be gone.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from mnist_dist.base.errors import UserError
 
-# Keras and TensorFlow look for Keras' settings below KERAS_HOME: there are none below a file.
+# Keras and TensorFlow look for Keras' settings below KERAS_HOME; below a file there are none.
 _KERAS = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
 _OTHERS = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 
-# TensorFlow ends the process when it meets another value.
+# Switches of which TensorFlow accepts 0 and 1 only; any other value ends the process.
 _SWITCHES = ("TF_DETERMINISTIC_OPS", "TF_CUDNN_DETERMINISTIC", "TF_CUDNN_USE_AUTOTUNE", "TF_CUDNN_USE_FRONTEND")
 _ARITHMETIC = (
     *_SWITCHES,
@@ -35,17 +35,17 @@ _ARITHMETIC = (
 
 
 def settle() -> None:
-    """Settle all of it, for a process that runs a command of this package.
+    """Put all of it in order, for a process that runs a command of this package.
 
     Raises:
-        UserError: something can neither be settled nor left alone; the message names it.
+        UserError: something can neither be put in order nor left alone; the message names it.
     """
     _open_streams()
-    # A library's warning is no reason to end a run, nor can its user do anything about it.
+    # A library's warning must not end a run, and the user cannot do anything about it.
     if any(action == "error" for action, *_ in warnings.filters):
         warnings.simplefilter("ignore")
     os.environ.update(_OTHERS)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of settings that are not used
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about settings that are not used
     _check_variables(os.environ)
     _check_matplotlibrc(Path("matplotlibrc"))
 
@@ -66,13 +66,13 @@ def settings_of_keras() -> Iterator[None]:
 
 
 def arithmetic_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that are set and change what libraries compute, in the last bits at least."""
+    """The variables that are set and change what libraries compute, at least in the last bits."""
     return {name: environ[name] for name in _ARITHMETIC if name in environ}
 
 
 @contextlib.contextmanager
 def existing_working_directory() -> Iterator[None]:
-    """While the block runs, one that has a name: Hydra asks for it, and the one of this process may be removed."""
+    """A block with a working directory that exists: Hydra asks for its name, but it may have been removed."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -81,19 +81,19 @@ def existing_working_directory() -> Iterator[None]:
         try:
             yield
         finally:
-            os.fchdir(removed)  # where relative paths still lead nowhere
+            os.fchdir(removed)  # so that relative paths still lead nowhere
             os.close(removed)
     else:
         yield
 
 
 def _open_streams() -> None:
-    """Make sure that descriptors 0, 1 and 2 are open, or the next file that is opened would take the place of one."""
+    """Make sure that descriptors 0, 1 and 2 are open; otherwise the next opened file would take one of them."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 (for as long as the process runs)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
@@ -104,8 +104,8 @@ def _open_streams() -> None:
 def _check_variables(environ: Mapping[str, str]) -> None:
     if flags := environ.get("TF_XLA_FLAGS", "").strip():
         raise UserError(
-            f"TF_XLA_FLAGS={flags}: with it TensorFlow compiles parts of the training by rules of its own, which gives "
-            "other bits, or ends; unset it"
+            f"TF_XLA_FLAGS={flags}: with it TensorFlow compiles parts of the training in its own way, which gives "
+            "other bits, or fails; unset it"
         )
     for name in _SWITCHES:
         if environ.get(name, "0").lower() not in ("0", "1", "true", "false"):
@@ -113,7 +113,7 @@ def _check_variables(environ: Mapping[str, str]) -> None:
 
 
 def _check_matplotlibrc(path: Path) -> None:
-    """What Matplotlib reads first, wherever the variables point; our pictures do not depend on what it says."""
+    """Raise UserError if Matplotlib cannot read this file, which it reads first; its content has no effect on us."""
     if not path.exists() or path.is_dir():
         return
     try:

@@ -9,7 +9,7 @@ _SUMMARY = ("mnist_dist", "tensorflow", "keras", "numpy", "sklearn", "hydra")
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package, which need not be imported for it; None if it is not installed."""
+    """The version of an installed package, without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -17,11 +17,11 @@ def installed_version(package: str) -> str | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of those of `PACKAGES` that are installed."""
+    """Versions of Python and of the installed ones of `PACKAGES`."""
     found = {name: version for name in PACKAGES if (version := installed_version(name))}
     return {"python": platform.python_version(), **found}
 
 
 def imported_versions() -> dict[str, str]:
-    """Versions of Python and of the modules that have computed the results, for `summary.json`."""
+    """Versions of Python and of the modules that computed the results, for `summary.json`."""
     return {"python": platform.python_version(), **{name: sys.modules[name].__version__ for name in _SUMMARY}}

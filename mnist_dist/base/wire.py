@@ -10,12 +10,12 @@ from typing import Any
 Message = dict[str, Any]
 
 MAX_GREETING = 2**24
-"""Bytes of a first message, as it may come from anybody: one that never ends must not fill the memory."""
+"""Most bytes of a first message: it may come from any program, and an endless one must not fill the memory."""
 _CHUNK = 65_536
 
 
 class Garbled(ValueError):
-    """What came is no message of ours."""
+    """What came is not one of our messages."""
 
     def __init__(self, line: bytes) -> None:
         self.start = line[:80]
@@ -23,7 +23,7 @@ class Garbled(ValueError):
 
 
 class Wire:
-    """One side of a connection, whose own timeout is that of `send`."""
+    """One side of a connection; the timeout set on the connection applies to `send`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -38,11 +38,11 @@ class Wire:
         """Wait for the next message.
 
         Args:
-            timeout_s: for the whole message, however slowly it drips; None waits for as long as it takes.
-            max_bytes: about as long as the message may be, None for any length.
+            timeout_s: for the whole message, however slowly it arrives; None waits as long as it takes.
+            max_bytes: about how long the message may be, None for any length.
 
         Raises:
-            OSError: the connection broke or has ended, or the time is up.
+            OSError: the connection broke or ended, or the time is up.
             Garbled: something else came, or the connection ended within a line.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -66,7 +66,7 @@ class Wire:
         return self.arrived()
 
     def arrived(self) -> list[Message]:
-        """The messages that an earlier call has read but not returned."""
+        """The messages that earlier calls have read but not returned."""
         lines, self._lines = self._lines, deque()
         return [_parse(line) for line in lines]
 

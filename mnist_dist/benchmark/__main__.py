@@ -33,7 +33,7 @@ _REPORT = "benchmark.json"
 
 
 def benchmark(config: BenchmarkConfig, topology: Topology, console: Console) -> int:
-    """Measure everything, write the report; returns the exit code: 1 if something could not be measured."""
+    """Measure everything and write the report; returns the exit code, 1 if something could not be measured."""
     if topology.world_size > 1:
         raise UserError(f"{topology.world_size} processes were started; the benchmark starts its own")
     run_folder = RunFolder.from_config(config.run_dir)
@@ -82,7 +82,7 @@ def benchmark(config: BenchmarkConfig, topology: Topology, console: Console) -> 
         "targets": [target.to_dict() for target in targets],
     }
     run_folder.write_text(_REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    from mnist_dist.benchmark.chart import plot_benchmark  # Matplotlib is imported with settings of ours
+    from mnist_dist.benchmark.chart import plot_benchmark  # Matplotlib must be imported with our settings
 
     title = f"{described['name']} on {machine['cpu']}, {machine['cores']} cores"
     write_atomically(run_folder.path / "benchmark.png", plot_benchmark(rows, title=title))
@@ -105,9 +105,9 @@ class Measured:
 
 
 def measure(config: BenchmarkConfig, contenders: Sequence[Contender]) -> Measured:
-    """The starts first, since later all files of TensorFlow are in use; then the epochs, in turns.
+    """Start-up first, since later all of TensorFlow's files are in use; then the epochs, in turns.
 
-    Those of one precision take turns with each other: first the single processes, then the jobs of several.
+    Contenders of one precision take turns: first those with one process, then the jobs of several.
     """
     bystanders = Bystanders()
     bystanders.look()
@@ -127,7 +127,7 @@ def measure(config: BenchmarkConfig, contenders: Sequence[Contender]) -> Measure
                 log.warning("Start-up failed: %s", error)
                 startup_failed = True
         entries: list[Entry] = []
-        # All processes at once would need much memory, and what waits would be dropped from it.
+        # All processes at once would need much memory, and waiting ones would be swapped out.
         groups: dict[tuple[str, bool], list[Contender]] = {}
         for contender in contenders:
             groups.setdefault((contender.precision, contender.processes > 1), []).append(contender)
@@ -148,7 +148,7 @@ def run_group(
             for number in rounds(referee, entries, warmup=config.warmup_epochs, epochs=config.epochs):
                 look()
                 show(number, config.warmup_epochs + config.epochs)
-        # Once for each way of reducing: the sizes are what matters, not how the training adds up.
+        # Once per launcher: only the sizes matter, not how the training reduces.
         jobs = {entry.contender.launcher: entry for entry in reversed(entries) if entry.is_running}
         for entry in jobs.values():
             if MESSAGES in entry.parts:
@@ -158,7 +158,7 @@ def run_group(
 
 
 def start(referee: Referee, contender: Contender) -> Entry:
-    """Start a contender, and say so, since it takes some seconds."""
+    """Start a contender, and log it, since it takes some seconds."""
     log.info("Starting %s, %s", contender.name, contender.precision)
     return referee.start(contender)
 
@@ -176,11 +176,11 @@ def log_report(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     """Log the tables."""
     for line in format_table([dict(row) for row in rows]):
         log.info("%s", line)
-    log.info("* the fastest way of Keras; /keras: to Keras as published, /best: at its best, /floor: to the products")
+    log.info("* the fastest Keras; /keras: ratio to Keras as published, /best: to it at its best, /floor: to the floor")
     for row in rows:
         threads = [row["facts"].get(f"{kind}_op_threads") for kind in ("intra", "inter")]
         if row["part"] == "epoch" and row["status"] == "ok":
-            log.info("Threads of %s, %s: %s inside an operation, %s side by side (0: the default)", row["name"],
+            log.info("Threads of %s, %s: %s per operation, %s operations in parallel (0: the default)", row["name"],
                      row["precision"], *threads)  # fmt: skip
     for job in report["jobs"]:
         log.info(
@@ -198,7 +198,7 @@ def log_report(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
                 times["first_minus_second_epoch_s"],
             )
     load = report["load_average"]
-    log.info("Load average before %.2f, after %.2f (our own work included)", load["before"], load["after"])
+    log.info("Load average before %.2f, after %.2f (including our own load)", load["before"], load["after"])
     for process in report["other_processes"]:
         log.info("Also ran: %.1f s of CPU time by %s (pid %d)", process["cpu_s"], process["command"], process["pid"])
 

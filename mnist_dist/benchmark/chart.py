@@ -1,4 +1,4 @@
-"""The picture of a benchmark: every contender's epochs, fastest first, one panel for each precision."""
+"""The picture of a benchmark: every contender's epochs, fastest first, one panel per precision."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def plot_benchmark(rows: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
 
 
 def draw_benchmark(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Bars of medians with a dot for each epoch; contenders that failed are not in it."""
+    """Bars of medians with a dot for each epoch; contenders that failed are left out."""
     shown = [row for row in rows if row["part"] == EPOCH and row["status"] == "ok"]
     panels: dict[str, list[Mapping[str, Any]]] = {row["precision"]: [] for row in shown}
     for row in sorted(shown, key=lambda row: row["median_s"]):
@@ -31,7 +31,7 @@ def draw_benchmark(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     if not panels:
         return figure
     all_axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    # A single epoch that was held up for seconds would press all bars together.
+    # A single epoch that was held up for seconds would squeeze all bars.
     limit = 2 * max(row["median_s"] for row in shown)
     for axes, (precision, panel) in zip(all_axes, panels.items(), strict=True):
         _draw_panel(axes, panel, title=precision, limit=limit)

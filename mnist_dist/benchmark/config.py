@@ -16,25 +16,25 @@ class StartupConfig(Checked):
 
     enabled: bool = MISSING
     repeats: int = between(1, MAX_INT32)
-    """Starts of each kind."""
+    """Number of starts of each kind."""
     cold: str = one_of("fadvise", "drop_caches", "none")
     """fadvise | drop_caches | none: how the file cache is dropped before a cold start."""
 
 
 @dataclass
 class BenchmarkConfig(Checked):
-    """Everything that `python -m mnist_dist.benchmark` can be told."""
+    """All keys of `python -m mnist_dist.benchmark`."""
 
     run_dir: str | None = None
     """The folder for the results; by default a new one below `runs/`, named by date and time."""
     contenders: list[str] | None = None
-    """Who is compared; by default all that this machine can run."""
+    """What is compared; by default all that this machine can run."""
     epochs: int = between(1, MAX_INT32)
-    """Epochs that count, of each contender."""
+    """Epochs that count, per contender."""
     warmup_epochs: int = between(0, MAX_INT32)
     """Epochs before them that do not count."""
     targets: bool = MISSING
-    """Say of each target whether it was reached."""
+    """Report whether each target was reached."""
     timeout_s: float = timeout_s()
     """How long a contender may take to start, or for one turn, seconds."""
     startup: StartupConfig = MISSING
@@ -46,5 +46,5 @@ class BenchmarkConfig(Checked):
             self.contenders is None or len(self.contenders) > 0 or self.startup.enabled,
             "contenders",
             self.contenders,
-            "nothing is left to measure; name one, or say startup.enabled=true",
+            "nothing is left to measure; name one, or give startup.enabled=true",
         )

@@ -1,8 +1,8 @@
-"""How long a step takes on N replicas, on paper: compute from measurements, communication from latency and bandwidth.
+"""A model of how long a step takes on N replicas: compute from measurements, communication from latency and bandwidth.
 
-A message of m bytes takes alpha + m beta seconds on its way (Hockney 1994); collectives are so many messages one after
-the other (Thakur, Rabenseifner and Gropp 2005). docs/scaling.md has the formulas, what they give, and what they leave
-out: overlap of communication with compute, congestion, stragglers. Numbers only: no TensorFlow, no process is asked.
+A message of m bytes takes alpha + m beta seconds (Hockney 1994); a collective is a number of messages one after the
+other (Thakur, Rabenseifner and Gropp 2005). docs/scaling.md has the formulas, their results, and what they leave out:
+overlap of communication with compute, congestion, stragglers. Arithmetic only: no TensorFlow, no other process.
 
 All times are seconds, all sizes bytes, all rates per second.
 """
@@ -27,8 +27,8 @@ class Link:
     """What a message between two replicas costs: alpha_s + bytes x beta_s_per_byte (Hockney 1994).
 
     Args:
-        alpha_s: latency, seconds a message.
-        beta_s_per_byte: seconds a byte, the inverse of the bandwidth in one direction.
+        alpha_s: latency, seconds per message.
+        beta_s_per_byte: seconds per byte, the inverse of the bandwidth in one direction.
     """
 
     alpha_s: float
@@ -56,7 +56,7 @@ def ring_all_reduce_s(link: Link, *, num_bytes: float, num_replicas: int) -> flo
 def tree_all_reduce_s(link: Link, *, num_bytes: float, num_replicas: int) -> float:
     """2 ceil(log2 N) alpha + 2 m beta: up and down two pipelined trees (Sanders, Speck and Traff 2009), as in NCCL.
 
-    Recursive halving and doubling (Thakur et al. 2005) has the same latency, and (N-1)/N of the bandwidth's part.
+    Recursive halving and doubling (Thakur et al. 2005) has the same latency, and (N-1)/N of the bandwidth term.
     """
     if _checked(num_replicas) == 1:
         return 0.0
@@ -65,7 +65,7 @@ def tree_all_reduce_s(link: Link, *, num_bytes: float, num_replicas: int) -> flo
 
 
 def all_reduce_s(link: Link, *, num_bytes: float, num_replicas: int) -> float:
-    """Ring or tree, whichever is faster: a library such as NCCL chooses so, by the size of the message."""
+    """Ring or tree, whichever is faster: libraries such as NCCL choose by the size of the message."""
     return min(
         algorithm(link, num_bytes=num_bytes, num_replicas=num_replicas)
         for algorithm in (ring_all_reduce_s, tree_all_reduce_s)
@@ -79,8 +79,8 @@ def hierarchical_all_reduce_s(
 
     Args:
         inside: the link in a node.
-        between: the link of a replica's own network card; the m / `replicas_per_node` bytes of all replicas of a node
-            travel side by side.
+        between: the link of a replica's own network card; all replicas of a node send their m / `replicas_per_node`
+            bytes in parallel.
         num_bytes: a replica's message.
         num_replicas: of all nodes together.
         replicas_per_node: of a full node.
@@ -114,13 +114,13 @@ def exact_reduction_s(link: Link, *, num_bytes: float, num_replicas: int, num_sh
 
 
 @dataclass(frozen=True)
-class Network:
+class Interconnect:
     """How replicas are connected.
 
     Args:
         name: for tables and pictures.
         link: between any two replicas, or, with `inside`, between nodes.
-        inside: the link in a node, where it is another one.
+        inside: the link within a node, if it is a different one.
         replicas_per_node: with `inside`.
     """
 
@@ -147,9 +147,9 @@ class Device:
     """How fast one replica computes.
 
     Args:
-        launch_s: seconds a step to start the kernels, whatever they compute.
-        overhead_s: further seconds a step that do not depend on the rows (the optimizer's update, for example).
-        rows_per_s: rows a second on top of that.
+        launch_s: seconds per step to launch the kernels, whatever they compute.
+        overhead_s: further seconds per step that do not depend on the rows (the optimizer's update, for example).
+        rows_per_s: rows per second on top of that.
     """
 
     launch_s: float
@@ -181,7 +181,7 @@ class Workload:
         return math.ceil(self.batch_rows / num_replicas) if mode == "strong" else self.batch_rows
 
     def steps_per_epoch(self, mode: Mode, *, num_replicas: int) -> int:
-        """Whole steps; the last one may be short, and is computed in full all the same."""
+        """Whole steps; the last one may be short, but is computed in full."""
         global_rows = self.batch_rows * (num_replicas if mode == "weak" else 1)
         return math.ceil(self.num_examples / global_rows)
 
@@ -208,7 +208,7 @@ class Prediction:
 
 
 def predict(
-    device: Device, *, network: Network, mode: Mode, num_replicas: int, workload: Workload | None = None
+    device: Device, *, interconnect: Interconnect, mode: Mode, num_replicas: int, workload: Workload | None = None
 ) -> Prediction:
     """The model: launch + overhead + rows / throughput + all-reduce; `workload` is the recipe's unless given."""
     workload = workload or Workload()
@@ -216,24 +216,24 @@ def predict(
         num_replicas=num_replicas,
         launch_s=device.launch_s,
         compute_s=device.compute_s(workload.rows_per_replica(mode, num_replicas=_checked(num_replicas))),
-        communication_s=network.all_reduce_s(workload.message_bytes, num_replicas=num_replicas),
+        communication_s=interconnect.all_reduce_s(workload.message_bytes, num_replicas=num_replicas),
         steps_per_epoch=workload.steps_per_epoch(mode, num_replicas=num_replicas),
     )
 
 
 def speed_up(alone: Prediction, together: Prediction) -> float:
-    """Epochs in the time of one: Amdahl's speed-up with strong scaling, about Gustafson's with weak scaling."""
+    """How many times faster an epoch is: Amdahl's speed-up with strong scaling, about Gustafson's with weak."""
     return alone.epoch_s / together.epoch_s
 
 
 def efficiency(alone: Prediction, together: Prediction, *, mode: Mode) -> float:
-    """Rows a second and replica, as a share of those of one replica alone; 1 is perfect. Steps count as full."""
+    """Rows per second and replica, relative to one replica alone; 1 is perfect. Steps count as full."""
     rows_factor = together.num_replicas if mode == "strong" else 1
     return alone.step_s / together.step_s / rows_factor
 
 
 def amdahl_limit(device: Device, *, workload: Workload | None = None) -> float:
-    """Strong scaling's speed-up with a network that costs nothing and any number of replicas (Amdahl 1967)."""
+    """Strong scaling's speed-up with a free interconnect and any number of replicas (Amdahl 1967)."""
     rows = (workload or Workload()).batch_rows
     fixed = device.launch_s + device.overhead_s
     return (device.launch_s + device.compute_s(rows)) / fixed if fixed else math.inf
@@ -265,19 +265,19 @@ def fastest(time_s: Callable[[int], float], *, limit: int = 1024) -> int:
 
 
 def fit_link(rows: Iterable[Mapping[str, Any]], *, algorithm: Collective = ring_all_reduce_s) -> Link:
-    """The link that explains measured all-reduces best.
+    """The link that best explains measured all-reduces.
 
     Least squares of the relative errors, since the times span orders of magnitude; neither number may be negative.
-    Costs that do not depend on the number of replicas (negotiation, a cycle time) end in alpha, so a link fitted to two
-    replicas says too much about many: measure on several numbers of replicas.
+    Costs that do not depend on the number of replicas (negotiation, a cycle time) end up in alpha, so a link fitted to
+    two replicas is too slow for many: measure on several numbers of replicas.
 
     Args:
         rows: each with `bytes` of a replica's message, `seconds` and `num_replicas`, as `benchmark` writes them.
-            Rows of one replica say nothing about the link and are left out.
+            Rows of one replica say nothing about the link and are ignored.
         algorithm: the one that was measured.
 
     Raises:
-        ValueError: a row that cannot be, or too few different ones to tell latency and bandwidth apart.
+        ValueError: an impossible row, or too few different ones to tell latency and bandwidth apart.
     """
     systems = []
     for row in rows:
@@ -303,7 +303,7 @@ def fit_device(rows: Sequence[Mapping[str, Any]], *, launch_s: float = 0.0) -> D
 
     Args:
         rows: each with `rows` of the batch and `seconds` of a step.
-        launch_s: the part of the constant seconds to be called launch; it is in the measurements, and is taken off.
+        launch_s: how much of the measured constant time is launching; it is subtracted from the overhead.
 
     Raises:
         ValueError: fewer than two sizes of a batch.
@@ -317,7 +317,7 @@ def fit_device(rows: Sequence[Mapping[str, Any]], *, launch_s: float = 0.0) -> D
 
 def _fit_line(system: NDArray[np.float64]) -> tuple[float, float]:
     """Non-negative x of shape (2,) with the least |`system` x - 1|; ValueError where many are equally good."""
-    # Sizes in bytes and seconds differ by many powers of ten, which would spoil the test of the rank.
+    # Bytes and seconds differ by many powers of ten, which would spoil the rank test.
     scale = np.linalg.norm(system, axis=0)
     if len(system) < 2 or not scale.all() or np.linalg.matrix_rank(system / scale, tol=1e-6) < 2:
         raise ValueError("fewer than two different rows")

@@ -1,4 +1,4 @@
-"""Who competes: from a text like `strategy=mirrored strategy.num_replicas=2 precision=float32` to a command.
+"""The contenders: from a text like `strategy=mirrored strategy.num_replicas=2 precision=float32` to a command.
 
 A text is a command line of `mnist_dist.train`, with `processes=N` for a job of several; or it begins with the name of
 a rival (`keras`, `floor` or `torch`), followed by the rival's own options.
@@ -29,14 +29,14 @@ _RIVAL_OPTIONS = {
     "floor": ("precision",),
     "torch": ("precision",),
 }
-# These keys make the name of a contender, or belong to the whole benchmark.
+# Keys that are in the name of a contender, and keys that belong to the whole benchmark.
 _NAMED_KEYS = ("strategy", "strategy.num_replicas", "reproducibility", "precision")
 _SHARED_KEYS = ("data", "run_dir", "trainer", "plots", "console", "experiment")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One of those that are compared."""
+    """One of the trainings that are compared."""
 
     text: str
     kind: str
@@ -52,12 +52,12 @@ class Contender:
 
     @property
     def is_paused(self) -> bool:
-        """Whether it must be stopped while others compute: Horovod's ranks talk every millisecond, idle or not."""
+        """Whether it must be paused while others compute: Horovod's ranks communicate every millisecond, even idle."""
         return self.launcher in _PAUSED
 
     def commands(self, child: Sequence[str]) -> list[list[str]]:
         """The commands that start it; each ends with the words of `child`."""
-        # By default the first process takes all memory of a GPU, and the next ones find none.
+        # By default the first process allocates all memory of a GPU, and nothing is left for others.
         plain = ["env", "TF_FORCE_GPU_ALLOW_GROWTH=true"]
         return _LAUNCHERS[self.launcher](plain, child, self.processes)
 
@@ -67,7 +67,7 @@ def _start_one(plain: list[str], child: Sequence[str], _: int) -> list[list[str]
 
 
 def _start_by_horovodrun(plain: list[str], child: Sequence[str], processes: int) -> list[list[str]]:
-    # Gloo must bear that all ranks are stopped for a while.
+    # Gloo must tolerate that all ranks are paused for a while.
     run = [str(horovodrun()), "--gloo", "--gloo-timeout-seconds", "86400", "-np", str(processes)]
     return [[*plain, *run, *child]]
 
@@ -172,7 +172,7 @@ def default_texts(*, num_gpus: int) -> list[str]:
     """What is compared by default on a machine with that many GPUs."""
     replicas = max(2, num_gpus)
     places = ["strategy=single"]
-    if num_gpus != 1:  # one GPU has nothing to share with; on CPUs there are logical devices
+    if num_gpus != 1:  # a single GPU allows one replica only; CPUs have logical devices
         places += [f"strategy=mirrored strategy.num_replicas={replicas}"]
         places += [f"strategy=horovod processes={replicas}"] if horovodrun().is_file() else []
         places += [f"strategy=multiworker processes={replicas}"]

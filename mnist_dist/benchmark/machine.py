@@ -1,4 +1,4 @@
-"""Which machine it is, and what else runs on it: a time is worth nothing without these."""
+"""Which machine this is, and what else runs on it: without these a time means nothing."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, Any]:
 
 @dataclass
 class Bystanders:
-    """The CPU seconds of processes that are not this one's, nor its children, from the first to the last `look`."""
+    """The CPU seconds of processes other than this one and its children, from the first to the last `look`."""
 
     _first: dict[psutil.Process, float] = field(default_factory=dict)
     _last: dict[psutil.Process, float] = field(default_factory=dict)
@@ -52,9 +52,9 @@ class Bystanders:
         self._own |= {this, *this.children(recursive=True)}
         for process in psutil.process_iter(["cpu_times", "cmdline", "name"]):
             if (times := process.info["cpu_times"]) is None:
-                continue  # not for us
+                continue  # not readable for this user
             cpu_s = times.user + times.system
-            # One that has come since then has spent all its time since then.
+            # A process that started after the first look has spent all its time since.
             self._first.setdefault(process, cpu_s if is_first else 0.0)
             self._last[process] = cpu_s
             self._names.setdefault(
@@ -62,7 +62,7 @@ class Bystanders:
             )
 
     def busiest(self, number: int = 5) -> list[dict[str, Any]]:
-        """The processes that took most CPU time in between, and at least a tenth of a second; seconds."""
+        """The processes that used most CPU time between the looks, and at least a tenth of a second; seconds."""
         spent = {process: self._last[process] - self._first[process] for process in set(self._last) - self._own}
         top = sorted(spent, key=lambda process: -spent[process])[:number]
         return [

@@ -1,7 +1,7 @@
-"""How the benchmark and its children talk, over TCP connections on this machine.
+"""How the benchmark and its children communicate, over TCP connections on this machine.
 
-A child says `{"token", "rank", "pid"}` when it starts and `{"ready": facts, "parts": [...]}` once it is built; then it
-answers each `{"do": PART}` by what it measured, until the connection ends.
+A child sends `{"token", "rank", "pid"}` when it starts and `{"ready": facts, "parts": [...]}` once it is built; then it
+answers each `{"do": PART}` with what it measured, until the connection ends.
 """
 
 import selectors
@@ -28,7 +28,7 @@ def send(wire: Wire, message: Mapping[str, Any]) -> None:
 def receive_all(wires: Sequence[Wire], *, timeout_s: float) -> list[Message]:
     """One message from each, in order; raises Lost as soon as one of them is gone, or after `timeout_s` seconds."""
     end = time.monotonic() + timeout_s
-    # A child says one thing at a time; some of it may have come together with its greeting.
+    # A child sends one message at a time; the first may have come together with its greeting.
     answers = {number: arrived[0] for number, wire in enumerate(wires) if (arrived := _take(wire.arrived))}
     with selectors.DefaultSelector() as selector:
         for number, wire in enumerate(wires):
@@ -53,13 +53,13 @@ def _take(receive: Callable[[], list[Message]]) -> list[Message]:
 
 
 class Turns:
-    """A child's side: it computes only when it is its turn."""
+    """A child's side: it computes only in its turn."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
 
     def ready(self, facts: Mapping[str, Any], *, parts: Sequence[str] = ("epoch",)) -> None:
-        """Say that everything is built, and which parts can be measured."""
+        """Tell that everything is built, and which parts can be measured."""
         self._wire.send({"ready": dict(facts), "parts": list(parts)})
 
     def wait(self) -> str:

@@ -1,7 +1,7 @@
-"""Starts the contenders, each in processes of its own, and lets one at a time compute.
+"""Starts the contenders, each in its own processes, and lets one at a time compute.
 
-Threads can be set once a process, hence the processes; and whatever else the machine does at the time should hit all
-alike, hence the turns. Nothing here knows TensorFlow.
+Threads can be set only once per process, hence the processes; other load on the machine should affect all contenders
+equally, hence the turns. No TensorFlow here.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ _EXIT_S = 10.0
 
 @dataclass
 class Entry:
-    """A contender in the course of the benchmark."""
+    """A contender during the benchmark."""
 
     contender: Contender
     facts: dict[str, Any] = field(default_factory=dict)
-    """What its first process says of itself."""
+    """What its first process says about itself."""
     parts: list[str] = field(default_factory=list)
     """What it can measure, the epoch first."""
     measured: dict[str, list[Message]] = field(default_factory=dict)
     """All answers by part, the warm-up included."""
     error: str | None = None
-    """Why it takes part no longer."""
+    """Why it no longer takes part."""
     wires: list[Wire] = field(default_factory=list)
-    """To its processes, by rank."""
+    """Connections to its processes, by rank."""
     pids: list[int] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     output: Path = Path()
@@ -62,7 +62,7 @@ class Referee:
     """Holds the processes of all contenders; none of them outlives it."""
 
     def __init__(self, folder: Path, *, data: DataConfig, timeout_s: float, guard: Guard) -> None:
-        """Files go to `folder`; a contender may take `timeout_s` seconds to start, and for each of its turns."""
+        """Write files to `folder`; a contender may take `timeout_s` seconds to start, and for each of its turns."""
         self._folder = folder
         self._data = data
         self._timeout_s = timeout_s
@@ -95,7 +95,7 @@ class Referee:
         return entry
 
     def let_run(self, entry: Entry, part: str) -> Message | None:
-        """Let one contender measure one part, all its processes at once; the answer of rank 0, None if it failed."""
+        """Let all processes of one contender measure one part; returns the answer of rank 0, None if it failed."""
         self._pause(entry, signal.SIGCONT)
         try:
             for wire in entry.wires:
@@ -158,13 +158,13 @@ class Referee:
                     os.kill(pid, number)
 
     def _fail(self, entry: Entry, reason: str) -> None:
-        # It may still be writing why; it gets a moment before it is killed.
+        # It may still be writing the reason; wait a moment before killing it.
         self._await_exit(entry, 1.0)
         self._stop(entry)
         codes = ", ".join(str(process.returncode) for process in entry.processes)
         entry.error = f"{reason} (exit code {codes})"
         log.warning("%s failed: %s; the end of its output:", entry.contender.text, entry.error)
-        # Of processes that came as far as to have a file of their own, that says more than their launcher.
+        # If processes got as far as opening their own files, these say more than their launcher's.
         files = sorted(self._folder.glob(f"{entry.output.name}.*")) or [entry.output]
         for file in files:
             for line in file.read_text(errors="replace").splitlines()[-_TAIL_LINES:]:
@@ -174,7 +174,7 @@ class Referee:
         for wire in entry.wires:
             wire.close()
         for pid in entry.pids:
-            # A launcher has not taken the end of its child yet, so the number is still the child's.
+            # The launcher has not waited for its child yet, so the number still belongs to the child.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         # The launcher (horovodrun) ends by itself once its processes are gone, and cleans up.
@@ -193,9 +193,9 @@ class Referee:
 
 
 def rounds(referee: Referee, entries: list[Entry], *, warmup: int, epochs: int) -> Iterator[int]:
-    """Let all contenders run in turns; yields the number of each round once it is over, from 1, the warm-up's included.
+    """Let all contenders run in turns; yields the number of each finished round, from 1, including the warm-up.
 
-    A contender that can measure parts measures them in the same turn, so that they can be compared with its epoch.
+    A contender that can measure parts does so in the same turn, so that they can be compared with its epoch.
     """
     for number in range(1, warmup + epochs + 1):
         for entry in entries:

@@ -65,7 +65,7 @@ def _rows_of(entry: Entry, *, warmup: int) -> Iterator[Row]:
 
 
 def build_jobs(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of each job of several processes: its epoch against its computing and its all-reduces, each alone."""
+    """For each job of several processes: its epoch against its computing alone plus its all-reduces alone."""
     parts: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -92,7 +92,7 @@ def build_all_reduce(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Target:
-    """What was aimed at, and what came out."""
+    """A target, and the measured value."""
 
     name: str
     value: float
@@ -111,7 +111,7 @@ class Target:
 def build_targets(
     rows: Sequence[Row], jobs: Sequence[Mapping[str, Any]], startup: Mapping[str, Any] | None
 ) -> list[Target]:
-    """All targets for which something was measured."""
+    """All targets that have a measured value."""
     epochs = [row for row in rows if row["part"] == EPOCH and row["kind"] == OURS and row["status"] == "ok"]
     singles = {_mode(row): row for row in epochs if row["facts"]["num_replicas"] == 1}
     targets = []

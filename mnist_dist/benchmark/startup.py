@@ -24,16 +24,16 @@ _BARE_IMPORT = "import tensorflow, time; print(time.time())"
 
 
 class CommandFailed(RuntimeError):
-    """A command that was to be timed did not end well; the message has the end of its output."""
+    """A timed command failed; the message has the end of its output."""
 
 
 @dataclass
 class Starts:
-    """Seconds of several starts of both commands."""
+    """Seconds of several starts of both commands, the training and the bare import."""
 
     to_first_epoch_s: list[float] = field(default_factory=list)
     bare_import_s: list[float] = field(default_factory=list)
-    """To the end of the import; the interpreter's way out is not in it."""
+    """To the end of the import, without the interpreter's exit."""
     first_epoch_s: list[float] = field(default_factory=list)
     second_epoch_s: list[float] = field(default_factory=list)
 
@@ -53,7 +53,7 @@ class Starts:
 def check_cold(way: str) -> None:
     """Raise UserError if the file cache cannot be dropped in the configured way."""
     if way == "drop_caches" and not os.access(_DROP_CACHES, os.W_OK):
-        raise UserError(f"startup.cold={way}: {_DROP_CACHES} is not writable here; say startup.cold=fadvise")
+        raise UserError(f"startup.cold={way}: {_DROP_CACHES} is not writable here; give startup.cold=fadvise")
 
 
 def measure_startup(
@@ -65,7 +65,7 @@ def measure_startup(
         CommandFailed: one of the commands ended with an error.
     """
     starts = {"warm": Starts()} | ({} if cold == "none" else {"cold": Starts()})
-    # Not counted: it fills the file cache, and builds the data if need be.
+    # Not counted: it fills the file cache, and builds the data if necessary.
     run_once(folder / "before", overrides, Starts(), guard=guard)
     for number in range(repeats):
         for name, times in starts.items():
@@ -111,9 +111,9 @@ def run_once(run_dir: Path, overrides: list[str], times: Starts, *, guard: Guard
 
 
 def drop_file_cache(way: str) -> None:
-    """Let the system forget the files that Python and its packages consist of.
+    """Drop the files of Python and its packages from the system's file cache.
 
-    fadvise leaves alone what another process has mapped just now; drop_caches empties the cache of the whole machine.
+    fadvise keeps what another process has mapped at the moment; drop_caches empties the cache of the whole machine.
     """
     if way == "drop_caches":
         os.sync()

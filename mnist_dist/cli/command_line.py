@@ -1,6 +1,6 @@
 """The command line: KEY=VALUE, which Hydra composes, and a few options.
 
-The options are these few and not Hydra's, of which some read pickles, write folders or start a job for each value.
+The few options here replace Hydra's own, some of which read pickles, write folders or start a job for each value.
 """
 
 import argparse
@@ -23,24 +23,24 @@ from mnist_dist.config.compose import conf_dir
 from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import shorten
 
-# Groups that are none of a command's keys: Hydra's own settings, the dataclasses, and values that commands share.
+# Groups that are not keys of a command: Hydra's own settings, the dataclasses, and values that commands share.
 _NOT_FOR_USERS = ("hydra", "schema", "defaults")
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command was told."""
+    """What the user typed after the name of a command."""
 
     overrides: tuple[str, ...]
-    """KEY=VALUE, each."""
+    """Texts KEY=VALUE."""
     config_dir: str | None
-    """A folder with configuration files of the user's own."""
+    """A folder with the user's own configuration files."""
     config_name: str | None
     """One of these files, without `.yaml`."""
     shows: str | None
-    """What is printed instead of running: help | version | job (the configuration)."""
+    """What to print instead of running: help | version | job (the configuration)."""
     resolve: bool
-    """Whether what is printed has values in place of `${...}`."""
+    """Whether to print values instead of `${...}`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,16 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     add("-h", "--help", dest="shows", action="store_const", const="help", help="print this")
     add("--version", dest="shows", action="store_const", const="version", help="print the version")
     add("-c", "--cfg", choices=["job"], dest="shows", help="print the configuration")
-    add("-r", "--resolve", action="store_true", help="with --cfg or --help: values in place of ${...}")
-    add("-cd", "--config-dir", metavar="FOLDER", help="a folder with configuration files of your own")
-    add("-cn", "--config-name", metavar="NAME", help="of these files the one to begin with, without .yaml")
-    # TensorFlow's devices and Horovod can be set up once in a process.
+    add("-r", "--resolve", action="store_true", help="with --cfg or --help: values instead of ${...}")
+    add("-cd", "--config-dir", metavar="FOLDER", help="a folder with your own configuration files")
+    add("-cn", "--config-name", metavar="NAME", help="the file in that folder to start from, without .yaml")
+    # TensorFlow's devices and Horovod can be set up only once per process.
     add("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def parse_command_line(arguments: Sequence[str], *, command: str) -> CommandLine:
-    """Read the words after the name of the `command`; raises UserError for whatever Hydra need not see."""
+    """Read the words after the name of the `command`; raises UserError for whatever must not reach Hydra."""
     found, unknown = _parser().parse_known_intermixed_args(arguments)
     for text in unknown:
         if text.startswith("-"):
@@ -93,7 +93,7 @@ def _check_files(config_dir: str | None, name: str | None, *, command: str) -> N
         raise UserError(f"--config-dir={config_dir}: no such folder")
     for ours in (path.relative_to(conf_dir()) for path in conf_dir().rglob("*.yaml")):
         if (folder / ours).exists():
-            raise UserError(f"--config-dir={folder}: {ours} has the name of a file of ours, which is read; rename it")
+            raise UserError(f"--config-dir={folder}: {ours} has the name of a file of this package; rename it")
     if name is not None and (name != Path(name).name or not (folder / f"{name}.yaml").is_file()):
         raise UserError(f"--config-name={name}: no file {name}.yaml in the folder {folder}")
 
@@ -127,37 +127,37 @@ def _parse_override(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        # The grammar's own words are of no use to anybody who does not know it.
+        # The parser's own message helps only somebody who knows its grammar.
         raise UserError(
             f"{shown}: cannot be read as KEY=VALUE; a value with blanks, brackets or other special characters needs "
             f"quotes of its own: \"{key}='{value}'\""
         ) from error
-    except (ValueError, RecursionError) as error:  # Python reads so many digits, and lists within lists, only
+    except (ValueError, RecursionError) as error:  # Python limits the digits of a number, and nesting
         raise UserError(f"{shown}: has too many digits or brackets") from error
 
 
 # What is printed instead of running
 
 
-def printed(told: CommandLine, composed: DictConfig, *, command: str) -> str:
+def printed(typed: CommandLine, composed: DictConfig, *, command: str) -> str:
     """What the command line asks to have printed."""
-    if told.shows == "version":
+    if typed.shows == "version":
         return f"mnist_dist {__version__}"
-    values = OmegaConf.to_yaml(composed, resolve=told.resolve).rstrip()
-    if told.shows == "job":
+    values = OmegaConf.to_yaml(composed, resolve=typed.resolve).rstrip()
+    if typed.shows == "job":
         return values
     return f"""{_opening_comment(conf_dir() / f"{command}.yaml")}
 
-KEY=VALUE changes a key, GROUP=CHOICE exchanges a part.
+KEY=VALUE sets a key, GROUP=CHOICE replaces a group of keys.
 
 Groups and their choices:
 {_describe_choices(command)}
 
-Keys, with the values they have on this command line:
+Keys, with their values for this command line:
 
 {values}
 
-What they mean, and may be:
+Their ranges and meanings:
 
 {_describe_meanings(composed)}
 

@@ -1,4 +1,4 @@
-"""What Hydra finds wrong with a command line, and what it could say: for somebody who does not know Hydra."""
+"""What Hydra finds wrong with a command line, explained to somebody who does not know Hydra."""
 
 import difflib
 import sys
@@ -36,13 +36,13 @@ def _first_line(text: object) -> str:
 
 
 def _given(key: str) -> str:
-    """KEY=VALUE as the command line has it; the key alone where it does not, as when a file gave the value."""
+    """KEY=VALUE as the command line has it; only the key if the value came from a file."""
     key = key.partition("[")[0]  # an entry of a list
     return shorten(next((text for text in reversed(sys.argv[1:]) if text.startswith((f"{key}=", f"{key}."))), key))
 
 
 def _suggest(error: OmegaConfBaseException) -> str:
-    """The key that was probably meant, at the place of the wrong one or below; else all keys of that place."""
+    """The key that was probably meant, next to the wrong one or below it; otherwise all keys there."""
     if not is_dataclass(error.object_type):
         return "nothing can be set below it"
     prefix, _, name = str(error.full_key).rpartition(".")
@@ -55,7 +55,7 @@ def _suggest(error: OmegaConfBaseException) -> str:
 
 
 def _own_keys(schema: Any) -> list[str]:
-    """Keys of a dataclass that a user may set: `name` follows from the choice."""
+    """The keys of a dataclass that a user may set: not `name`, which follows from the choice."""
     return [f.name for f in fields(schema) if f.name != "name"]
 
 
@@ -67,7 +67,7 @@ def _known_keys(schema: Any) -> list[str]:
 
 
 def _kind_of_value(error: ValidationError) -> str | None:
-    """What the key takes, by its type in the dataclass that has it; for an entry of a list, what the list takes."""
+    """What the key accepts, by its type in its dataclass; for an entry of a list, what the list accepts."""
     if is_dataclass(error.object_type):
         return _describe(typing.get_type_hints(error.object_type).get(str(error.key)), str(error.full_key))
     return _describe(error.ref_type, str(error.full_key))

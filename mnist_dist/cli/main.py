@@ -1,7 +1,7 @@
 """From the command line to a typed configuration, and from errors to exit codes.
 
-Hydra composes the configuration; this module turns what Hydra, the checks and the run can raise into the one line and
-the exit code that scripts rely on (`base/errors.py`).
+Hydra composes the configuration; this module turns whatever Hydra, the checks and the run raise into one line and an
+exit code that scripts can rely on (`base/errors.py`).
 """
 
 import logging
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def run(command: Command[Config], entry: Callable[[Config, Topology, Console], int]) -> NoReturn:
-    """Call `entry` with the configuration that the command line gives `command`, and exit with the code it returns."""
+    """Call `entry` with the configuration of `command` from the command line, and exit with the code it returns."""
 
     def action() -> int:
         settle()
@@ -51,7 +51,7 @@ def run(command: Command[Config], entry: Callable[[Config, Topology, Console], i
 def _run_in_console(command: Command[Config], entry: Callable[[Config, Topology, Console], int]) -> int:
     topology = read_topology()
     with Console(rank=topology.rank, world_size=topology.world_size) as console:
-        # Here, where the log is open: errors belong in it, with the rank's number.
+        # Inside the console, so that errors reach the log, with the rank's number.
         try:
             code = _guarded(lambda: _compose_and_call(command, entry, topology, console))
         except Exception:
@@ -69,20 +69,20 @@ def _compose_and_call(
     topology: Topology,
     console: Console,
 ) -> int:
-    told = parse_command_line(sys.argv[1:], command=command.name)
+    typed = parse_command_line(sys.argv[1:], command=command.name)
     with existing_working_directory():
-        composed = compose(command, told.overrides, config_dir=told.config_dir, config_name=told.config_name)
-    if told.shows is not None:
+        composed = compose(command, typed.overrides, config_dir=typed.config_dir, config_name=typed.config_name)
+    if typed.shows is not None:
         try:
-            print(printed(told, composed, command=command.name), flush=True)
-        except BrokenPipeError:  # `| head`; what is left over must not fail either
+            print(printed(typed, composed, command=command.name), flush=True)
+        except BrokenPipeError:  # `| head`; flushing the rest at exit must not fail either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     return entry(to_config(command, composed), topology, console)
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """The action's exit code, or that of the error it ended with, which is printed as one line."""
+    """The action's exit code, or that of the error it raised, which is printed as one line."""
     try:
         return action()
     except UserError as error:
@@ -94,7 +94,7 @@ def _guarded(action: Callable[[], int]) -> int:
     except LostTouch as error:
         return _report(EXIT_LOST_PEER, str(error))
     except _out_of_memory() as error:
-        what = re.sub("^{{.*?}} ", "", str(error)) or "Python found none"
+        what = re.sub("^{{.*?}} ", "", str(error)) or "Python could not allocate any"
         limit = describe_bytes(usable_memory())
         return _report(EXIT_FAILURE, f"out of memory, of which this process may use {limit}: {shorten(what)}")
     except KeyboardInterrupt:
@@ -102,7 +102,7 @@ def _guarded(action: Callable[[], int]) -> int:
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:
-    """How memory that has run out shows; TensorFlow's own error, too, where TensorFlow was imported."""
+    """The errors raised when memory runs out; TensorFlow's own one too, if TensorFlow was imported."""
     errors = getattr(sys.modules.get("tensorflow"), "errors", None)
     return (MemoryError, *([errors.ResourceExhaustedError] if errors else []))
 

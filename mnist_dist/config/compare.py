@@ -1,18 +1,18 @@
-"""Which keys the processes of a job, and the commands of a run, must have in common."""
+"""Which keys must be the same in all processes of a job, and in all commands of a run."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Keys that may differ between the processes of one job.
+# Keys that may differ between processes of one job.
 _FREE_IN_A_JOB = ("run_dir", "plots.", "console.", "threads.", "data.path", "data.cache_dir", "data.keras_home")
 
 
-# Keys that may differ between two commands of one run: they do not alter what an epoch makes of the weights.
+# Keys that may differ between commands of one run: they do not change what an epoch does to the weights.
 _FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.epochs", "checkpoint.", "resume")
 
 
 def job_keys(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of a configuration (as nested mappings) that all processes of a job must share, dotted."""
+    """The keys of a configuration (as nested mappings) that must be the same in all processes of a job, dotted."""
     return _select(tree, without=_FREE_IN_A_JOB)
 
 

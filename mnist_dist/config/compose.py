@@ -24,7 +24,7 @@ from mnist_dist.config.train import TrainConfig
 
 Config = TypeVar("Config")
 
-# The choices of a group, each with keys of its own: where the files of `conf/` name them, below `schema/`.
+# Choices that have their own keys, by the name below `schema/` under which the files of `conf/` refer to them.
 _CHOICES: dict[tuple[str, str], type] = {
     ("model", "mlp"): MLPConfig,
     ("model", "cnn"): CNNConfig,
@@ -49,15 +49,15 @@ TRAIN = Command("train", TrainConfig)
 def compose(
     command: Command[Any], overrides: Sequence[str], *, config_dir: str | None = None, config_name: str | None = None
 ) -> DictConfig:
-    """What the files of `conf/` and a command line give, checked against the schema of `command` but for the ranges.
+    """Compose the files of `conf/` and a command line, checked against the schema of `command` except for ranges.
 
     Hydra only composes: settings of Hydra itself in a user's file have no effect.
 
     Args:
         command: which command is configured.
-        overrides: KEY=VALUE, each.
+        overrides: texts KEY=VALUE.
         config_dir: a folder with the user's own files.
-        config_name: the one of these to start from; by default that of `command` in `conf/`.
+        config_name: the file in it to start from; by default that of `command` in `conf/`.
 
     Raises:
         UserError: a file cannot be read, or does not configure `command`.
@@ -76,19 +76,19 @@ def compose(
     )
     try:
         Hydra.create_main_hydra2(command.name, search_path)
-        # A file that names folders or packages to search has no effect.
+        # The override disables files that name further folders or packages to search.
         composed = hydra.compose(config_name or command.name, [*overrides, "hydra.searchpath=[]"])
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("schema/"):
             raise other from error
-        if config_name is not None and overrides:  # report a fault of the file itself first
+        if config_name is not None and overrides:  # report an error in the file itself first
             compose(command, (), config_dir=config_dir, config_name=config_name)
         raise
     except RecursionError as error:
         raise UserError(
-            "the configuration cannot be read: files whose defaults name each other, or too deep"
+            "the configuration cannot be read: the defaults of its files form a cycle, or are nested too deep"
         ) from error
-    except Exception as error:  # YAML, decoding, files, defaults: each has errors of its own
+    except Exception as error:  # YAML, decoding, files, defaults: each raises its own errors
         raise UserError(f"the configuration cannot be read: {shorten(' '.join(str(error).split()), 400)}") from error
     if OmegaConf.get_type(composed) is not command.schema:
         raise other
@@ -108,7 +108,7 @@ def to_config(command: Command[Config], composed: DictConfig) -> Config:
 
 
 def conf_dir() -> Path:
-    """The folder `conf/`: inside the package once installed, beside it in a checkout."""
+    """The folder `conf/`: inside the package once installed, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 

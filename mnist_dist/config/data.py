@@ -17,13 +17,13 @@ class DataConfig(Checked):
     path: str | None = None
     """A Keras-layout .npz file, or (mnist) a folder with the four IDX files."""
     cache_dir: str = MISSING
-    """Where built data sets are kept."""
+    """Where generated data sets are cached."""
     keras_home: str = MISSING
-    """Keras' own cache: `datasets/mnist.npz` below it is read, and a download is put there."""
+    """Keras' own cache: MNIST is read from `datasets/mnist.npz` below it, or downloaded to it."""
     val_fraction: float = ruled(lambda value: 0 < value < 1, "must be between 0 and 1")
-    """Share of the training images that is held out for validation (scikit-learn's `test_size`)."""
+    """Share of the training images held out for validation (scikit-learn's `test_size`)."""
     split_seed: int = between(0, 2**32 - 1)
-    """`random_state` of that split; separate from `seed`, so that seeds can be compared on one split."""
+    """`random_state` of that split; separate from `seed`, so that seeds can be compared on the same split."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,5 +37,5 @@ class DataConfig(Checked):
             self.path is None or self.name in ("mnist", "npz"),
             "data.path",
             self.path,
-            f"data={self.name} reads no file; say data=mnist or data=npz as well",
+            f"data={self.name} reads no file; give data=mnist or data=npz as well",
         )

@@ -1,4 +1,4 @@
-"""Every key of a configuration, with its value, its range and its meaning, from where these stand: the dataclasses."""
+"""Every key of a configuration with its value, range and meaning, as its dataclass states them."""
 
 import ast
 import inspect
@@ -18,12 +18,12 @@ class Key(NamedTuple):
     value: str
     """As the composed configuration has it."""
     values: str
-    """What it may be; empty where its type says it all."""
+    """Its range; empty if the type says it all."""
     meaning: str
 
 
 def describe_keys(composed: DictConfig, prefix: str = "") -> Iterator[Key]:
-    """All keys of a composed configuration, in their order, but for those that are set by a choice."""
+    """All keys of a composed configuration, in order, except those that are set by a choice."""
     schema: Any = OmegaConf.get_type(composed)
     meanings = _docstrings(schema)
     for field in fields(schema):
@@ -39,7 +39,7 @@ def describe_keys(composed: DictConfig, prefix: str = "") -> Iterator[Key]:
 
 
 def _docstrings(schema: type) -> dict[str, str]:
-    """The text below each field of a dataclass, the inherited ones too."""
+    """The text below each field of a dataclass, inherited fields included."""
     found: dict[str, str] = {}
     for base in filter(is_dataclass, reversed(schema.__mro__)):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body

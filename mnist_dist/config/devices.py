@@ -1,4 +1,4 @@
-"""Keys of `strategy`, `precision` and `threads`: where and in which types the training is computed."""
+"""Keys of `strategy`, `precision` and `threads`: on which devices and in which types the training is computed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +14,22 @@ class StrategyConfig(Checked):
 
     name: str = one_of("auto", "single", "mirrored", "multiworker", "horovod", words="is set by strategy={}")
     num_replicas: int | None = between(1, MAX_PARTS, default=None)
-    """mirrored: how many GPUs to use (by default all), or without GPUs how many logical CPUs."""
+    """mirrored: how many GPUs to use (by default all) or, without GPUs, how many logical CPUs."""
     start_timeout_s: float = timeout_s()
-    """Several processes: how long they wait for each other at the start, seconds."""
+    """Several processes: how many seconds they wait for each other at the start."""
 
 
 @dataclass
 class PrecisionConfig(Checked):
-    """The type that layers compute in; weights, softmax, loss and reduction are float32 always."""
+    """The type that layers compute in; weights, softmax, loss and reduction are always float32."""
 
     section = "precision."
 
     name: str = one_of("auto", "float32", "mixed_float16", "mixed_bfloat16", words="is set by precision={}")
     initial_loss_scale: float = between(1, 2.0**126)
-    """mixed_float16: first factor on the loss, which keeps small gradients from vanishing."""
+    """mixed_float16: initial loss scale, which keeps small gradients from vanishing."""
     loss_scale_growth_steps: int = between(1, MAX_INT32)
-    """mixed_float16: steps without overflow after which the factor doubles."""
+    """mixed_float16: steps without overflow after which the loss scale doubles."""
 
 
 def _threads() -> Any:
@@ -39,11 +39,11 @@ def _threads() -> Any:
 
 @dataclass
 class ThreadsConfig(Checked):
-    """TensorFlow's threads; they change the speed only."""
+    """TensorFlow's threads."""
 
     section = "threads."
 
     intra_op: str = _threads()
-    """fast: threads inside one operation; exact always has one, and warns where another number is configured."""
+    """fast: threads within one operation; exact always uses one, and warns if another number is configured."""
     inter_op: str = _threads()
-    """Operations side by side; changes the speed, not the results."""
+    """Operations that run in parallel; changes the speed, not the results."""

@@ -10,14 +10,14 @@ from omegaconf import MISSING
 
 from mnist_dist.config.rules import MAX_INT64, Checked, between, check, one_of
 
-# Named here and not looked up in Keras, so that a misspelt one is refused before TensorFlow is imported.
+# Listed here rather than looked up in Keras, so that a misspelt one is refused before TensorFlow is imported.
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus", "sigmoid", "tanh", "linear")
 
 
 INITIALIZERS = tuple(f"{family}_{kind}" for family in ("he", "glorot", "lecun") for kind in ("normal", "uniform"))
 
 
-# Keras follows a network by recursion, and Python's limit ends that at 500 layers, each with its dropout.
+# Keras walks through a network recursively, and hits Python's limit at about 500 layers with dropout.
 MAX_LAYERS = 400
 
 
@@ -35,7 +35,7 @@ class LayerSize(NamedTuple):
 
 @dataclass
 class ModelConfig(Checked):
-    """What every network has; the choices below add their own keys."""
+    """The keys of every network; the choices below add their own."""
 
     section = "model."
     size_keys: ClassVar[tuple[str, ...]]
@@ -43,9 +43,9 @@ class ModelConfig(Checked):
 
     name: str = MISSING
     dropout: float = between(0, 0.9999)
-    """Share of units dropped after each hidden layer, kept to 1/65536."""
+    """Share of units dropped after each hidden layer, to within 1/65536."""
     activation: str = one_of(*ACTIVATIONS)
-    """Of the hidden layers."""
+    """Activation of the hidden layers."""
     kernel_initializer: str = one_of(*INITIALIZERS)
     """Keras initializer of the hidden layers."""
     output_initializer: str = one_of(*INITIALIZERS)
@@ -57,7 +57,7 @@ class ModelConfig(Checked):
 
     def layer_sizes(self, image_shape: Sequence[int], num_classes: int) -> list[LayerSize]:
         """The layers with weights, for images of shape (height, width) or (height, width, channels)."""
-        raise NotImplementedError  # each choice has it; abstract classes are no schemas
+        raise NotImplementedError  # each choice has it; OmegaConf accepts no abstract classes as schemas
 
 
 @dataclass
@@ -109,7 +109,7 @@ class CNNConfig(ModelConfig):
 
 
 def _check_layers(key: str, sizes: list[int]) -> None:
-    check(len(sizes) <= MAX_LAYERS, key, sizes, f"{len(sizes)} layers; {MAX_LAYERS} are the most")
+    check(len(sizes) <= MAX_LAYERS, key, sizes, f"{len(sizes)} layers; at most {MAX_LAYERS} are possible")
     valid = all(isinstance(size, int) and 1 <= size <= MAX_INT64 for size in sizes)
     check(valid, key, sizes, f"each must be from 1 to {MAX_INT64}")
 

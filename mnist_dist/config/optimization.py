@@ -12,13 +12,13 @@ _UNKNOWN = "no such optimizer; start your own file with defaults: [adam], for ex
 
 @dataclass
 class OptimizerConfig(Checked):
-    """What every optimizer has."""
+    """The keys of every optimizer; the choices below add their own."""
 
     section = "optimizer."
 
     name: str = MISSING
     learning_rate: float = positive_float32()
-    """Of every step, unless `learning_rate.scaling` raises it."""
+    """Learning rate of every step, unless `learning_rate.scaling` raises it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,7 +27,7 @@ class OptimizerConfig(Checked):
     @property
     def num_slots(self) -> int:
         """Numbers that the optimizer keeps for each weight."""
-        raise NotImplementedError  # each choice has it; abstract classes are no schemas
+        raise NotImplementedError  # each choice has it; OmegaConf accepts no abstract classes as schemas
 
 
 @dataclass
@@ -40,7 +40,7 @@ class AdamConfig(OptimizerConfig):
     beta_2: float = decay()
     """adam: decay of the mean of squared gradients."""
     epsilon: float = positive_float32()
-    """adam: keeps the division from 0."""
+    """adam: small number that prevents division by 0."""
 
     @property
     def num_slots(self) -> int:
@@ -56,7 +56,7 @@ class SGDConfig(OptimizerConfig):
     momentum: float = decay()
     """sgd: share of the last update that is added to the next one."""
     nesterov: bool = MISSING
-    """sgd: Nesterov's form of momentum."""
+    """sgd: whether to use Nesterov momentum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,20 +80,20 @@ class LearningRateConfig(Checked):
     section = "learning_rate."
 
     scaling: str = one_of("none", "linear", "sqrt")
-    """How the rate follows the factor by which weak scaling makes the global batch larger."""
+    """How the rate grows with the factor by which weak scaling enlarges the global batch."""
     warmup_epochs: float = between(0, MAX_INT32)
     """Epochs over which the rate rises to its full value (Goyal et al. 2017, arXiv 1706.02677)."""
 
 
 @dataclass
 class BatchConfig(Checked):
-    """How training examples form a step."""
+    """How training examples are grouped into steps."""
 
     section = "batch."
 
     global_size: int = between(1, MAX_INT32)
-    """Examples of an optimizer step: of all replicas together (strong scaling), or of each replica (weak)."""
+    """Examples per optimizer step: over all replicas (strong scaling), or on each replica (weak)."""
     scaling: str = one_of("strong", "weak")
     """strong: the global batch is divided over the replicas; weak: each replica has `batch.global_size` examples."""
     num_shards: int = between(1, MAX_PARTS)
-    """exact: pieces that a global batch is cut into; the largest number of replicas, and of cores of a process."""
+    """exact: shards that a global batch is cut into; at most as many replicas can train, and cores per process."""

@@ -1,4 +1,4 @@
-"""What a value may be. The rule stands beside its key, and is checked when the configuration object is made."""
+"""The rules for values. A rule is stated at its key and checked when the configuration object is created."""
 
 from collections.abc import Callable
 from dataclasses import field, fields
@@ -8,14 +8,14 @@ from omegaconf import MISSING
 
 from mnist_dist.base.errors import UserError
 
-# What TensorFlow computes with: larger numbers are infinite, smaller ones are flushed to 0.
+# The range of float32 in TensorFlow: larger numbers become infinite, smaller ones are flushed to 0.
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 FLOAT32_TINY = 2.0**-126
-# From here on a number is 1 once it is rounded to float32.
+# A number from here on becomes 1 when rounded to float32.
 _ROUNDS_TO_1 = 1 - 2**-25
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
-# More shards, replicas or threads help nobody.
+# More shards, replicas or threads are of no use.
 MAX_PARTS = 1024
 _DAY_S = 86_400
 
@@ -28,14 +28,14 @@ class Rule(NamedTuple):
 
 
 class Checked:
-    """A base class for configuration sections: refuses values that break the rule of their key.
+    """A base class for configuration sections that refuses values against the rule of their key.
 
     Raises:
         UserError: naming key, value and rule.
     """
 
     section = ""
-    """Prefix of the keys, with the dot."""
+    """Prefix of the keys, including the dot."""
 
     def __post_init__(self) -> None:
         for key in fields(self):  # type: ignore[arg-type]
@@ -85,6 +85,6 @@ def timeout_s() -> Any:
 
 
 def shorten(value: object, most: int = 200) -> str:
-    """A value as text, its middle left out where it is too long for a line."""
+    """A value as text; the middle is left out if it is too long for a line."""
     text = str(value)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"

@@ -19,21 +19,21 @@ class TrainerConfig(Checked):
     section = "trainer."
 
     epochs: int = between(1, MAX_INT32)
-    """How many are trained; a finished run is trained further when it is raised."""
+    """Epochs to train; raising it trains a finished run further."""
 
 
 @dataclass
 class CheckpointConfig(Checked):
-    """What is kept of the training while it runs, to resume from."""
+    """Which training states are kept, to resume from."""
 
     section = "checkpoint."
 
     every_epochs: int = between(1, MAX_INT32)
-    """Epochs from one checkpoint to the next; the last epoch has one always."""
+    """Epochs from one checkpoint to the next; the last epoch always has one."""
     every_s: float = between(0, math.inf)
-    """Seconds after which the next epoch ends with a checkpoint in any case."""
+    """Seconds since the last checkpoint after which the next epoch ends with one in any case."""
     keep: int = between(1, MAX_INT32)
-    """How many of the newest are kept; the best by validation accuracy is kept as well."""
+    """How many of the newest to keep; the best by validation accuracy is kept too."""
 
 
 @dataclass
@@ -54,12 +54,12 @@ class ConsoleConfig:
 
 @dataclass
 class TrainConfig(Checked):
-    """Everything that `python -m mnist_dist.train` can be told."""
+    """All keys of `python -m mnist_dist.train`."""
 
     run_dir: str | None = None
     """The run folder; by default a new one below `runs/`, named by date and time."""
     seed: int = between(0, MAX_INT32)
-    """Initial weights, shuffling and dropout follow from it."""
+    """Random seed of initial weights, shuffling and dropout."""
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
     optimizer: OptimizerConfig = MISSING

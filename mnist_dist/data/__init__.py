@@ -1,1 +1,1 @@
-"""Data: where it comes from, how it is prepared, how it is cut into batches."""
+"""Data: where images come from, and how they are split and preprocessed."""

@@ -1,14 +1,13 @@
-"""What every source of images ends as."""
+"""The form in which every source returns its images."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from mnist_dist.base.array import Array
+
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
 """The arrays of a data set, named as in a Keras-layout file."""
 
@@ -30,7 +29,7 @@ class ImageDataset:
 
     @classmethod
     def from_arrays(cls, name: str, arrays: Mapping[str, Array]) -> "ImageDataset":
-        """The data set of `ARRAY_NAMES`; whatever else is in `arrays` stays out."""
+        """The data set of `ARRAY_NAMES`; other entries of `arrays` are ignored."""
         digests = array_digests(arrays)
         text = "".join(f"{key}:{arrays[key].dtype}:{arrays[key].shape}:{digests[key]}\n" for key in ARRAY_NAMES)
         sha256 = hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Embedded MNIST-like data set: real handwritten digits, multiplied by deformation.
+"""The embedded, MNIST-like data set: real handwritten digits, multiplied by deformation.
 
 The originals are scikit-learn's bundled copy of the UCI "optdigits" test set (Alpaydin & Kaynak 1998): 1,797
 images of 8x8 pixels, each pixel the number (0 to 16) of ink pixels in a 4x4 block of a binary 32x32 scan. They
@@ -10,12 +10,12 @@ the labels show the order: the text of one preprinted form (``012345678901...``,
 times, so each repetition is one person's form, and a run of whole forms is a block of writers. The test originals
 are two whole forms. What is assumed: that nobody filled one form inside that block and one outside (14 forms, 13
 writers: somebody filled two). These two forms were picked, not drawn: a network trained on the others finds them
-about as hard as MNIST's test set (98% right); it gets 93% of the last two forms, whose hands are more peculiar.
+about as hard as MNIST's test set (98% right); it gets 93% of the last two forms right, whose hands are more unusual.
 
-Promise of determinism: the same bytes on every machine with IEEE 754 doubles and with every NumPy release. Random
-numbers are raw PCG64 output, which NumPy guarantees to keep, scaled by a power of two. All else is elementwise
-``+ - * /``, comparison, rounding and integer sums, each of which has one right result; there is no matrix product,
-float reduction or transcendental function, whose last bit depends on the BLAS, vector width or C library.
+Determinism: bit-identical on every machine with IEEE 754 doubles and with every NumPy release. Random numbers are raw
+PCG64 output, which NumPy guarantees to keep, scaled by a power of two. All else is elementwise ``+ - * /``,
+comparison, rounding and integer sums, each of which has one right result; there is no matrix product, float reduction
+or transcendental function, whose last bit depends on the BLAS, vector width or C library.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 DIGITS_VERSION = 1
-"""Raised whenever the images change; part of the cache file's name."""
+"""Incremented whenever the images change; part of the cache file's name."""
 
 DIGITS_SHA256: dict[str, str] = {
     "x_train": "234464e535667500a2b188604d77e9593e33f77d876025489aa39a92cc3d7cee",
@@ -45,8 +45,8 @@ MAX_SHEAR = 0.15  # slant, pixels sideways per pixel of height
 MAX_ZOOM = 0.06
 MAX_ASPECT = 0.08
 MAX_THICKENING = 0.12  # shift of the ink threshold (ink is 0 to 1)
-# Elastic deformation, in pixels at the spline's knots. Most images get little more than the first; a few get up
-# to the sum of both and are hard to read: such a tail is what keeps good models below 100% on MNIST, too.
+# Elastic deformation, in pixels at the spline's knots. Most images get little more than the first; a few get up to the
+# sum of both and are hard to read: such a tail keeps good models below 100% on MNIST too.
 ELASTIC_BASE = 1.2
 ELASTIC_TAIL = 6.0
 KNOT_SPACING = 7  # pixels; smooths the field about as much as Simard's sigma of 4
@@ -58,7 +58,7 @@ _SCALE = 1.64  # scan pixels per output pixel: 32 scan rows become 19.5
 _KNOTS = SIDE // KNOT_SPACING + 3
 _NUM_DRAWS = 6 + 2 * _KNOTS * _KNOTS
 _SEED = 1998
-_CHUNK = 125  # images made at once: few enough for the CPU's cache. Part of the seed: a change makes other images
+_CHUNK = 125  # images made at once: few enough for the CPU's cache. Part of the seed: changing it changes the images
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -143,7 +143,7 @@ def deform(levels: Floats, *, centres: Floats, draws: Floats) -> Bytes:
 
     The elastic part follows Simard, Steinkraus & Platt 2003 ("Best practices for convolutional neural networks
     applied to visual document analysis"): a smooth random displacement of the pixels, here a uniform cubic B-spline
-    with random coefficients in place of Gaussian-filtered noise.
+    with random coefficients instead of Gaussian-filtered noise.
 
     Args:
         levels: (n, 40, 40) ink levels from ``enlarge``.

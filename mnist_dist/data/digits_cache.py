@@ -1,4 +1,4 @@
-"""The embedded digits, built once and kept in a cache."""
+"""The embedded digits, built once and then cached."""
 
 import contextlib
 import io
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.console import progress
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, expand_path, file_lock, write_atomically
 from mnist_dist.config.data import DataConfig
 from mnist_dist.data import digits
-from mnist_dist.data.dataset import Array, ImageDataset, array_digests
+from mnist_dist.data.dataset import ImageDataset, array_digests
 from mnist_dist.data.formats import read_npz
 
 log = logging.getLogger(__name__)
@@ -41,30 +42,28 @@ def _read_cached(path: Path) -> dict[str, Array] | None:
 
 
 def _build_once(path: Path) -> dict[str, Array]:
-    """Build and cache the digits; of several processes that ask at once one builds and the others wait."""
+    """Build and cache the digits; if several processes need them at once, one builds and the others wait."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(file_lock(path.with_suffix(".lock")))
         except OSError as error:
-            log.warning(
-                "cannot keep the built digits at %s (%s): they are built each time", path, describe_os_error(error)
-            )
+            log.warning("cannot cache the digits at %s (%s): they are built each time", path, describe_os_error(error))
             return _build()
         arrays = _read_cached(path)  # another process may have been faster
         if arrays is None:
             if path.is_file():
-                log.warning("the cached digits at %s are damaged and are built again", path)
+                log.warning("the cached digits at %s are damaged; building them again", path)
             arrays = _build()
             if array_digests(arrays) != digits.DIGITS_SHA256:
                 log.warning(
-                    "the digits built here differ from the recorded ones (another NumPy?): results are not comparable "
-                    "to the bit with those of other machines, and the digits are built each time"
+                    "the digits built here differ from the expected ones (another NumPy?): results are not "
+                    "bit-identical to those of other machines, and the digits are built each time"
                 )
                 return arrays
             try:
                 write_atomically(path, _npz_bytes(arrays))
             except OSError as error:
-                log.warning("cannot keep the built digits at %s (%s)", path, describe_os_error(error))
+                log.warning("cannot cache the digits at %s (%s)", path, describe_os_error(error))
         return arrays
 
 

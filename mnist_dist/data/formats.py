@@ -1,4 +1,4 @@
-"""Reading data files. Whatever is wrong with one ends as a UserError of one line that names the file."""
+"""Reading data files. Whatever is wrong with one becomes a UserError, one line that names the file."""
 
 import contextlib
 import gzip
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, open_regular
 from mnist_dist.base.memory import describe_bytes, usable_memory
-from mnist_dist.data.dataset import ARRAY_NAMES, Array
+from mnist_dist.data.dataset import ARRAY_NAMES
 
 IDX_FILES = {
     "x_train": "train-images",
@@ -46,18 +47,18 @@ def _read_idx(path: Path, *, ndim: int) -> Array:
         shape = tuple(np.frombuffer(stream.read(4 * ndim), ">u4").tolist())
         size = math.prod(shape)
         _check_fits(size)
-        # A byte more than there should be shows the end, and whether what was unpacked is whole.
+        # One byte more than expected: reaches the end, where gzip checks its content.
         values = np.frombuffer(stream.read(size + 1), np.uint8)
         if len(values) != size:
             found = f"{len(values)}" if len(values) < size else f"more than {size}"
-            raise ValueError(f"it has {found} bytes of data where its head says {size}")
+            raise ValueError(f"it has {found} bytes of data but its header says {size}")
         return values.reshape(shape)
 
 
 def _check_fits(size: int) -> None:
     if size > usable_memory():
         raise ValueError(
-            f"its arrays take {describe_bytes(size)} of memory, and this process may use "
+            f"its arrays need {describe_bytes(size)} of memory, and this process may use "
             f"{describe_bytes(usable_memory())}"
         )
 
@@ -66,31 +67,31 @@ def read_npz(path: Path) -> dict[str, Array]:
     """Read the four arrays of a Keras-layout file; never unpickles."""
     with readable(path), open_regular(path) as stream:
         if not zipfile.is_zipfile(stream):
-            # NumPy would take anything that it does not know for a pickle.
-            raise ValueError("it is no .npz archive, or its end is missing; write it with numpy.savez")
+            # NumPy would treat any unknown file as a pickle.
+            raise ValueError("it is not an .npz archive, or its end is missing; write it with numpy.savez")
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as content:
             missing = [name for name in ARRAY_NAMES if name not in content]
             if missing:
                 raise ValueError(f"it has no {', '.join(missing)}")
-            # The archive's directory knows, before anything is unpacked.
+            # Sizes from the archive's directory, before anything is unpacked.
             members = [info for info in content.zip.infolist() if info.filename.removesuffix(".npy") in ARRAY_NAMES]
             _check_fits(sum(info.file_size for info in members))
             arrays = {name: content[name] for name in ARRAY_NAMES}
         for name, array in arrays.items():
-            if not isinstance(array, np.ndarray):  # NumPy hands over as bytes what it cannot read
+            if not isinstance(array, np.ndarray):  # NumPy returns what it cannot read as bytes
                 raise ValueError(f"{name} is not an array; write the file with numpy.savez")
         return arrays
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn whatever reading `path` can raise into one line that names it."""
+    """Turn any error of reading `path` into one line that names it."""
     try:
         yield
     except OSError as error:
         raise UserError(f"data.path={path}: cannot be read: {describe_os_error(error)}") from error
-    except Exception as error:  # NumPy, zipfile and the decompressors each have errors of their own for bad bytes
+    except Exception as error:  # NumPy, zipfile and the decompressors each raise their own errors for bad bytes
         if "allow_pickle" in str(error) or "pickled" in str(error):
             reason = "it holds pickled objects, which are never loaded; save plain arrays with numpy.savez"
         else:

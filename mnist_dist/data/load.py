@@ -1,6 +1,6 @@
 """Where images come from: MNIST, the embedded digits, or the user's own file.
 
-No TensorFlow here, so that wrong or missing files are reported at once.
+Without TensorFlow, so that wrong or missing files are reported at once.
 """
 
 import logging
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def load_dataset(config: DataConfig) -> ImageDataset:
-    """Load the configured data set; raises UserError with one line if it cannot be had or is damaged."""
+    """Load the configured data set; raises UserError with one line if it is unavailable or damaged."""
     loaders = {"auto": _load_auto, "mnist": load_mnist, "digits": load_digits, "npz": load_npz}
     return loaders[config.name](config)
 

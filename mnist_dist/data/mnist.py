@@ -9,15 +9,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, expand_path, file_lock, write_atomically
 from mnist_dist.config.data import DataConfig
-from mnist_dist.data.dataset import Array, ImageDataset, array_digests
+from mnist_dist.data.dataset import ImageDataset, array_digests
 from mnist_dist.data.formats import read_idx_folder, read_npz, readable
 
 log = logging.getLogger(__name__)
 
-# SHA-256 of each array's raw uint8 bytes: what makes a file MNIST, however it is packed.
+# SHA-256 of each array's raw uint8 bytes: identifies MNIST, however it is packed.
 MNIST_SHA256 = {
     "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
     "y_train": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
@@ -40,14 +41,14 @@ def load_mnist(config: DataConfig) -> ImageDataset:
     try:
         return ImageDataset.from_arrays("mnist", _read_mnist(path))
     except UserError as error:
-        # The user has not named this file, and need not fix it.
+        # The user did not choose this file, so deleting it is enough.
         raise UserError(
             f"data=mnist: delete {path}, which is damaged, to have it downloaded again ({error})"
         ) from error
 
 
 def _read_mnist(path: Path) -> dict[str, Array]:
-    """Read an .npz file or a folder of IDX files, and make sure that it is MNIST."""
+    """Read an .npz file or a folder of IDX files, and check that it is MNIST."""
     with readable(path):
         is_folder = path.is_dir()
     arrays = read_idx_folder(path) if is_folder else read_npz(path)
@@ -55,16 +56,16 @@ def _read_mnist(path: Path) -> dict[str, Array]:
         if digest != MNIST_SHA256[key]:
             raise UserError(
                 f"data.path={path}: {key} is not MNIST's (SHA-256 {digest[:12]}..., expected "
-                f"{MNIST_SHA256[key][:12]}...); get the original file, or say data=npz for data of your own"
+                f"{MNIST_SHA256[key][:12]}...); get the original file, or give data=npz for your own data"
             )
     return arrays
 
 
 def _download_mnist(path: Path) -> None:
-    """Put Keras' own MNIST file at `path`, once per machine however many processes ask."""
+    """Download Keras' MNIST file to `path`, once per machine, however many processes need it."""
     way_out = (
         "MNIST is not here and cannot be downloaded ({}); give data.path=mnist.npz (or a folder with the four IDX "
-        f"files), or put mnist.npz at {path}, or say data=digits"
+        f"files), or put mnist.npz at {path}, or give data=digits"
     )
     failure = path.with_suffix(".failed")
     earlier = _mtime_ns(failure)
@@ -72,8 +73,8 @@ def _download_mnist(path: Path) -> None:
         with file_lock(path.with_suffix(".lock")):
             if path.is_file():  # another process was faster
                 return
-            # Compared for being another one, not a later one: the clock may have gone backwards since.
-            if _mtime_ns(failure) not in (None, earlier):  # another process has tried since
+            # Not compared for being later: the clock may have gone backwards since.
+            if _mtime_ns(failure) not in (None, earlier):  # another process has tried meanwhile
                 raise OSError(failure.read_text())
             log.info("downloading MNIST to %s", path)
             try:
@@ -96,7 +97,7 @@ def _mtime_ns(path: Path) -> int | None:
 
 
 def _fetch(url: str) -> bytes:
-    """Download `url`; raises OSError, after at most `CONNECT_TIMEOUT_S` if nothing answers at all."""
+    """Download `url`; raises OSError, after at most `CONNECT_TIMEOUT_S` if there is no answer at all."""
     answers: list[Any] = []
 
     def connect() -> None:
@@ -105,7 +106,7 @@ def _fetch(url: str) -> bytes:
         except Exception as error:
             answers.append(error)
 
-    # In a thread, because looking up a host name has no timeout of its own.
+    # In a thread, because looking up a host name has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(CONNECT_TIMEOUT_S)
@@ -117,5 +118,5 @@ def _fetch(url: str) -> bytes:
     try:
         with answer:
             return bytes(answer.read())
-    except http.client.HTTPException as error:  # the connection was lost half-way
+    except http.client.HTTPException as error:  # the connection was lost
         raise OSError(f"the download broke off: {error}") from error

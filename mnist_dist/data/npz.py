@@ -4,15 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import expand_path
 from mnist_dist.config.data import DataConfig
-from mnist_dist.data.dataset import Array, ImageDataset
+from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.data.formats import read_npz
 
 
 def load_npz(config: DataConfig) -> ImageDataset:
-    """Read the file at `data.path`; raises UserError unless its arrays can be trained and tested on."""
+    """Read the file at `data.path`; raises UserError unless its arrays are fit for training and testing."""
     path = expand_path("data.path", str(config.path))
     arrays = read_npz(path)
     for part in ("train", "test"):
@@ -64,7 +65,7 @@ def _check_images(path: Path, name: str, images: Array) -> None:
 
 def _check_labels(path: Path, name: str, labels: Array) -> None:
     if labels.ndim != 1 or len(labels) == 0:
-        raise UserError(f"data.path={path}: {name} has shape {labels.shape}; expected (n,), one label an image")
+        raise UserError(f"data.path={path}: {name} has shape {labels.shape}; expected (n,), one label per image")
     if labels.dtype.kind not in "iu":
         raise UserError(f"data.path={path}: {name} is {labels.dtype}; expected whole numbers (class 0, 1, 2, ...)")
     if labels.min() < 0:

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
-from mnist_dist.data.dataset import Array, ImageDataset
+from mnist_dist.data.dataset import ImageDataset
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
@@ -55,7 +56,7 @@ class Splits:
 
 
 def check_val_fraction(num_images: int, val_fraction: float) -> None:
-    """Raise UserError if no training image would be left (scikit-learn rounds the validation images up)."""
+    """Raise UserError if no training image would be left (scikit-learn rounds the number for validation up)."""
     if math.ceil(val_fraction * num_images) >= num_images:
         raise UserError(
             f"data.val_fraction={val_fraction}: {num_images} training images cannot be split like this: none would be "
@@ -64,7 +65,7 @@ def check_val_fraction(num_images: int, val_fraction: float) -> None:
 
 
 def preprocess(dataset: ImageDataset, *, val_fraction: float, split_seed: int) -> Splits:
-    """Prepare a data set as the recipe does, index for index.
+    """Prepare a data set exactly as the recipe does.
 
     The labels become one-hot by scikit-learn's OneHotEncoder, fitted on the training labels; then
     `train_test_split(test_size=val_fraction, random_state=split_seed)`; then uint8 pixels / 255.
@@ -94,7 +95,7 @@ def _to_unit_range(images: Array) -> npt.NDArray[np.float32]:
     """Flatten; uint8 pixels / 255 (floats are in 0..1 already)."""
     flat = images.reshape(len(images), -1)
     if flat.dtype == np.uint8:
-        # The 256 possible values, computed as NumPy does for the whole array, without its float64 copy of it.
+        # Only the 256 possible values are divided: the result is the same, without a float64 copy of the array.
         values = (np.arange(256, dtype=np.uint8) / 255).astype(np.float32)
         return np.take(values, flat)
     return np.asarray(flat, np.float32)

@@ -1,4 +1,4 @@
-"""What happens between epochs: small callables, each given the epochs so far."""
+"""What happens between epochs: small callables that are given the history so far."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ EpochAction = Callable[[History], None]
 
 
 class LogEpoch:
-    """Logs one plain line an epoch, in the form Keras prints."""
+    """Logs one line per epoch, in Keras' format."""
 
     def __init__(self, *, num_epochs: int) -> None:
         self._num_epochs = num_epochs

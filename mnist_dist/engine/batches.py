@@ -1,7 +1,7 @@
 """The batch plan: which examples form which step, as a pure function of the seed and the epoch.
 
-Every process computes the same plan, with no communication. The unit is the global batch; who computes which of its
-rows is decided elsewhere and changes nothing here.
+Every process computes the same plan, without communication. The unit is the global batch; which replica computes which
+of its rows is decided elsewhere and changes nothing here.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy.typing as npt
 PADDING = -1
 """The index of a row that holds no example (weight 0)."""
 EVALUATION_ROWS = 1024
-"""Rows that are evaluated at once, at most: enough to keep any device busy, few enough for two cores' caches."""
+"""Most rows evaluated at once: enough to keep any device busy, few enough for the caches of two cores."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class BatchPlan:
 
     num_examples: int
     global_batch_size: int
-    """Examples of a step, of all but the last one."""
+    """Examples of a step, except the last one."""
     num_rows: int = 0
-    """Rows of a step, if more than that: the rest is padding, as where shards have more rows than examples."""
+    """Rows of a step, if more than that: the rest is padding, for shards that have more rows than examples."""
 
     def __post_init__(self) -> None:
         if self.num_rows < self.global_batch_size:
@@ -31,7 +31,7 @@ class BatchPlan:
 
     @classmethod
     def for_evaluation(cls, num_examples: int) -> "BatchPlan":
-        """The fewest chunks, then the smallest ones that do with them, so that little is padding."""
+        """As few chunks as possible, and these as small as possible, so that there is little padding."""
         num_chunks = -(-num_examples // EVALUATION_ROWS)
         return cls(num_examples, global_batch_size=-(-num_examples // num_chunks))
 
@@ -51,12 +51,12 @@ class BatchPlan:
         return self._cut(generator.permutation(self.num_examples), num_steps=self.steps_per_epoch)
 
     def in_order(self, *, multiple_of: int = 1) -> npt.NDArray[np.int32]:
-        """Example indices in their own order, for evaluation; the number of steps is made a multiple of this."""
+        """Example indices in their own order, for evaluation; the number of steps is rounded up to a multiple."""
         num_steps = -(-self.steps_per_epoch // multiple_of) * multiple_of
         return self._cut(np.arange(self.num_examples), num_steps=num_steps)
 
     def _cut(self, order: npt.NDArray[np.int64], *, num_steps: int) -> npt.NDArray[np.int32]:
-        """The only place where rows without an example are made."""
+        """Cut an order of examples into steps; the only place that adds padding."""
         examples = np.full((num_steps, self.global_batch_size), PADDING, np.int32)
         examples.reshape(-1)[: self.num_examples] = order
         rows = np.full((num_steps, self.num_rows), PADDING, np.int32)

@@ -1,4 +1,4 @@
-"""The engine: everything that a training needs, from configuration and data to programs that are ready to run."""
+"""The engine: everything that a training needs, from the configuration and data to programs that are ready to run."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -8,13 +8,14 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.base.console import job_log
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
+from mnist_dist.engine.mode import choose_mode
 from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -31,7 +32,7 @@ from mnist_dist.launch.topology import Topology
 from mnist_dist.models.build import build_model
 from mnist_dist.results.placement import Placement
 from mnist_dist.results.sums import EpochSums, EvaluationSums, weights_digest
-from mnist_dist.strategy.base import Array, Strategy
+from mnist_dist.strategy.base import Strategy
 from mnist_dist.strategy.choose import create_strategy
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Engine:
     """A training before its first epoch."""
 
     config: TrainConfig
-    """With what each `auto` has become."""
+    """With each `auto` resolved."""
     splits: Splits
     strategy: Strategy
     model: keras.Model
@@ -59,13 +60,13 @@ class Engine:
         return self.config.reproducibility == "exact"
 
     def weights(self) -> FloatArray:
-        """The weights as they are now."""
+        """The current weights."""
         return self.strategy.read(self.state.weights)
 
     def create_trainer(
         self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
     ) -> Trainer:
-        """The trainer, with its data on the devices."""
+        """The trainer, with the data on the devices."""
         return Trainer(
             Programs(self, wants_to_stop=wants_to_stop),
             plan=self.plan,
@@ -75,7 +76,7 @@ class Engine:
         )
 
     def evaluate(self) -> dict[SplitName, EvaluationSums]:
-        """Evaluate the model that is saved, which is float32, on every example of every split; a collective."""
+        """Evaluate the model as it will be saved, in float32, on every example of every split; a collective."""
         saved = FlatModel(self.flat_model.export(self.weights()))
         return {
             name: EvaluateProgram(
@@ -85,7 +86,7 @@ class Engine:
         }
 
     def placement(self) -> Placement:
-        """Where and how it trains."""
+        """Where and how the training runs."""
         num_replicas, global_batch_size = self.strategy.num_replicas, self.plan.global_batch_size
         return Placement(
             strategy=self.strategy.name,
@@ -99,7 +100,7 @@ class Engine:
         )
 
     def log_description(self) -> None:
-        """Log what will be trained, on what, and how the examples are divided: nothing is scaled without a word."""
+        """Log what is trained on which devices, and how the examples are divided: nothing is scaled silently."""
         placement = self.placement()
         if (job := self.topology.slurm) is not None:
             log.info("Slurm: job %s on %s, restarted %d time(s)", job.job_id, job.node_list, job.restart_count)
@@ -130,12 +131,12 @@ class Engine:
             )
 
     def on(self, strategy: Strategy) -> "Engine":
-        """The same training from its beginning, on another strategy."""
+        """The same training on another strategy, from the beginning."""
         return replace(self, strategy=strategy, state=_create_state(self.config, self.flat_model, strategy))
 
 
 class Programs:
-    """The compiled programs of a training, with its data on the devices; all of them are collectives."""
+    """The compiled programs of a training, with the data on the devices; all of them are collectives."""
 
     def __init__(self, engine: Engine, *, wants_to_stop: Callable[[], bool] = lambda: False) -> None:
         strategy, dtype = engine.strategy, engine.flat_model.compute_dtype
@@ -158,7 +159,7 @@ class Programs:
         return self._train.run_epoch(indices, learning_rates=learning_rates)
 
     def validate(self) -> EvaluationSums:
-        """Evaluate the weights as they are now on the validation split."""
+        """Evaluate the current weights on the validation split."""
         return self._validate.run(self._engine.state.weights)
 
     def agree_to_stop(self, epoch: int) -> bool:
@@ -166,7 +167,7 @@ class Programs:
         return self._replica_check.run(epoch)
 
     def digest_weights(self) -> str | None:
-        """The digest of the weights as they are now, where it means something to other runs: with exact."""
+        """The digest of the current weights, if other runs can be compared by it: with exact."""
         return weights_digest(self._engine.weights()) if self._engine.is_exact else None
 
 
@@ -180,10 +181,10 @@ def build_engine(
 ) -> Engine:
     """Start the devices, of which `num_gpus` are GPUs, and build everything that the training needs.
 
-    The state is a new one, or the chief's `restored` one on all processes.
+    The state is new, or the chief's `restored` one on all processes.
 
     Raises:
-        UserError: strategy, devices and batch do not fit together.
+        UserError: strategy, devices and batch size do not match.
     """
     topology = rendezvous.topology
     mode = choose_mode(config, topology, num_gpus=num_gpus)
@@ -219,34 +220,6 @@ def build_engine(
         ),
         topology=topology,
     )
-
-
-def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> str:
-    """Exact or fast, before the devices start; a warning says what is configured and will have no effect.
-
-    `auto` is exact on CPUs, where it costs little, and fast on GPUs, where one large product beats several small ones.
-    """
-    mode, num_shards = config.reproducibility, config.batch.num_shards
-    if mode == "auto":
-        # On CPUs a process has one replica, or those that are asked for.
-        num_replicas = max(topology.world_size, config.strategy.num_replicas or 1)
-        mode = "fast" if num_gpus or num_replicas > num_shards else "exact"
-        if mode == "fast" and not num_gpus:
-            job_log.warning(
-                "WARNING: batch.num_shards=%d: fewer shards than the %d replicas, so reproducibility=auto is fast and "
-                "the number of replicas may change the last bits; batch.num_shards=%d makes it exact",
-                num_shards,
-                num_replicas,
-                num_replicas,
-            )
-    if mode == "exact" and config.threads.intra_op != "auto" and int(config.threads.intra_op) != 1:
-        job_log.warning(
-            "WARNING: threads.intra_op=%s is not used: reproducibility=exact runs each operation on one thread, so "
-            "that the bits do not depend on the number; a larger batch.num_shards, more processes or "
-            "reproducibility=fast use more cores",
-            config.threads.intra_op,
-        )
-    return mode
 
 
 def _global_batch_size(config: TrainConfig, num_examples: int, batch_factor: int, num_replicas: int) -> int:

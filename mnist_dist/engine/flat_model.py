@@ -1,7 +1,7 @@
 """A Keras model as a pure function of one flat weight vector.
 
-A vector makes everything around the network independent of it: gradients of all layers travel in one message, and the
-state of a training run is a few arrays.
+With a vector nothing around the network depends on its layers: all gradients travel in one message, and the state of a
+training is a few arrays.
 """
 
 import re
@@ -21,25 +21,25 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def load_flat_model(path: Path, *, num_pixels: int, num_classes: int) -> "FlatModel":
-    """A saved model, once it has computed an image of zeros; raises ValueError if it is no such model."""
+    """A saved model, after a trial on an image of zeros; raises ValueError if it is not a model of this kind."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = FlatModel(keras.models.load_model(path, compile=False))
-            warnings.simplefilter("error", UserWarning)  # of inputs that it takes by other names, for example
+            warnings.simplefilter("error", UserWarning)  # for example about inputs with other names
             weights = network.get_weights()
             logits = network.logits(network.split(tf.constant(weights)), tf.zeros((1, num_pixels)))
         if not np.isfinite(weights).all():
             raise ValueError("its weights are not all finite")
         if logits.shape != (1, num_classes):
             raise ValueError(f"it gives the shape {logits.shape} for an image, not (1, {num_classes})")
-    except Exception as error:  # Keras, its layers and TensorFlow have many for what they were not made for
+    except Exception as error:  # Keras, its layers and TensorFlow raise many kinds for unsuitable files
         raise ValueError(_shorten(error)) from error
     return network
 
 
 def _shorten(error: Exception) -> str:
-    """The first sentence of an error: Keras' fill pages."""
+    """The first sentence of an error, since those of Keras fill pages."""
     sentence = re.split(r"\.(?: (?=[A-Z])|$)", " ".join(str(error).split()))[0]
     return textwrap.shorten(sentence, 200, placeholder=" ...") or type(error).__name__
 
@@ -47,14 +47,13 @@ def _shorten(error: Exception) -> str:
 class FlatModel:
     """A Keras model as a function of its weights, all in one float32 vector in model order, each C-contiguous.
 
-    The model itself is left as it is, plain and float32; a twin of it computes. The twin's layers have the dtype
-    policy `policy`, its `Dropout` draws by batch position, and its last layer gives logits, since loss and softmax are
-    one numerically stable operation in float32.
+    The model itself stays plain and float32; a twin of it computes. The twin's layers have the dtype policy `policy`,
+    its dropout draws by batch position, and its last layer gives logits, since loss and softmax are one numerically
+    stable operation in float32.
 
     Raises:
-        ValueError: the model does not end in softmax, has no weights or some that are not float32, or has weights that
-            are not trained (batch normalisation's averages, for example): they would be state that no contract of this
-            package covers.
+        ValueError: the model does not end in softmax, has no weights or some that are not float32, or has non-trainable
+            weights (batch normalisation's averages, for example): state that this package does not handle.
     """
 
     def __init__(self, model: keras.Model, *, seed: int = 0, policy: str = "float32") -> None:
@@ -88,7 +87,7 @@ class FlatModel:
         return self._model
 
     def split(self, weights: tf.Tensor) -> list[tf.Tensor]:
-        """The vector as the tensors of the layers, in the type that they compute in."""
+        """The vector as the layers' tensors, in the type that they compute in."""
         starts = np.cumsum([0, *self._sizes])
         # Slices, because unlike the pieces of `tf.split` they share the vector's memory.
         pieces = [tf.slice(weights, [start], [size]) for start, size in zip(starts[:-1], self._sizes, strict=True)]

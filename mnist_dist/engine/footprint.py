@@ -1,4 +1,4 @@
-"""What a training holds in memory, at least: so that what cannot fit is refused before it is built."""
+"""What a training holds in memory at least, so that what cannot fit is refused before it is built."""
 
 import math
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ NETWORK, IMAGES, LABELS, CONFUSION, OUTPUTS = (
     "network", "images", "one-hot labels", "confusion matrices", "outputs of the layers",
 )  # fmt: skip
 Footprint = Mapping[str, int]
-"""Bytes for each thing that is held at one moment."""
+"""Bytes of each thing held in memory at one moment."""
 
 
 def check_fits(config: TrainConfig, dataset: ImageDataset, topology: Topology) -> None:
-    """Raise UserError if training cannot fit into the memory that this process may use."""
+    """Raise UserError if the training cannot fit into the memory that this process may use."""
     num_classes = len(np.unique(dataset.y_train))
     moments = training_moments(config, dataset, num_classes=num_classes, world_size=topology.world_size)
     largest = max(moments, key=lambda moment: sum(moment.values()))
-    if sum(largest.values()) > usable_memory() and _has_gpus(topology):  # where most of it is
+    if sum(largest.values()) > usable_memory() and _has_gpus(topology):  # most of it is in the GPUs' memory
         largest = data_moment(dataset, num_classes=num_classes)
     model = config.model
     if max(largest, key=lambda name: largest[name]) in (NETWORK, OUTPUTS):
@@ -42,7 +42,7 @@ def check_fits(config: TrainConfig, dataset: ImageDataset, topology: Topology) -
 
 
 def check_data_fits(config: DataConfig, dataset: ImageDataset, *, moment: Footprint | None = None) -> None:
-    """Raise UserError if the data (by default: while they are prepared) cannot fit into this process's memory."""
+    """Raise UserError if the data (by default while it is prepared) cannot fit into this process's memory."""
     num_classes = len(np.unique(dataset.y_train))
     where = f"data={config.name}" if config.path is None else f"data.path={config.path}"
     what = f"{where}: {len(dataset.x_train) + len(dataset.x_test):,} images in {num_classes:,} classes"
@@ -65,7 +65,7 @@ def _has_gpus(topology: Topology) -> bool:
 
 
 def data_moment(dataset: ImageDataset, *, num_classes: int) -> Footprint:
-    """While the training images are split (`preprocess`): raw images twice, their one-hot labels twice."""
+    """While the training images are split (`preprocess`): raw images and one-hot labels, both twice."""
     raw = sum(array.nbytes for array in (dataset.x_train, dataset.x_test))
     rows = 2 * len(dataset.y_train) + len(dataset.y_test)
     return {IMAGES: raw + dataset.x_train.nbytes, LABELS: rows * num_classes * _FLOAT32}
@@ -74,10 +74,10 @@ def data_moment(dataset: ImageDataset, *, num_classes: int) -> Footprint:
 def training_moments(
     config: TrainConfig, dataset: ImageDataset, *, num_classes: int, world_size: int = 1
 ) -> list[Footprint]:
-    """What is held at moments that may be the worst, on a CPU: lower bounds."""
+    """What is held on a CPU at the moments that may be worst: lower bounds."""
     train, test = dataset.x_train, dataset.x_test
-    # `ImageDataset`; `Splits` (what is float32 already is copied by splitting only); what `Trainer` has placed, of
-    # which the images may be in 16 bits.
+    # `ImageDataset`; `Splits` (float32 images are copied only by splitting); the splits placed on the device, whose
+    # images may have 16 bits.
     copies = train.size + (0 if test.dtype == np.float32 else test.size)
     images = train.nbytes + test.nbytes + copies * _FLOAT32 + train.size * 2
     label = num_classes * _FLOAT32
@@ -87,10 +87,10 @@ def training_moments(
     parameters = sum(layer.num_weights for layer in layers) * _FLOAT32
     # Always: the model, its twin, `TrainState`, and the 64-bit factors of `ReplicaCheck`.
     network = {NETWORK: parameters * (2 + vectors + 2 * vectors)}
-    # In the end: the placed images to train on once more; of three splits the confusion matrices, or their copies.
+    # At the end: the training images placed once more; the confusion matrices of three splits, or their copies.
     num_placed = len(train) - math.ceil(config.data.val_fraction * len(train))
     evaluated = {LABELS: data[LABELS] + num_placed * label, CONFUSION: 4 * num_classes**2 * 8}
-    # What a layer gives: in evaluation, which is float32 always; in a shard's step all layers', for the way back.
+    # Outputs of layers: one layer's in evaluation, always float32; all layers' in a shard's step, for backpropagation.
     outputs = [layer.num_outputs for layer in layers]
     evaluated_rows = BatchPlan.for_evaluation(len(test)).global_batch_size
     batch, shards = min(config.batch.global_size, num_placed), config.batch.num_shards

@@ -1,8 +1,8 @@
 """The optimizers, on one flat weight vector.
 
-Keras' own optimizers add up the gradients of all replicas by themselves when they are applied under `tf.distribute`;
-here the gradient has been reduced already, together with the metrics. So the update is TensorFlow's fused kernel,
-which does the arithmetic of Keras' optimizer in one operation.
+Keras' own optimizers sum the gradients of all replicas when applied under `tf.distribute`; here the gradient has
+already been reduced, together with the metrics. So the update is TensorFlow's fused kernel, which does the arithmetic
+of Keras' optimizer in one operation.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from mnist_dist.config.rules import FLOAT32_MAX
 
 
 class Optimizer(ABC):
-    """An update rule. Its state is `slot_names`, a vector like the weights for each name, zero at first."""
+    """An update rule. Its state is one vector like the weights for each of `slot_names`, initially zero."""
 
     slot_names: tuple[str, ...]
 
@@ -36,7 +36,7 @@ class Optimizer(ABC):
 
 
 class Adam(Optimizer):
-    """Adam as in section 2 of Kingma and Ba 2015 (the form with "epsilon hat"), which is Keras' form too."""
+    """Adam as in section 2 of Kingma and Ba 2015 (the form with "epsilon hat"), as in Keras."""
 
     slot_names = ("momentum", "velocity")
 
@@ -101,11 +101,11 @@ class SGD(Optimizer):
 
 
 class LearningRate:
-    """The rate of every step.
+    """The learning rate of every step.
 
-    A global batch that is larger than the configured one by a factor gets a rate that is larger by the factor
-    (`linear`) or its root (`sqrt`). Over the warm-up it rises in equal steps from the configured rate to that one
-    (gradual warm-up of Goyal et al. 2017, arXiv 1706.02677); where the two are the same, from 0.
+    If the global batch is larger than the configured one by a factor, the rate is larger by that factor (`linear`) or
+    its root (`sqrt`). During the warm-up it rises in equal steps from the configured rate to the scaled one (gradual
+    warm-up, Goyal et al. 2017, arXiv 1706.02677), or from 0 if the two are equal.
     """
 
     def __init__(self, config: LearningRateConfig, *, base: float, batch_factor: int, steps_per_epoch: int) -> None:
@@ -128,7 +128,7 @@ class LearningRate:
     def at(self, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The rates of these steps, counted from 0 over the whole training."""
         progress = np.minimum((steps + 1) / self._warmup_steps, 1) if self._warmup_steps else np.ones(len(steps))
-        # Written so that the end of the warm-up is the target to the last bit.
+        # In a form whose value at the end of the warm-up is exactly the target.
         return np.asarray(self._target - (self._target - self._start) * (1 - progress))
 
 

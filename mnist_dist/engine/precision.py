@@ -1,4 +1,4 @@
-"""What layers compute in, and the loss scale that float16 needs."""
+"""The type that layers compute in, and the loss scale that float16 needs."""
 
 import tensorflow as tf
 
@@ -24,21 +24,21 @@ def choose_precision(name: str, compute_capability: tuple[int, int] | None) -> s
 
 
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740); a constant 1 where nothing needs it.
+    """Dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740); a constant 1 if not needed.
 
     An overflow shows as a non-finite number in the *reduced* gradient, which is the same on every replica; so all of
-    them take the same decision, with no further communication. A factor of 2 changes only exponents, so scaling
-    itself rounds nothing.
+    them make the same decision, without further communication. A factor of 2 changes only exponents, so scaling
+    itself causes no rounding.
     """
 
     def __init__(self, config: PrecisionConfig) -> None:
-        """Build it for a precision that is settled, not `auto`."""
+        """Create it for a resolved precision, not `auto`."""
         self.is_dynamic = config.name == "mixed_float16"
         self.initial = config.initial_loss_scale if self.is_dynamic else 1.0
         self._growth_steps = config.loss_scale_growth_steps
 
     def update(self, scale: tf.Variable, good_steps: tf.Variable, is_finite: tf.Tensor) -> None:
-        """Adapt the scale after a step: half after an overflow, double after many steps without one."""
+        """Adapt the scale after a step: halve it after an overflow, double it after many steps without one."""
         steps = tf.where(is_finite, good_steps.read_value() + 1, tf.zeros([], tf.int64))
         grows = steps >= self._growth_steps
         factor = tf.where(is_finite, tf.where(grows, 2.0, 1.0), 0.5)

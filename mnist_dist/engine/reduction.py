@@ -1,13 +1,13 @@
 """From the sums of single shards to the sum over the global batch, on every replica.
 
 `FastSum` lets the collective choose the order of summation, so the last bits depend on the number of replicas.
-`ExactSum` adds in the order of the shards' tree (`engine.shards`), so they do not:
+`ExactSum` sums in the order of the shards' tree (`engine.shards`), so they do not:
 
-- Each node of the tree is one addition of two float32 numbers, rounded by IEEE 754 alike wherever it is done.
-- A replica adds up its whole subtrees; these partial sums are gathered, which rounds nothing, and every replica adds
-  the rest of the tree. All replicas do the same additions, only at different places.
-- Where two partial sums are all there is, as with two replicas, their sum is the root; and since a + b = b + a, an
-  all-reduce may do it in its own way.
+- Each node of the tree is one addition of two float32 numbers, which IEEE 754 rounds the same way everywhere.
+- A replica sums its whole subtrees; these partial sums are gathered, without any rounding, and every replica sums the
+  rest of the tree. So the additions are the same for any number of replicas, only in different places.
+- If there are just two partial sums, as with two replicas, their sum is the root; and since a + b = b + a, an
+  all-reduce may compute it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from mnist_dist.engine.shards import Node, ShardPlan
 from mnist_dist.strategy.base import Strategy
 
 Sums = Sequence[tf.Tensor]
-"""What one shard found: tensors of any shapes, the same ones for every shard."""
+"""The sums over one shard: tensors of any shapes, the same for every shard."""
 
 
 class Reduction(Protocol):
-    """For use inside `Strategy.run`."""
+    """How sums are reduced; for use inside `Strategy.run`."""
 
     def __call__(self, sums: Sequence[Sums]) -> tf.Tensor:
         """The sum over all shards of the job, flat, on every replica; `sums` are those of this replica's shards."""
@@ -31,7 +31,7 @@ class Reduction(Protocol):
 
 
 class FastSum:
-    """Whatever order is fastest: one all-reduce of each replica's sum."""
+    """In whichever order is fastest: one all-reduce of each replica's sum."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
@@ -42,7 +42,7 @@ class FastSum:
 
 
 class ExactSum:
-    """The order of the tree, whatever the number of replicas."""
+    """In the order of the tree, whatever the number of replicas."""
 
     def __init__(self, strategy: Strategy, plan: ShardPlan) -> None:
         self._strategy = strategy
@@ -58,7 +58,7 @@ class ExactSum:
             return own[0]
         if [len(nodes) for nodes in everywhere] == [1, 1]:
             return self._strategy.all_reduce_sum(own[0])
-        # All send the same number of partial sums; those with fewer fill up with zeros, which nobody reads.
+        # All send the same number of partial sums, padded with zeros that are not read.
         most = max(len(nodes) for nodes in everywhere)
         own += [tf.zeros_like(own[0])] * (most - len(own))
         gathered = tf.unstack(self._strategy.all_gather(tf.stack(own)), num=most * plan.num_replicas)

@@ -1,8 +1,8 @@
 """Virtual shards: the fixed pieces of a global batch, and which replica computes which.
 
-A shard has the same rows and the same shape whoever computes it, so its sums have the same bits everywhere. What is
-left to fix is the order in which shards are added up: a binary tree over the shards, which depends on their number
-alone. A replica's shards are neighbours, so it can add up the subtrees that it holds whole; only those travel.
+A shard has the same rows and the same shape on every replica, so its sums have the same bits everywhere. What is left
+to fix is the order in which shards are summed: a binary tree over the shards, which depends only on their number. A
+replica's shards are contiguous, so it can sum the subtrees that it holds entirely; only these partial sums are sent.
 """
 
 from dataclasses import dataclass
@@ -49,12 +49,12 @@ class ShardPlan:
         return Node(0, self.num_shards)
 
     def shards_of(self, replica: int) -> range:
-        """A replica's shards; the first replicas have one more where the number does not divide (8 over 3: 3, 3, 2)."""
+        """A replica's shards; the first ones have one more if the number does not divide evenly (8 over 3: 3, 3, 2)."""
         pieces = np.array_split(np.arange(self.num_shards), self.num_replicas)
         return range(int(pieces[replica][0]), int(pieces[replica][-1]) + 1)
 
     def subtrees_of(self, replica: int) -> list[Node]:
-        """The largest subtrees that a replica holds whole, from left to right."""
+        """The largest subtrees that a replica holds entirely, from left to right."""
         own = self.shards_of(replica)
 
         def inside(node: Node) -> list[Node]:
@@ -68,11 +68,11 @@ class ShardPlan:
 
 
 _FAST_ROWS = 128
-"""Rows of a part of a replica's batch on a CPU, with reproducibility=fast: parts keep the cores busy side by side."""
+"""Rows of each part of a replica's batch on a CPU with reproducibility=fast: several parts keep all cores busy."""
 
 
 def plan_shards(config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool) -> ShardPlan:
-    """How a global batch is cut, in a mode that is settled.
+    """How a global batch is cut, once `reproducibility` is exact or fast.
 
     Raises:
         UserError: exact with more replicas than shards.
@@ -84,7 +84,7 @@ def plan_shards(config: TrainConfig, global_batch_size: int, *, num_replicas: in
     elif num_replicas > num_shards:
         raise UserError(
             f"batch.num_shards={num_shards}: fewer shards than the {num_replicas} replicas, and each replica computes "
-            f"whole shards; say batch.num_shards={num_replicas} (other bits than with {num_shards}), "
+            f"whole shards; give batch.num_shards={num_replicas} (other bits than with {num_shards}), "
             "or reproducibility=fast"
         )
     return ShardPlan(num_shards, rows_per_shard=-(-global_batch_size // num_shards), num_replicas=num_replicas)

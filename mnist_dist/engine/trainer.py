@@ -26,7 +26,7 @@ class Programs(Protocol):
         ...
 
     def validate(self) -> EvaluationSums:
-        """Evaluate the weights as they are now on the validation split."""
+        """Evaluate the current weights on the validation split."""
         ...
 
     def agree_to_stop(self, epoch: int) -> bool:
@@ -34,7 +34,7 @@ class Programs(Protocol):
         ...
 
     def digest_weights(self) -> str | None:
-        """The digest of the weights as they are now, where it means something to other runs."""
+        """The digest of the current weights, if other runs can be compared by it."""
         ...
 
 
@@ -57,9 +57,9 @@ class Trainer:
         self._actions = actions
 
     def fit(self, *, num_epochs: int, history: History = History()) -> History:  # noqa: B008 (a frozen value)
-        """Train until there are `num_epochs`, those of `history` included, or fewer if any process was asked to stop.
+        """Train until `history` has `num_epochs`, or fewer if any process was asked to stop.
 
-        Raises TrainingFailed. The state of the programs must be that after the last epoch of `history`.
+        The programs must be in the state after the last epoch of `history`. Raises TrainingFailed.
         """
         stops = len(history.epochs) < num_epochs and self.programs.agree_to_stop(len(history.epochs))
         while len(history.epochs) < num_epochs and not stops:
@@ -71,7 +71,7 @@ class Trainer:
         return history
 
     def run_epoch(self, epoch: int) -> EpochMetrics:
-        """Train on one epoch, counted from 1, and validate; raises TrainingFailed."""
+        """Train one epoch, counted from 1, and validate; raises TrainingFailed."""
         start = time.perf_counter()
         indices = self._plan.shuffled(seed=self._seed, epoch=epoch)
         learning_rates = self._learning_rate_at(np.arange(len(indices)) + (epoch - 1) * len(indices))

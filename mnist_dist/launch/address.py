@@ -1,4 +1,4 @@
-"""Hosts and `host:port` addresses, each in one spelling."""
+"""Hosts and `host:port` addresses, normalised to one spelling each."""
 
 import ipaddress
 import json
@@ -13,12 +13,12 @@ _HOST_NAME = rf"{_LABEL}(?:\.{_LABEL})*"
 
 
 def split_address(address: Any) -> tuple[str, int]:
-    """Host and port of `host:port` or `[IPv6]:port`, in one spelling; raises ValueError for anything else."""
+    """Host and port of `host:port` or `[IPv6]:port`, normalised; raises ValueError for anything else."""
     text = address if isinstance(address, str) else json.dumps(address)
-    shown = f"{printable(text, 80)} is no host:port"
+    shown = f"{printable(text, 80)} is not host:port"
     parts = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:\[\]]*)):([0-9]{1,9})", text)
     if parts is None:
-        raise ValueError(shown + ("; an IPv6 address goes into brackets: [::1]:2345" if text.count(":") > 1 else ""))
+        raise ValueError(shown + ("; an IPv6 address needs brackets: [::1]:2345" if text.count(":") > 1 else ""))
     ipv6, name, port = parts[1], parts[2], int(parts[3])
     if not 1 <= port <= 65_535:
         raise ValueError(f"{shown}: ports are 1 to 65535")
@@ -34,18 +34,18 @@ def join_address(host: str, port: int) -> str:
 
 
 def ipv6_address(text: str) -> str:
-    """One spelling of an IPv6 address, without brackets; raises ValueError if it is not one."""
+    """The normal spelling of an IPv6 address, without brackets; raises ValueError if it is not one."""
     if not re.fullmatch(r"[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,15})?", text):  # with the zone of a link-local one
-        raise ValueError(f'"{printable(text, 80)}" is no IPv6 address')
+        raise ValueError(f'"{printable(text, 80)}" is not an IPv6 address')
     return str(ipaddress.IPv6Address(text))
 
 
 def host_name(text: str) -> str:
-    """One spelling of a host's name or IPv4 address; raises ValueError if it is neither."""
+    """The normal spelling of a host's name or IPv4 address; raises ValueError if it is neither."""
     name = text.lower().removesuffix(".")
     if len(name) > _MAX_HOST_NAME or not re.fullmatch(_HOST_NAME, name):
-        raise ValueError(f'"{printable(text, 80)}" is no name of a host')
-    # The system would read it as one IPv4 address or another: 1, 0x7f.1, 127.1
+        raise ValueError(f'"{printable(text, 80)}" is not a host name')
+    # The system would take it for some IPv4 address: 1, 0x7f.1, 127.1
     if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name.rpartition(".")[2]):
         return str(ipaddress.IPv4Address(name))
     return name

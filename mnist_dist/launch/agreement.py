@@ -1,4 +1,4 @@
-"""Whether all processes of a job mean the same thing: settled once, before anything is started or written."""
+"""Whether all processes of a job agree on what to train: checked once, before anything is started or written."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ class Report:
     facts: dict[str, str] = field(default_factory=dict)
     """What must be the same on all ranks: configuration, data, versions."""
     gpus: list[str] = field(default_factory=list)
-    """UUIDs of the GPUs that it will use; no other rank may use them."""
+    """UUIDs of the GPUs that the process will use; no other rank may use them."""
     is_finished: bool = False
     """Whether the run folder holds this run, finished; what the chief says counts."""
     resume_point: str = ""
-    """How far the run has come that is resumed (`ResumePoint.to_json`), if any; what the chief says counts."""
+    """Where the run resumes (`ResumePoint.to_json`), if it does; what the chief says counts."""
     watch_address: str = ""
-    """Of `peers.PeerWatch`; what the chief says counts."""
+    """`peers.PeerWatch.address`; what the chief says counts."""
     error: str | None = None
-    """Why it cannot take part."""
+    """Why the process cannot take part."""
 
 
 def job_facts(keys: Mapping[str, str], *, num_gpus: int) -> dict[str, str]:
-    """What all processes of a job must have in common: `keys`, software, GPUs, and variables of arithmetic."""
+    """What must be the same on all processes: `keys`, software, number of GPUs, variables that affect arithmetic."""
     versions = {f"version of {name}": installed_version(name) or "none" for name in ("tensorflow", "horovod")}
     return {
         **keys,
@@ -45,7 +45,7 @@ def agree(report: Report, rendezvous: Rendezvous) -> Report:
     """Compare the reports of all ranks and return the chief's; every process calls this.
 
     Raises:
-        UserError: somebody did not come, cannot take part, or means something else; the message names rank and key.
+        UserError: a rank did not come, cannot take part, or differs; the message names rank and key.
     """
     texts = rendezvous.exchange(json.dumps(asdict(report)))
     reports = [Report(**json.loads(text)) for text in texts]
@@ -54,7 +54,7 @@ def agree(report: Report, rendezvous: Rendezvous) -> Report:
             raise UserError(f"rank {rank} cannot take part: {other.error}")
     problem = find_disagreement([report.facts for report in reports])
     if problem is not None:
-        raise UserError(f"the processes of this job do not agree: {problem}; start all of them alike")
+        raise UserError(f"the processes of this job do not agree: {problem}; start all of them the same way")
     check_not_shared([report.gpus for report in reports])
     return reports[0]
 
@@ -70,12 +70,12 @@ def find_disagreement(facts: Sequence[Mapping[str, str]]) -> str | None:
 
 
 def check_not_shared(gpus: Sequence[Sequence[str]]) -> None:
-    """Raise UserError if two ranks use one GPU, naming both."""
+    """Raise UserError if two ranks use the same GPU, naming both."""
     owners: dict[str, int] = {}
     for rank, uuids in enumerate(gpus):
         for uuid in uuids:
             if owners.setdefault(uuid, rank) != rank:
                 raise UserError(
-                    f"ranks {owners[uuid]} and {rank} both use the GPU {uuid}; give each process a GPU of its own "
+                    f"ranks {owners[uuid]} and {rank} both use the GPU {uuid}; give each process its own GPU "
                     "(CUDA_VISIBLE_DEVICES; in slurm/train.sh as many #SBATCH --gpus-per-node as --ntasks-per-node)"
                 )

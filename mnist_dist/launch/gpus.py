@@ -1,4 +1,4 @@
-"""The GPUs of this process, as far as they can be told without starting one."""
+"""The GPUs of this process, as far as they can be found without starting one."""
 
 import re
 import subprocess
@@ -9,9 +9,9 @@ from mnist_dist.launch.topology import Topology
 
 
 def own_share(num_gpus: int, topology: Topology) -> range:
-    """Which of the GPUs that a process sees are its own: an equal share for each process of the machine.
+    """Which of the GPUs that a process sees are its own: each process of a machine gets an equal share.
 
-    A launcher may also show each process its own GPUs only; then the process sees one, and it is its own.
+    A launcher may also show each process only its own GPU; a single GPU is therefore the process's own.
 
     Raises:
         UserError: fewer GPUs than processes.
@@ -21,14 +21,14 @@ def own_share(num_gpus: int, topology: Topology) -> range:
     size = num_gpus // topology.local_size
     if size == 0:
         raise UserError(
-            f"{topology.local_size} processes on this machine but {num_gpus} GPUs; start one process per GPU at most"
+            f"{topology.local_size} processes on this machine but {num_gpus} GPUs; start at most one process per GPU"
             + (f", in slurm/train.sh: #SBATCH --ntasks-per-node={num_gpus}" if topology.slurm else "")
         )
     return range(topology.local_rank * size, (topology.local_rank + 1) * size)
 
 
 def own_uuids(topology: Topology) -> list[str]:
-    """UUIDs of this process's GPUs; empty where nvidia-smi cannot tell."""
+    """UUIDs of this process's GPUs; empty if nvidia-smi cannot tell."""
     visible = visible_uuids(query_gpus("uuid"), visible=topology.visible_gpus)
     return [visible[index] for index in own_share(len(visible), topology)]
 
@@ -44,7 +44,7 @@ def query_gpus(field: str) -> list[str]:
 
 
 def visible_uuids(uuids: Sequence[str], *, visible: str | None) -> list[str]:
-    """Those that CUDA_VISIBLE_DEVICES (numbers or UUIDs with commas; None if not set) leaves, in its order."""
+    """The GPUs that CUDA_VISIBLE_DEVICES (numbers or UUIDs, separated by commas; None: not set) names, in its order."""
     if visible is None:
         return list(uuids)
     chosen: list[str] = []

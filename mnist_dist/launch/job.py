@@ -1,4 +1,4 @@
-"""This process's side of its job: how it meets the others, notices that one is lost, and is asked to stop."""
+"""This process's part in its job: how it meets the others, notices that one is lost, and is asked to stop."""
 
 import contextlib
 from collections.abc import Iterator
@@ -36,12 +36,12 @@ class Job:
 
     @contextlib.contextmanager
     def telling_errors(self) -> Iterator[None]:
-        """What is found wrong in this block, before all have met, is what the others hear in place of a report."""
+        """A block before all ranks have met: a UserError raised in it is reported to the other ranks."""
         try:
             yield
         except RankTaken:
-            raise  # the job has nothing to do with this process
+            raise  # this process is not part of the job
         except UserError as error:
-            with contextlib.suppress(UserError):  # this one is the reason, whatever the others say
+            with contextlib.suppress(UserError):  # the error to show is the one of this process
                 agree(Report(error=str(error)), self.rendezvous)
             raise

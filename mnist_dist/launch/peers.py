@@ -1,9 +1,9 @@
 """Whether all processes of the job are alive, while they train together.
 
-The backends wait long for a process that is gone, or end with an error that names nobody. So every process has a
-further connection to rank 0, which says every few seconds that it is alive, and tells why it ends when it does. A
-connection that breaks, or stays silent, is a lost process: rank 0 tells all others, and each ends itself at once, in
-whatever collective it waits.
+When a process is lost, the backends wait a long time for it, or fail with an error that does not name it. So every
+process has another connection to rank 0, over which it says every few seconds that it is alive, and why it ends when
+it does. A connection that breaks or stays silent is a lost process: rank 0 tells all others, and each exits at once,
+even from within a collective.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
 log = logging.getLogger(__name__)
 
 _ALIVE_EVERY_S = 2.0
-# A process whose machine is frozen or out of reach breaks no connection. Once a collective has failed less is enough.
+# A process whose machine is frozen or unreachable keeps its connection. Once a collective has failed, less is enough.
 _SILENCE_S, _SUSPICIOUS_SILENCE_S = 30.0, 10.0
 _JOIN_S = 30.0
-# Whoever ends for a reason tells it; most often all processes have the same reason and say so themselves.
+# A process that ends with an error says why; usually all have the same error, and time to report it themselves.
 _GRACE_S = 5.0
 _FAREWELL_S, _HASTY_FAREWELL_S = 2.0, 0.2
 
@@ -45,10 +45,10 @@ class _Link:
 
 
 class PeerWatch:
-    """Watches the other processes of a job, from the block `watching` on; ends this one when another one is lost."""
+    """Watches the other processes of a job in the block `watching`; ends this one when another is lost."""
 
     def __init__(self, topology: Topology) -> None:
-        """On rank 0: begin to listen."""
+        """Start to listen, on rank 0."""
         self._topology = topology
         self._token = secrets.token_hex(8)
         self._links: list[_Link] = []
@@ -58,7 +58,7 @@ class PeerWatch:
         self._has_left, self._is_ending = threading.Event(), threading.Event()
         self._silence_s = _SILENCE_S
         self.address = ""
-        """`host:port:token` on rank 0, which the others have to know to come."""
+        """`host:port:token` on rank 0, which the others need in order to connect."""
         if topology.world_size > 1 and topology.is_chief:
             server = hold_free_port()
             self._selector.register(server, selectors.EVENT_READ)
@@ -68,10 +68,11 @@ class PeerWatch:
     def watching(self, address: str, *, start_silence_s: float = _SILENCE_S) -> Iterator[None]:
         """While the block runs, no other process may end; `address` is rank 0's.
 
-        Until `started` a process may be silent for `start_silence_s` seconds: what it loads may stop all its threads.
+        If one ends without a message, this process exits at once with EXIT_LOST_PEER; if it says why, this process
+        exits with the same code, unless it leaves the block by itself first.
 
-        If one does, this process ends: at once, with EXIT_LOST_PEER, if it is gone without a word; with its exit code
-        if it told why, unless this one leaves the block by itself first.
+        Until `started` is called a process may be silent for `start_silence_s` seconds, since loading a library may
+        block all its threads.
 
         Raises:
             UserError: rank 0 cannot be reached there.
@@ -88,8 +89,8 @@ class PeerWatch:
             yield
         except BaseException as error:
             if not isinstance(error, (UserError, TrainingFailed)):
-                # A collective that fails is how a lost process looks from here; then the other thread knows in a
-                # moment, and ends this process with a better message.
+                # A failed collective is usually a lost process; the other thread will notice in a moment, and end this
+                # process with a better message.
                 self._silence_s = _SUSPICIOUS_SILENCE_S
                 if self._is_ending.wait(_SUSPICIOUS_SILENCE_S + _ALIVE_EVERY_S):
                     thread.join()
@@ -98,11 +99,11 @@ class PeerWatch:
         self._leave({"done": True})
 
     def started(self) -> None:
-        """All processes have loaded what they need."""
+        """Note that all processes have loaded their libraries."""
         self._silence_s = min(self._silence_s, _SILENCE_S)
 
     def tell_why(self, reason: str, code: int) -> None:
-        """Tell the others, as far as they are connected, why this process ends now; for any thread."""
+        """Tell the connected processes why this one ends now; may be called from any thread."""
         self._leave({"failed": reason, "code": code}, farewell_s=_HASTY_FAREWELL_S)
 
     def _connect(self, watch_address: str) -> None:
@@ -113,7 +114,7 @@ class PeerWatch:
         except OSError as error:
             raise UserError(
                 f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
-                "is between"
+                "blocks the connection"
             ) from error
         self._add(_Link(name, Wire(connection)))
         self._send({"token": self._token, "rank": self._topology.rank, "host": socket.gethostname()})
@@ -135,7 +136,7 @@ class PeerWatch:
                     self._listen(key.data, key.data.wire.receive_ready)
             before, now = now, time.monotonic()
             if now - before > _ALIVE_EVERY_S:
-                # This process itself was held, most likely with all others (a suspended job): their silence says
+                # This process itself was stopped, most likely with all others (a suspended job): their silence means
                 # nothing.
                 for link in self._links:
                     link.heard_s = now
@@ -149,7 +150,7 @@ class PeerWatch:
                 self._lose(self._topology.describe_rank(min(self._missing)), "it came, and ended before all had come")
 
     def _accept(self, server: socket.socket) -> None:
-        """A newcomer: another rank, or a stranger. Once all have come, nobody is let in."""
+        """Let a newcomer in if it is another rank; once all have come, stop listening."""
         try:
             connection, _ = server.accept()
         except OSError:
@@ -166,13 +167,13 @@ class PeerWatch:
             return
         link = _Link(name, wire)
         self._add(link)
-        self._listen(link, wire.arrived)  # more may have come with it
+        self._listen(link, wire.arrived)  # more messages may have come with its first
         if not self._missing:
             self._selector.unregister(server)
             server.close()
 
     def _listen(self, link: _Link, receive: Callable[[], list[Message]]) -> None:
-        """Receive what has come from another process, and do what it says."""
+        """Receive another process's messages, and act on them."""
         try:
             messages = receive()
         except TimeoutError:
@@ -199,7 +200,7 @@ class PeerWatch:
         )
 
     def _end(self, text: str, code: int, *, grace_s: float) -> None:
-        """End this process, and all others if this is rank 0; unless it ends by itself within `grace_s` seconds."""
+        """End this process (on rank 0 all others too), unless it ends by itself within `grace_s` seconds."""
         if self._has_left.is_set():
             return
         if grace_s == 0:
@@ -212,10 +213,10 @@ class PeerWatch:
         end_at_once(code)
 
     def _send(self, message: Message) -> None:
-        """To all that are connected: rank 0's word goes to all ranks, the others' to rank 0."""
+        """Send to all connections: from rank 0 to all ranks, from the others to rank 0."""
         with self._lock:
             for link in tuple(self._links):
-                with contextlib.suppress(OSError):  # its end is seen where it is listened to
+                with contextlib.suppress(OSError):  # `_listen` notices a broken connection
                     link.wire.send(message)
 
     def _leave(self, message: Message, *, farewell_s: float = _FAREWELL_S) -> None:
@@ -224,7 +225,7 @@ class PeerWatch:
         self._say_farewell(farewell_s)
 
     def _say_farewell(self, farewell_s: float = _FAREWELL_S) -> None:
-        """Close the connections so that what was sent last arrives: not while something unread lies here."""
+        """Close the connections so that the last message arrives: only after all that was received is read."""
         deadline = time.monotonic() + farewell_s
         links = tuple(self._links)  # the other thread may still remove some
         for link in links:
@@ -239,7 +240,7 @@ class PeerWatch:
 
 
 def _last_words(error: BaseException) -> Message:
-    """What the others are told of the error that ends this process."""
+    """What to tell the others about the error that ends this process."""
     codes = {UserError: EXIT_USER_ERROR, LostTouch: EXIT_LOST_PEER}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILURE)
     return {"failed": str(error)[:500] or type(error).__name__, "code": code}

@@ -1,4 +1,4 @@
-"""Where the ranks of a job come to: a server that lets in one process of each rank, and tells the others why not."""
+"""Where the ranks of a job meet: a server that lets in one process per rank, and tells all others why not."""
 
 import hashlib
 import os
@@ -14,12 +14,12 @@ from mnist_dist.launch.topology import SlurmStep, TFConfig, Topology
 
 FIRST_TOPIC = "start"
 READ_TIMEOUT_S = 5.0
-"""For a message to come, and to be sent."""
+"""The timeout for receiving a message, and for sending one."""
 _RETRY_S = 0.2
 
 
 class RankTaken(UserError):
-    """Another process of this job has the rank of this one; the job continues without it."""
+    """Another process of the job has this one's rank; the job continues without this one."""
 
     def __init__(self, topology: Topology, holder: str) -> None:
         super().__init__(
@@ -29,17 +29,18 @@ class RankTaken(UserError):
 
 
 class Guest(NamedTuple):
-    """A process that has come."""
+    """A rank that has come."""
 
     text: str
+    """What it hands in."""
     wire: Wire
 
 
 class Reception:
-    """Listens in a thread of its own, on behalf of one process."""
+    """Listens in its own thread, on behalf of one process."""
 
     def __init__(self, server: socket.socket, topology: Topology, *, topic: str = FIRST_TOPIC) -> None:
-        """Let guests in where `topology` is rank 0's, to talk about `topic`; all others only hear who is here."""
+        """On rank 0, let guests in that come for `topic`; on other ranks, only tell them which process this is."""
         self._server, self._topology = server, topology
         self._job, self._topic = job_id(topology), topic
         self._guests: dict[int, Guest] = {}
@@ -50,22 +51,28 @@ class Reception:
         self._thread.start()
 
     def wait_for_all(self, topic: str, deadline: float) -> dict[int, Guest]:
-        """All ranks that have come, once they are complete or the time is up; nobody is let in any more."""
+        """The ranks that have come, once all are here or the deadline has passed; then no more are let in."""
         with self._changed:
             if topic != self._topic:
                 self._topic, self._guests, self._may_enter = topic, {}, True
-            self._changed.wait_for(
-                lambda: len(self._guests) == self._topology.world_size - 1, timeout=deadline - time.monotonic()
-            )
+            self._changed.wait_for(self._is_complete, timeout=deadline - time.monotonic())
             self._may_enter = False
             return self._guests
 
     def end(self) -> socket.socket:
-        """Answer no more; returns the socket, which keeps the port until it is closed."""
+        """Stop answering; returns the socket, which reserves the port until it is closed."""
         self._has_ended = True
         share_port(self._server)
         self._thread.join(_RETRY_S)
         return self._server
+
+    def _is_complete(self) -> bool:
+        """Whether all ranks are here; one that has come and gone may be started again, and is waited for."""
+        num_others = self._topology.world_size - 1
+        if len(self._guests) == num_others:
+            for rank in [rank for rank, guest in self._guests.items() if _has_gone(guest.wire.connection)]:
+                self._guests.pop(rank).wire.close()
+        return len(self._guests) == num_others
 
     def _run(self) -> None:
         while not self._has_ended:
@@ -81,10 +88,10 @@ class Reception:
                 with self._changed:
                     self._answer(message, wire)
             except (OSError, ValueError, KeyError, TypeError):
-                wire.close()  # a stranger knocked
+                wire.close()  # a stranger
 
     def _answer(self, message: Message, wire: Wire) -> None:
-        """Let somebody in, or say why not, and raise ValueError."""
+        """Let a process in, or tell it why not and raise ValueError."""
         rank, answer = message["rank"], {"job": self._job, "who": own_name(), "size": self._topology.world_size}
         guest = self._guests.get(rank)
         if guest and self._may_enter and _has_gone(guest.wire.connection):
@@ -107,7 +114,7 @@ class Reception:
 
 
 def own_name() -> str:
-    """This process, as the user can find it."""
+    """This process, in words by which the user can find it."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 

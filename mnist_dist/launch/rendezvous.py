@@ -1,11 +1,11 @@
-"""First contact of the processes of one job, before any of them starts TensorFlow or takes a GPU.
+"""The first meeting of the processes of a job, before any of them starts TensorFlow or uses a GPU.
 
-Every rank hands in a text and gets the texts of all. It waits for a bounded time and names who is missing, where the
-backends wait long, abort, or do not say for whom. The way depends on the launcher: rank 0 listens for a moment at the
-address that TensorFlow will use afterwards (TF_CONFIG), or at a port of its host that follows from the number of the
-job (Slurm); or all use the key-value store that horovodrun serves to its processes.
+Every rank hands in a text and gets the texts of all. The wait is bounded and the missing ranks are named, whereas the
+backends wait long, abort, or do not say for which rank. How they meet depends on the launcher: rank 0 listens for a
+moment at the address that TensorFlow will use afterwards (TF_CONFIG), or on a port of its host derived from the job's
+number (Slurm); or all use the key-value store that horovodrun serves to its processes.
 
-Who comes first has a rank; another process with the same number is told so, and ends.
+The first process to come with a rank keeps it; another process with the same rank is told so, and ends.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ _NAMED_RANKS = 8
 
 
 class Rendezvous:
-    """This process's way to the others of its job; a context manager, which lets go of the port that it holds."""
+    """How this process exchanges texts with the others of its job; a context manager, which releases its port."""
 
     def __init__(self, topology: Topology, *, timeout_s: float) -> None:
-        """Wait for the others for `timeout_s` seconds, each time."""
+        """Create it; each exchange waits for the others for `timeout_s` seconds."""
         self.topology = topology
         self._timeout_s = timeout_s
         self._at_own_port: Reception | None = None
@@ -61,13 +61,13 @@ class Rendezvous:
             raise UserError(describe_listener(address, self.topology, reason=reason)) from error
 
     def exchange(self, text: str, *, topic: str = FIRST_TOPIC) -> list[str]:
-        """Hand in this rank's text and return those of all ranks, in their order.
+        """Hand in this rank's text and return those of all ranks, in rank order.
 
-        It may be called again, by all ranks alike, with another topic; but not over horovodrun's store.
+        All ranks may call it again with another topic; but not over horovodrun's store.
 
         Raises:
             RankTaken: another process has this one's rank.
-            UserError: somebody did not come in time, or has ended; the message names who.
+            UserError: a rank did not come in time, or has ended; the message names it.
         """
         topology, launcher = self.topology, self.topology.launcher
         if topology.world_size == 1 or isinstance(launcher, Alone):
@@ -80,7 +80,7 @@ class Rendezvous:
             if topology.is_chief:
                 texts = self._receive_all(text, addresses, topic=topic, deadline=deadline)
             else:
-                # Rank 0 may have started later than this process by up to the same time, and then waits longer.
+                # Rank 0 may have started up to `timeout_s` later than this process, and then waits longer.
                 answer_s = 2 * self._timeout_s + READ_TIMEOUT_S
                 texts = visit(text, addresses, topology, topic=topic, deadline=deadline, answer_s=answer_s)
         self._check_complete(texts)
@@ -88,10 +88,10 @@ class Rendezvous:
 
     @contextlib.contextmanager
     def serving_addresses(self) -> Iterator[list[str]]:
-        """`host:port` of all ranks; while the block runs a server of this process can listen at its own, and no other.
+        """`host:port` of all ranks; while the block runs only a server of this process can listen at its own address.
 
-        It has to be one that shares its port (SO_REUSEPORT). All ranks get here before any goes on: a server of
-        TensorFlow that waits for a process that is gone waits for ever, and stops all threads of Python.
+        The server must share its port (SO_REUSEPORT). No rank enters the block before all have come: a TensorFlow
+        server that waits for a lost process waits forever, and blocks all Python threads.
         """
         topology, launcher = self.topology, self.topology.launcher
         if topology.world_size == 1:
@@ -121,7 +121,7 @@ class Rendezvous:
         texts = {0: text, **{rank: guest.text for rank, guest in guests.items()}}
         answer = {"texts": {str(rank): text for rank, text in texts.items()}}
         for guest in guests.values():
-            with contextlib.suppress(OSError):  # gone again: its own launcher will say so
+            with contextlib.suppress(OSError):  # it has just ended: its launcher will report it
                 guest.wire.send(answer)
             guest.wire.close()
         return texts

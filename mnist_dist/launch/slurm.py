@@ -9,35 +9,35 @@ from mnist_dist.launch.topology import SlurmJob, SlurmStep, Topology
 from mnist_dist.launch.variables import MAX_ID, MAX_PROCESSES, Variables, printable
 
 _NODES = r"(?:[A-Za-z0-9._-]|\[[0-9,-]+\])+"
-# Where the ranks meet: ports below the range from which Linux hands them out by itself (32768 and up).
+# Where the ranks meet: ports below the range that Linux assigns by itself (32768 and up).
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
-# Where one is taken the next is tried, so far away that two jobs that share one share no more.
+# If one is taken the next is tried, so far away that two jobs have at most one in common.
 _NUM_ADDRESSES, _PORT_STEP = 8, 1_013
 
 
-def read_slurm_step(told: Variables) -> Topology:
-    """What srun tells the tasks of a job step: tasks are numbered node by node (its default distribution)."""
+def read_slurm_step(env: Variables) -> Topology:
+    """The topology that srun's variables describe; tasks are numbered node by node (srun's default distribution)."""
     nodes, per_node = "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"
     numbers = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    told.check_complete((nodes, per_node, *numbers), given="SLURM_STEP_NUM_TASKS", launcher="srun")
-    hosts, counts = told.parsed(nodes, expand_node_list), told.parsed(per_node, expand_task_counts)
-    rank, local_rank, job, step = (told.number(name, maximum=MAX_ID) for name in numbers)
-    restarts = told.number("SLURM_RESTART_COUNT", default=0)
+    env.check_complete((nodes, per_node, *numbers), given="SLURM_STEP_NUM_TASKS", launcher="srun")
+    hosts, counts = env.parsed(nodes, expand_node_list), env.parsed(per_node, expand_task_counts)
+    rank, local_rank, job, step = (env.number(name, maximum=MAX_ID) for name in numbers)
+    restarts = env.number("SLURM_RESTART_COUNT", default=0)
     if len(hosts) != len(counts):
         raise UserError(
-            f"{told.shown(nodes)} names {len(hosts)} nodes, {told.shown(per_node)} {len(counts)}; "
+            f"{env.shown(nodes)} names {len(hosts)} nodes, {env.shown(per_node)} {len(counts)}; "
             "start the tasks with srun"
         )
     tasks = tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
     for name, fits in (
-        ("SLURM_STEP_NUM_TASKS", int(told["SLURM_STEP_NUM_TASKS"]) == len(tasks)),
+        ("SLURM_STEP_NUM_TASKS", int(env["SLURM_STEP_NUM_TASKS"]) == len(tasks)),
         ("SLURM_PROCID", rank < len(tasks)),
     ):
         if not fits:
             raise UserError(
-                f"{name}={told[name]}, but {told.shown(per_node)} means {len(tasks)} tasks; start the tasks with srun"
+                f"{name}={env[name]}, but {env.shown(per_node)} means {len(tasks)} tasks; start the tasks with srun"
             )
-    # The ports follow from the numbers of job and step, so that all ranks know them.
+    # The ports are derived from the numbers of job and step, so that all ranks know them.
     first = job * 31 + step
     ports = [_FIRST_PORT + (first + number * _PORT_STEP) % _NUM_PORTS for number in range(_NUM_ADDRESSES)]
     launcher = SlurmStep(
@@ -48,38 +48,38 @@ def read_slurm_step(told: Variables) -> Topology:
     topology = Topology.of_hosts(launcher, tasks, rank=rank)
     if topology.local_rank != local_rank:
         raise UserError(
-            f"SLURM_LOCALID={local_rank} where {topology.local_rank} was expected: the tasks are not numbered node by "
+            f"SLURM_LOCALID={local_rank}, but expected {topology.local_rank}: the tasks are not numbered node by "
             "node; give srun --distribution=block"
         )
     return topology
 
 
-def read_slurm_job(told: Variables) -> SlurmJob | None:
-    """The job that this process runs in, None without Slurm."""
+def read_slurm_job(env: Variables) -> SlurmJob | None:
+    """The Slurm job that this process runs in; None without Slurm."""
     names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
-    job, array, task = (told.number(name, default=-1, maximum=MAX_ID) for name in names)
-    restarts = told.number("SLURM_RESTART_COUNT", default=0)
+    job, array, task = (env.number(name, default=-1, maximum=MAX_ID) for name in names)
+    restarts = env.number("SLURM_RESTART_COUNT", default=0)
     if job < 0:
         return None
-    nodes = printable(told.get("SLURM_STEP_NODELIST") or told.get("SLURM_JOB_NODELIST", ""))
+    nodes = printable(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
     return SlurmJob(f"{array}_{task}" if array >= 0 and task >= 0 else str(job), nodes, restarts)
 
 
 def expand_node_list(text: str) -> list[str]:
     """Host names of Slurm's compressed form: `a[1-2,5],b` -> a1, a2, a5, b; leading zeros are kept.
 
-    As `scontrol show hostnames` gives them; but that may be missing in a container.
+    The same as `scontrol show hostnames`, which may be missing in a container.
 
     Raises:
-        ValueError: it is not of that form, or too long.
+        ValueError: it does not have that form, or is too long.
     """
     if not re.fullmatch(f"{_NODES}(?:,{_NODES})*", text):
-        raise ValueError("no list of nodes such as a[1-2,5],b")
+        raise ValueError("not a list of nodes such as a[1-2,5],b")
     hosts: list[str] = []
     for entry in re.findall(_NODES, text):
         choices: list[list[str]] = []
         number = 1
-        for index, part in enumerate(re.split(r"\[([^\]]*)\]", entry)):  # plain text and ranges, in turns
+        for index, part in enumerate(re.split(r"\[([^\]]*)\]", entry)):  # plain text and ranges alternate
             choices.append(_expand_ranges(part) if index % 2 else [part])
             number *= len(choices[-1])
             if len(hosts) + number > MAX_PROCESSES:
@@ -96,7 +96,7 @@ def _expand_ranges(text: str) -> list[str]:
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if match is None or first > last:
-            raise ValueError(f"[{printable(text, 80)}] is no list of numbers")
+            raise ValueError(f"[{printable(text, 80)}] is not a list of numbers")
         if len(numbers) + last - first >= MAX_PROCESSES:
             raise ValueError(f"more than {MAX_PROCESSES} nodes")
         numbers += [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
@@ -104,17 +104,17 @@ def _expand_ranges(text: str) -> list[str]:
 
 
 def expand_task_counts(text: str) -> list[int]:
-    """Tasks of each node of Slurm's compressed form: `2(x3),1` -> 2, 2, 2, 1.
+    """Tasks per node from Slurm's compressed form: `2(x3),1` -> 2, 2, 2, 1.
 
     Raises:
-        ValueError: it is not of that form, or means more processes than there can be.
+        ValueError: it does not have that form, or means too many processes.
     """
     counts: list[int] = []
     num_tasks = 0
     for part in text.split(","):
         match = re.fullmatch(r"([1-9][0-9]{0,8})(?:\(x([1-9][0-9]{0,8})\))?", part)
         if match is None:
-            raise ValueError("no list of numbers of tasks such as 2(x3),1")
+            raise ValueError("not a list of task counts such as 2(x3),1")
         count, repeats = int(match[1]), int(match[2] or 1)
         num_tasks += count * repeats
         if num_tasks > MAX_PROCESSES:

@@ -1,4 +1,4 @@
-"""What signals do: until the training has begun they end the process, from then on they ask for a checkpoint."""
+"""What signals do: until training begins they end the process, from then on they ask it to save and stop."""
 
 import contextlib
 import logging
@@ -15,19 +15,19 @@ from mnist_dist.base.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Ctrl-C, and what batch systems send."""
+"""Ctrl-C, and the signals of batch systems."""
 _GRACE_S, _REPORT_S = 0.4, 0.4
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop; a context manager, for the main thread.
+    """Whether this process was asked to stop by a signal; a context manager, for the main thread.
 
-    Signals are taken by a thread of its own: the main one may wait for something that no signal interrupts, as a file
-    on a network mount that is dead, or be busy in a library.
+    A separate thread handles signals: the main thread may be waiting for something that signals do not interrupt, such
+    as a file on a dead network mount, or be busy in a library.
     """
 
     def __init__(self, *, tell_others: Callable[[str, int], None], has_others: bool) -> None:
-        """Use `tell_others(reason, exit code)` when a signal ends the process and `has_others` of its job run."""
+        """Create it; `tell_others(reason, exit code)` is called if a signal ends one process of several."""
         self._tell_others = tell_others
         self._has_others = has_others
         self._lock = threading.Lock()
@@ -47,24 +47,24 @@ class StopRequest:
         threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, _leave_it_to_the_thread)
-            # Libraries between two machines should not see their system calls end early.
+            # Communication libraries should not see their system calls interrupted.
             signal.siginterrupt(number, False)
-        # The system would wake this thread for them; threads that are started from here on inherit it.
+        # Otherwise the system would interrupt this thread; threads started from here on inherit the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return self
 
     def __exit__(self, _: type | None, error: BaseException | None, __: TracebackType | None) -> None:
-        """Ignore signals, as the process is ending by itself: else Python's own end makes them deadly again."""
+        """Ignore signals from now on, as the process is ending by itself: Python's shutdown would make them fatal."""
         self._has_left.set()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if self._ended_by is not None and isinstance(error, Exception):
-            # Both at once: most often the launcher stops this process because of what went wrong in it or in another.
+            # Both at once: usually the launcher stops this process because of an error in it or in another one.
             log.error("error: %s", " ".join(str(error).splitlines()))
             end_at_once(_exit_code(self._ended_by))
 
     def training_begins(self) -> None:
-        """From now on a signal is a request, which is answered after the epoch; a second one changes nothing."""
+        """From now on a signal is a request to stop after the epoch; a second one changes nothing."""
         with self._lock:
             self._has_begun = True
 
@@ -81,8 +81,7 @@ class StopRequest:
                 return
             is_first, self._came = not self._came, True
         if is_first:
-            # Not through the log, which this may have interrupted in the middle of a line. Whoever reads it may have
-            # ended by the same Ctrl-C.
+            # Not through the log, which may be in the middle of a line. The reader may have ended by the same Ctrl-C.
             with contextlib.suppress(OSError):
                 os.write(2, f"{number.name}: stopping after this epoch\n".encode())
 
@@ -90,9 +89,9 @@ class StopRequest:
         """End the process within a second, whatever the main thread does."""
         self._ended_by = number
         if self._has_others and self._has_left.wait(_GRACE_S):
-            return  # it ends by itself, and says why
+            return  # the main thread ends the process, and says why
         code = _exit_code(number)
-        # Whatever this waits for (a lock, a full pipe) is not waited for.
+        # In a thread, since it may block (on a lock, a full pipe).
         report = threading.Thread(target=self._report, args=(number, code), daemon=True)
         report.start()
         report.join(_REPORT_S)
@@ -103,12 +102,12 @@ class StopRequest:
         if number is signal.SIGINT:
             log.error("error: interrupted")
         else:
-            log.warning("%s: stopped before the training began; run the same command again to start it", number.name)
+            log.warning("%s: stopped before training began; run the same command again to start it", number.name)
         end_at_once(code)
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End this process with nothing but its last lines: the backends' own ends would wait for the other processes."""
+    """End this process at once, after flushing its output: a normal exit of the backends waits for other processes."""
     logging.shutdown()
     if os.isatty(1):
         os.write(1, b"\x1b[?25h")  # the live bar has hidden the cursor
@@ -123,4 +122,4 @@ def _exit_code(number: signal.Signals) -> int:
 
 
 def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """Python calls this in the main thread, some time; the thread has been told by then."""
+    """Python calls this in the main thread, at some point; by then the signal thread knows."""

@@ -1,4 +1,4 @@
-"""The key-value store that horovodrun serves to its processes, as a place to meet."""
+"""Meeting through the key-value store that horovodrun serves to its processes."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from mnist_dist.launch.reception import RankTaken, own_name
 from mnist_dist.launch.topology import HorovodRun, Topology
 
 _RETRY_S, _READ_TIMEOUT_S = 0.2, 5.0
-# Proxies are for the world outside; the store is the launcher's own.
+# No proxies: the store is the launcher's own.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -37,7 +37,7 @@ def exchange_over_store(text: str, launcher: HorovodRun, topology: Topology, *, 
                 return texts
             if (found := _read(base, rank)) is None:
                 continue
-            if rank == topology.rank and found != own:  # it came at the same time
+            if rank == topology.rank and found != own:  # another process came at the same time
                 raise RankTaken(topology, str(found.get("who")))
             if found.get("size") != topology.world_size:
                 raise UserError(

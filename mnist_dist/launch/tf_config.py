@@ -1,4 +1,4 @@
-"""What TensorFlow's own variable TF_CONFIG tells."""
+"""What TensorFlow's own variable TF_CONFIG tells a process."""
 
 import ipaddress
 import json
@@ -11,13 +11,13 @@ from mnist_dist.launch.topology import TFConfig, Topology
 from mnist_dist.launch.variables import MAX_PROCESSES, Variables, printable
 
 
-def read_tf_config(told: Variables) -> Topology:
+def read_tf_config(env: Variables) -> Topology:
     """TensorFlow's own variable: {"cluster": {"worker": [ADDRESS, ...]}, "task": {"type": "worker", "index": N}}."""
     try:
-        rank, addresses = _parse(told["TF_CONFIG"])
+        rank, addresses = _parse(env["TF_CONFIG"])
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{told.shown('TF_CONFIG')}: not usable ({error}); expected "
+            f"{env.shown('TF_CONFIG')}: not usable ({error}); expected "
             '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
         ) from error
     machines = tuple(_machine(split_address(address)[0]) for address in addresses)
@@ -30,9 +30,9 @@ def _parse(text: str) -> tuple[int, list[str]]:
     cluster, task = _member(content, "cluster"), _member(content, "task")
     kind, index = _member(task, "type"), _member(task, "index")
     if kind not in ("chief", "worker") or not isinstance(cluster, dict) or not set(cluster) <= {"chief", "worker"}:
-        raise ValueError("only chief and worker tasks train here, no parameter servers and no evaluators")
+        raise ValueError("only chief and worker tasks are supported, no parameter servers and no evaluators")
     if isinstance(index, bool) or not re.fullmatch(r"-?[0-9]{1,9}", str(index)):
-        raise ValueError(f"the index {printable(json.dumps(index), 80)} is no whole number below {MAX_PROCESSES:,}")
+        raise ValueError(f"the index {printable(json.dumps(index), 80)} is not a whole number below {MAX_PROCESSES:,}")
     jobs = {name: _addresses(cluster.get(name, [])) for name in ("chief", "worker")}
     if not 0 <= int(index) < len(jobs[kind]):
         raise ValueError(f"there is no {kind} {index}")
@@ -41,7 +41,7 @@ def _parse(text: str) -> tuple[int, list[str]]:
     for address in addresses:
         host, port = split_address(address)
         if (same := first.setdefault((_machine(host), port), address)) is not address:
-            raise ValueError(f"{address} is no host:port of its own, {same} is the same")
+            raise ValueError(f"{address} is not unique, {same} is the same host:port")
     return int(index) + (len(jobs["chief"]) if kind == "worker" else 0), addresses
 
 
@@ -52,18 +52,18 @@ def _member(content: Any, name: str) -> Any:
 
 
 def _addresses(entries: Any) -> list[str]:
-    """The `host:port` entries of one job of a cluster, in one spelling; raises ValueError for anything else."""
+    """The `host:port` entries of one job of a cluster, normalised; raises ValueError for anything else."""
     if isinstance(entries, dict):  # TensorFlow's other form: by number
         if set(entries) != set(map(str, range(len(entries)))):
-            raise ValueError("the tasks of a job are numbered from 0, without a gap")
+            raise ValueError("the tasks of a job must be numbered from 0, without gaps")
         entries = [entries[str(number)] for number in range(len(entries))]
     if not isinstance(entries, list):
-        raise ValueError(f"{printable(json.dumps(entries), 80)} is no host:port list")
+        raise ValueError(f"{printable(json.dumps(entries), 80)} is not a list of host:port")
     return [join_address(*split_address(entry)) for entry in entries]
 
 
 def _machine(host: str) -> str:
-    """One name for all spellings of a machine, as far as they can be told: every port is one for all of them."""
+    """One name for all spellings of a machine, as far as they can be recognised: they share their ports."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

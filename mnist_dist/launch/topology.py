@@ -1,6 +1,6 @@
-"""The process layout: which launcher started this process, how many others, and which of them this is.
+"""The process layout: which launcher started this process, how many others there are, and which rank this one has.
 
-Pure values; `environment.read_topology` makes one of the environment variables.
+Plain values; `environment.read_topology` reads them from the environment variables.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Alone:
-    """No launcher, one process: there is nobody to meet."""
+    """No launcher: a single process."""
 
     name: ClassVar[str] = "none"
     rank_variable: ClassVar[str] = ""
@@ -21,7 +21,7 @@ class HorovodRun:
 
     name: ClassVar[str] = "horovod"
     rank_variable: ClassVar[str] = "HOROVOD_RANK"
-    """Where the user finds, and may have changed, the rank of a process."""
+    """Where the user finds the rank of a process."""
 
     store: str | None = None
     """`host:port` of the store; a single process has none."""
@@ -29,7 +29,7 @@ class HorovodRun:
 
 @dataclass(frozen=True)
 class TFConfig:
-    """The user, who set TF_CONFIG for every process."""
+    """The user, with TF_CONFIG set for every process."""
 
     name: ClassVar[str] = "tf_config"
     rank_variable: ClassVar[str] = "index in TF_CONFIG"
@@ -40,7 +40,7 @@ class TFConfig:
 
 @dataclass(frozen=True)
 class SlurmStep:
-    """srun, which tells the hosts but no ports: the ranks choose free ones when they need them."""
+    """srun, which tells the hosts but no ports: the ranks pick free ones when they need them."""
 
     name: ClassVar[str] = "slurm"
     rank_variable: ClassVar[str] = "SLURM_PROCID"
@@ -48,9 +48,9 @@ class SlurmStep:
     hosts: tuple[str, ...]
     """The host of every rank."""
     meeting_addresses: tuple[str, ...]
-    """`host:port` on rank 0's host, alike on every rank; rank 0 waits for the others at the first free one."""
+    """`host:port` on rank 0's host, the same on every rank; rank 0 waits for the others at the first free one."""
     step_id: str
-    """Tells these processes from all others on those hosts: `job.step.restarts`."""
+    """Distinguishes these processes from all others on those hosts: `job.step.restarts`."""
 
 
 Launcher = Alone | HorovodRun | TFConfig | SlurmStep
@@ -61,7 +61,7 @@ class SlurmJob:
     """What Slurm says of the job."""
 
     job_id: str
-    """As the user knows it: for a task of an array `<array>_<task>`."""
+    """As the user knows it: `<array>_<task>` for a task of an array."""
     node_list: str
     """In Slurm's compressed form."""
     restart_count: int = 0
@@ -70,7 +70,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among all processes of the job; the fields speak of processes, never of model replicas."""
+    """This process among all processes of the job; the fields count processes, never model replicas."""
 
     launcher: Launcher = Alone()
     rank: int = 0
@@ -82,9 +82,9 @@ class Topology:
     visible_gpus: str | None = None
     """CUDA_VISIBLE_DEVICES."""
     cpus_per_task: int | None = None
-    """Cores that Slurm gave to each task, where `--cpus-per-task` said so."""
+    """Cores per task, if Slurm was given `--cpus-per-task`."""
     slurm: SlurmJob | None = None
-    """The job, where Slurm runs this process, whoever launched it."""
+    """The Slurm job that this process runs in, whatever the launcher."""
 
     @classmethod
     def of_hosts(cls, launcher: Launcher, hosts: tuple[str, ...], *, rank: int) -> "Topology":
@@ -103,7 +103,7 @@ class Topology:
         return self.rank == 0
 
     def describe_rank(self, rank: int, *, host: str = "") -> str:
-        """A rank and its place, in words; `host` where the launcher did not tell."""
+        """A rank and where it runs, in words; `host` is used if the launcher does not tell."""
         if isinstance(self.launcher, TFConfig):
             host = self.launcher.addresses[rank]
         elif isinstance(self.launcher, SlurmStep):

@@ -1,4 +1,4 @@
-"""Reading environment variables, which anybody may have set."""
+"""Reading environment variables, which may have been set by anybody to anything."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from mnist_dist.base.errors import UserError
 
 T = TypeVar("T")
 
-# More than the largest machines run: what a mistyped variable asks for must not fill the memory.
+# More than the largest machines have; limits, so that a mistyped variable does not fill the memory.
 MAX_PROCESSES = 100_000
 MAX_CORES = 4_096
 MAX_ID = 2**32 - 1
@@ -25,7 +25,7 @@ class Variables(dict[str, str]):
         super().__init__({name: value.strip() for name, value in environ.items() if value.strip()})
 
     def number(self, name: str, *, default: int = 0, minimum: int = 0, maximum: int = MAX_PROCESSES) -> int:
-        """A variable that is a whole number, or the default where it is not set."""
+        """The value of a variable that must be a whole number, or the default if it is not set."""
         if name not in self:
             return default
         number = int(self[name]) if re.fullmatch("[0-9]{1,18}", self[name]) else -1
@@ -37,7 +37,7 @@ class Variables(dict[str, str]):
         return number
 
     def parsed(self, name: str, parse: Callable[[str], T]) -> T:
-        """What `parse` makes of a variable; its ValueError becomes one that names the variable."""
+        """What `parse` returns for a variable; its ValueError becomes a UserError that names the variable."""
         try:
             return parse(self[name])
         except ValueError as error:
@@ -59,6 +59,6 @@ class Variables(dict[str, str]):
 
 
 def printable(value: str, length: int = _MAX_SHOWN) -> str:
-    """A value from outside as it may stand in a message, at most `length` characters of it."""
+    """A value from outside, made safe for a message and cut to `length` characters."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in value[:length])
     return shown + ("..." if len(value) > length else "")

@@ -1,4 +1,4 @@
-"""How a rank comes to rank 0, or to whoever listens at an address of the job: it knocks until somebody answers."""
+"""How a rank reaches rank 0, or any process that listens at an address of the job: it knocks until one answers."""
 
 import itertools
 import socket
@@ -13,29 +13,29 @@ from mnist_dist.launch.topology import TFConfig, Topology
 
 _RETRY_S = 0.2
 _ANSWER_S = 15.0
-_ENDING_S = 3.0  # for so long the server of a job that ends may still be there
+_ENDING_S = 3.0  # the server of a job that ends may still answer for this long
 _PATIENCE_S = 3.0
 
 
 class Started(ValueError):
-    """TensorFlow's server answers where a process that waits for others was expected."""
+    """TensorFlow's server answers, instead of a process that waits for others."""
 
 
 def visit(
     text: str, addresses: Sequence[str], topology: Topology, *, topic: str, deadline: float, answer_s: float
 ) -> dict[int, str]:
-    """Knock at rank 0's addresses until it answers, then wait for what all ranks have handed in.
+    """Knock at rank 0's addresses until it answers, then wait for the texts of all ranks.
 
     Args:
         text: what this rank hands in.
         addresses: where rank 0 may be.
         topology: that of this process.
-        topic: what all talk about.
+        topic: what the texts are about.
         deadline: until when to knock, on the clock of `time.monotonic`.
-        answer_s: seconds that rank 0 may wait for others once it has answered.
+        answer_s: seconds that rank 0 may wait for the other ranks once it has answered.
 
     Returns:
-        The texts of all ranks; empty ones of all but rank 0 if that has not come by the deadline.
+        The texts of all ranks; if rank 0 has not answered by the deadline, empty texts of all ranks but 0.
 
     Raises:
         RankTaken: another process has this one's rank.
@@ -52,11 +52,11 @@ def visit(
                 started_s = started_s or time.monotonic()
                 if time.monotonic() > started_s + _ENDING_S:
                     raise UserError(
-                        f"rank {topology.rank} is taken: the job of {topology.describe_rank(0)} has started, with all "
-                        "its processes; wait for its end, or give this one's job other addresses"
+                        f"rank {topology.rank} is taken: the job of {topology.describe_rank(0)} has already started "
+                        "with all its processes; wait until it ends, or give this process's job other addresses"
                     ) from error
             if time.monotonic() > deadline:
-                # Nothing is known of the others but that rank 0, who would know, is not there.
+                # Only rank 0 is known to be missing: it alone would know about the others.
                 break
             if address == addresses[-1]:
                 time.sleep(_RETRY_S)
@@ -75,8 +75,8 @@ def knock(address: str, text: str, topology: Topology, *, topic: str, patience_s
     """Hand in the text at `address`, and wait `patience_s` seconds (15 by default) for an answer.
 
     Raises:
-        RankTaken: another process has handed in this rank's.
-        UserError: this job's address is another one's.
+        RankTaken: another process has this one's rank.
+        UserError: another job uses this address.
         OSError, ValueError, KeyError, TypeError: rank 0 is not there.
     """
     wire = Wire(socket.create_connection(split_address(address), timeout=READ_TIMEOUT_S))
@@ -84,14 +84,14 @@ def knock(address: str, text: str, topology: Topology, *, topic: str, patience_s
         job = job_id(topology)
         wire.send({"job": job, "topic": topic, "rank": topology.rank, "who": own_name(), "text": text})
         try:
-            # Whoever listens there may be of another job, or no program of ours.
+            # The process there may belong to another job, or not be ours at all.
             answer = wire.receive(timeout_s=patience_s or _ANSWER_S)
         except Garbled as error:
-            if error.start.startswith(b"\0"):  # of HTTP/2, in which TensorFlow's server greets
+            if error.start.startswith(b"\0"):  # the HTTP/2 greeting of TensorFlow's server
                 raise Started from error
             raise
         if answer["job"] != job:
-            if not isinstance(topology.launcher, TFConfig):  # Slurm's jobs may have addresses in common
+            if not isinstance(topology.launcher, TFConfig):  # Slurm jobs may have addresses in common
                 raise ValueError("of another job")
             raise UserError(
                 f"{address}: {answer['who']} is there, of another job with {answer['size']} processes, not the "
@@ -107,13 +107,13 @@ def knock(address: str, text: str, topology: Topology, *, topic: str, patience_s
 
 
 def describe_listener(address: str, topology: Topology, *, reason: str) -> str:
-    """Why this process cannot listen at its address; raises RankTaken if a process that waits has its rank."""
+    """Why this process cannot listen at its address; raises RankTaken if a waiting process has its rank."""
     who = "another program has this port"
     try:
         knock(address, "", topology, topic=FIRST_TOPIC, patience_s=_PATIENCE_S).close()
     except Started:
         return (
-            f"rank {topology.rank} is taken: a training that runs already has {address}; wait for its end, or give "
+            f"rank {topology.rank} is taken: a running training has {address}; wait until it ends, or give "
             "this process's job other addresses, and each process its own index"
         )
     except RankTaken:

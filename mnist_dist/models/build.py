@@ -8,8 +8,8 @@ from mnist_dist.config.model import MAX_LAYERS, CNNConfig, MLPConfig, ModelConfi
 
 def build_model(config: ModelConfig, *, image_shape: tuple[int, ...], num_classes: int, seed: int) -> keras.Model:
     """Build the configured network: (n, pixels) float images in 0..1 -> (n, num_classes) softmax probabilities."""
-    # One for each layer with weights, to be taken from the end: first the 64th to the 1st, then the 65th and so on,
-    # since each network up to 64 such layers has had its seeds in this order always.
+    # A seed per layer with weights, taken from the end: first the 64th to the 1st, then the 65th and so on, an order
+    # that keeps the initial weights of earlier versions, which had 64 seeds.
     states = np.random.SeedSequence(seed).generate_state(MAX_LAYERS + 2).tolist()
     seeds = [*reversed(states[64:]), *states[:64]]
     layers = [

@@ -1,4 +1,4 @@
-"""The picture of a confusion matrix. It knows numbers and names, no model and no device."""
+"""The picture of a confusion matrix, from numbers and names only: no model, no device."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def plot_confusion_matrix(matrix: np.ndarray, *, dataset: str, split: str, class
 
 
 def draw_confusion_matrix(matrix: np.ndarray, *, class_names: Sequence[str], title: str) -> Figure:
-    """Counts as text, and as colour the share of a class's examples that were predicted so.
+    """Counts as text, on a colour that shows their share of the class's examples.
 
     Args:
         matrix: Counts of shape (n, n); `matrix[i, j]` examples of class i were predicted as class j.
@@ -34,12 +34,12 @@ def draw_confusion_matrix(matrix: np.ndarray, *, class_names: Sequence[str], tit
     assert matrix.shape == (num_classes, num_classes), f"{matrix.shape} for {num_classes} class names"
     # A class may have no examples; its row then stays blank.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # Room for the names comes on top of the room for the cells, which long names would squeeze otherwise.
+    # Room for the names is added to that for the cells, which long names would squeeze otherwise.
     side = min(max(6.5, 0.19 * num_classes), 12.0)
     names_room = max(0.085 * len(shorten_name(name)) for name in class_names)
     figure = create_figure(side + names_room + 2.5, side + names_room + 1.25)
     axes = figure.add_subplot()
-    # Equal steps of colour would make an error of 1% look like none; the square root lifts the small shares.
+    # On a linear scale an error of 1% would look like none; the square root lifts small shares.
     norm = PowerNorm(gamma=0.5, vmin=0, vmax=1)
     cells = np.ma.masked_equal(shares, 0)
     image = axes.imshow(cells, cmap=colormaps["Blues"].with_extremes(bad="white"), norm=norm)
@@ -74,7 +74,7 @@ def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
 
 
 def _write_counts(axes: Axes, matrix: np.ndarray, *, dark: np.ndarray) -> None:
-    """The counts, shape (n, n), into all cells but zeros; white where `dark` (same shape)."""
+    """Write the counts, shape (n, n), into all cells except zeros; white where `dark` (same shape)."""
     # Cells are about 490 points divided by n wide, a digit 0.65 of the font size: the longest count must fit.
     num_digits = max(len(str(int(matrix.max()))), 3)
     size = min(14.0, 490 / len(matrix) * 0.8 / (0.65 * num_digits))

@@ -1,6 +1,6 @@
 """The loss and accuracy curves of a run, and `plot_run`: all its pictures.
 
-This module knows numbers and names, no model and no device.
+From numbers and names only: no model, no device.
 """
 
 import math
@@ -101,7 +101,7 @@ def _run_curves(history: History, metric: Metric) -> list[_Curve]:
     epochs = tuple(history.column("epoch"))
     # One epoch is a point, which only a marker shows; with many epochs markers would hide the line.
     marker_size = 6 if len(epochs) <= 40 else 0
-    # Thousands of epochs give a jagged line, whose teeth melt together unless it is thin.
+    # With thousands of epochs the line is so jagged that it must be thin.
     width = 2.0 if len(epochs) <= 400 else 1.0
     train = {"color": TRAIN_COLOR, "marker": "s", "markersize": marker_size, "linewidth": width}
     validation = {**train, "color": VALIDATION_COLOR, "marker": "o"}
@@ -116,29 +116,29 @@ def _reference_curves(reference: Reference, metric: Metric, num_epochs: int) -> 
     epochs = tuple(reference.columns["epoch"][i] for i in shown)
     name = shorten_name(reference.name)
     marker_size = 9 if num_epochs <= 40 else 0
-    # Above the run's own lines and dot: a run that repeats its reference would hide it otherwise.
+    # Above the run's own lines and dot, which would hide it if the run equals its reference.
     line = {"color": REFERENCE_COLOR, "linewidth": 1.0, "zorder": 5, "markersize": marker_size}
     train = {**line, "linestyle": (0, (5, 2)), "marker": "+"}
     validation = {**line, "linestyle": (0, (1, 1.5)), "marker": "x"}
     curves = []
     for label, column, look in (("train", metric, train), ("validation", f"val_{metric}", validation)):
         values = tuple(reference.columns[column][i] for i in shown)
-        curves.append(_Curve(f"{label}, reference {name}", epochs, values, look))
+        curves.append(_Curve(f"{label}, {name}", epochs, values, look))
     return curves
 
 
 def _set_accuracy_axis(axes: Axes, curves: Iterable[_Curve], num_epochs: int) -> None:
-    """Percent, over the range that the accuracies keep once the first steep epochs are over."""
+    """Percent, over the range of the accuracies after the first steep epochs."""
     points = [point for curve in curves for point in zip(curve.epochs, curve.values, strict=True)]
-    # The first epochs climb so far that, shown in full, they would press all others into one flat line. Longer
-    # runs have more of them, but not in proportion: none of fewer than 9 epochs, 1 of 20, 4 of 150, 18 of 3000.
+    # The first epochs rise so much that, shown in full, they would flatten all others into one line. Longer runs have
+    # more of them, but not in proportion: none of fewer than 9 epochs, 1 of 20, 4 of 150, 18 of 3000.
     num_steep = math.sqrt(num_epochs) / 3
     low = min(value for epoch, value in points if epoch > num_steep)
     high = max(value for _, value in points)
     margin = max(0.05 * (high - low), 0.001)
     axes.set_ylim(low - margin, high + margin)
     ticks = MaxNLocator(nbins=11, steps=[1, 2, 2.5, 5, 10]).tick_values(low - margin, high + margin)
-    # The margin is there for the line's width; an accuracy of 101% is not to be read off the axis.
+    # The margin makes room for the line's width; the axis must not show an accuracy of 101%.
     axes.set_yticks([tick for tick in ticks if max(0, low - margin) <= tick <= min(1 + 1e-9, high + margin)])
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_ylabel("Accuracy", fontsize=13)
@@ -148,7 +148,7 @@ def _set_accuracy_axis(axes: Axes, curves: Iterable[_Curve], num_epochs: int) ->
 
 
 def _set_loss_axis(axes: Axes, curves: Iterable[_Curve]) -> None:
-    """Logarithmic where the losses span a factor of ten or more: it keeps late epochs apart."""
+    """Logarithmic if the losses span a factor of ten or more, which keeps late epochs apart."""
     values = [value for curve in curves for value in curve.values]
     axes.set_ylabel("Loss", fontsize=13)
     if min(values) <= 0 or max(values) < 10 * min(values):

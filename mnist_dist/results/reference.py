@@ -1,4 +1,4 @@
-"""The curves of an earlier run to compare with: the original one, which comes with the package, or the user's."""
+"""The curves of an earlier run to compare with: the original run, which comes with the package, or the user's."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ def load_reference(name: str | None) -> Reference | None:
         return None
     if name in (ORIGINAL, _EARLIER_NAME):
         text = resources.files("mnist_dist.results").joinpath("original_history.csv").read_text("utf-8")
-        return Reference(ORIGINAL, _parse_reference(text))
+        return Reference("original run", _parse_reference(text))
     try:
         # "utf-8-sig": spreadsheet programs put a byte-order mark before the first column's name.
         columns = _parse_reference(read_regular(Path(name)).decode("utf-8-sig"))

@@ -1,4 +1,4 @@
-"""What the compiled programs find: sums over examples, to be divided by the number of examples once, at the end."""
+"""What the compiled programs return: sums over examples, divided by the number of examples once, at the end."""
 
 import hashlib
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class EvaluationSums(NamedTuple):
 
     loss: float
     confusion: npt.NDArray[np.int64]
-    """Shape (num_classes, num_classes): [i, j] counts the examples of class i that were taken for class j."""
+    """Shape (num_classes, num_classes): [i, j] counts the examples of class i that were predicted as class j."""
 
     @property
     def num_correct(self) -> int:
@@ -46,7 +46,7 @@ class EvaluationSums(NamedTuple):
         return int(self.confusion.sum())
 
     def metrics(self) -> SplitMetrics:
-        """What they come to."""
+        """The metrics: sums divided by the number of examples."""
         accuracy = self.num_correct / self.num_examples
         return SplitMetrics(self.loss / self.num_examples, accuracy, self.num_correct, self.num_examples)
 

@@ -1,6 +1,6 @@
 """Checkpoints: the training state between two epochs, each in one file that is whole or is not used.
 
-A file is a line of text with the SHA-256 of the rest, and the rest, an uncompressed NumPy archive.
+A file is one line of text with a SHA-256, then the content that it is of, an uncompressed NumPy archive.
 """
 
 import errno
@@ -14,23 +14,20 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.files import describe_os_error, make_folder, read_regular, remove_temporaries, write_atomically
 from mnist_dist.results.history import History, best_of, from_csv, to_csv
 
 log = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
-
 DATA_DIGEST = "data.sha256"
-"""The name under which the digest of the data stands beside the keys that a training depends on."""
+"""The name of the data's digest in a fingerprint, next to the keys of the configuration."""
 
 _MAGIC = b"mnist_dist checkpoint 1 sha256 "
-# Names in the files, which were chosen before those in the code.
+# Names in the files, which are older than those in the code.
 _RESUME_POINT = "progress"
 _KEYS = {"fingerprint": "training"}
 _FILE_NAME = re.compile(r"epoch-([0-9]+)\.ckpt")
@@ -38,7 +35,7 @@ _FILE_NAME = re.compile(r"epoch-([0-9]+)\.ckpt")
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far a training has come, and which training it is; the part of a checkpoint that every process knows."""
+    """How far a training has come, and which training it is; the part of a checkpoint that every process needs."""
 
     history: History
     fingerprint: Mapping[str, str]
@@ -46,9 +43,9 @@ class ResumePoint:
     num_replicas: int
     """Those that trained the last epoch."""
     global_batch_size: int
-    """Training examples of a step."""
+    """Training examples per step."""
     resumed_from_epochs: tuple[int, ...] = ()
-    """The epoch after which the run went on, for each time that it did."""
+    """After which epochs the run was resumed."""
 
     @property
     def data_sha256(self) -> str:
@@ -77,7 +74,7 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that the epochs to come depend on."""
+    """Everything that the remaining epochs depend on."""
 
     point: ResumePoint
     state: Mapping[str, Array]
@@ -114,7 +111,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """Use the folder `path`, which need not exist, but what it lies in must when something is saved."""
+        """Use the folder `path`, which need not exist; its parent must when something is saved."""
         self.path = path
 
     def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
@@ -126,7 +123,7 @@ class CheckpointFolder:
         if point.epoch not in epochs:  # somebody has moved the folder away
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._file(point.epoch)))
         rows = [row for row in point.history.epochs if row.epoch in epochs]
-        # What is left of later epochs could not be read when the run went on, and these are trained again.
+        # Checkpoints of later epochs could not be read when the run was resumed; those epochs are trained again.
         kept = {row.epoch for row in rows[-keep:]} | {best_of(rows).epoch}
         for epoch in set(epochs) - kept:
             self._file(epoch).unlink(missing_ok=True)
@@ -139,7 +136,7 @@ class CheckpointFolder:
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is intact, or None; a warning names each newer file that is not.
 
-        Raises OSError if what is there, and not damaged, cannot be read: it must not be trained once more.
+        Raises OSError if a file that may be intact cannot be read: its epochs must not be trained again.
         """
         for epoch in reversed(self._epochs()):
             path = self._file(epoch)
@@ -158,7 +155,7 @@ class CheckpointFolder:
         return None
 
     def _epochs(self) -> list[int]:
-        """The epochs of which there are files, in order."""
+        """The epochs that have files, in order."""
         try:
             names = {path.name for path in self.path.iterdir()}
         except (FileNotFoundError, NotADirectoryError):

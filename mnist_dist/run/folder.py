@@ -1,6 +1,6 @@
 """The run folder: what is in it, when a folder may be used, and how its files are written.
 
-Only the chief writes: on the other ranks all writing methods do nothing, so that no caller has to ask.
+Only the chief writes: on the other ranks all writing methods do nothing, so that callers need not check.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     import keras
 
 RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", *RESULT_FILES)
-"""The files of a training run but for its checkpoints."""
+"""The files of a training run except its checkpoints."""
 RUN_FOLDERS = ("checkpoints", "plots")
 """The folders in a training run's folder."""
 
 
 class RunFolder:
-    """The files of one run; every file is replaced in one step, so a reader never sees half of one."""
+    """The files of one run; every file is replaced atomically, so a reader never sees half of one."""
 
     def __init__(self, path: Path, *, is_writer: bool = True, is_new: bool = False) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def log_path(self) -> Path:
-        """The file that takes the log's lines."""
+        """The log file."""
         return self.path / "train.log"
 
     @property
@@ -74,7 +74,7 @@ class RunFolder:
     ) -> None:
         """Raise UserError unless this is (or can become) a run folder that can be written; leaves nothing behind.
 
-        `files` and `folders` are what will be written in it.
+        `files` and `folders` will be written in it.
         """
         if not self.is_writer:
             return
@@ -87,7 +87,7 @@ class RunFolder:
                 )
             if not may_resume and self.is_started:
                 raise UserError(
-                    f"resume=never: {self.path} holds a run already; name another run_dir, or say resume=auto"
+                    f"resume=never: {self.path} already holds a run; name another run_dir, or give resume=auto"
                 )
             for place in ("", *folders):
                 check_writable(self._path(place))
@@ -100,7 +100,7 @@ class RunFolder:
             ) from error
 
     def claim(self) -> None:
-        """Keep other jobs out of a folder that holds a run, from before it is read until this process ends.
+        """Keep other jobs out of a folder that holds a run until this process ends; to be called before it is read.
 
         A folder without a run is left as it is until `create`. Raises UserError if another job is training there.
         """
@@ -109,7 +109,7 @@ class RunFolder:
             self._lock.take(self.log_path)
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder and write `config.yaml`, which composes to the same run when it is passed back.
+        """Make the folder and write `config.yaml`, which composes to the same run with `--config-name`.
 
         Raises UserError, before anything changes, if another job is training here or has started a run since.
         """
@@ -127,7 +127,7 @@ class RunFolder:
         with self._failing_in_words():
             for folder in (self.path, self.checkpoints.path, self._path("plots")):
                 remove_temporaries(folder)  # of a run that was killed
-        # The choices first, so that Hydra finds their schemas; then every value.
+        # The choices first, for their schemas; then every value.
         defaults = [
             "schema/train@_global_",
             {"data": config.data.name},
@@ -146,7 +146,7 @@ class RunFolder:
         self._write("config.yaml", (header + text).encode())
 
     def reserve(self) -> None:
-        """Make the folder if it is a new one; of several jobs started in the same second each gets its own."""
+        """Make the folder if it is a new one; jobs that start in the same second each get their own."""
         if not self._is_new:
             self.path.mkdir(parents=True, exist_ok=True)
             return
@@ -159,7 +159,7 @@ class RunFolder:
             self.path = named.with_name(f"{named.name}_{number}")
 
     def save_checkpoint(self, create: Callable[[], Checkpoint], *, keep: int) -> None:
-        """Write the checkpoint that `create` returns; `keep` of the newest ones stay, and the best."""
+        """Write the checkpoint that `create` returns; the `keep` newest ones stay, and the best."""
         if self.is_writer:
             with self._failing_in_words("checkpoints"):
                 self.checkpoints.save(create(), keep=keep)
@@ -173,13 +173,13 @@ class RunFolder:
         self._write(name, text.encode())
 
     def write_summary(self, summary: Summary) -> None:
-        """Write `summary.json`, last of all: with the digests of the results that were written before."""
+        """Write `summary.json`, last of all, with the digests of the results."""
         if self.is_writer:
             files = {name: self._digests[name] for name in RESULT_FILES}
             self.write_text("summary.json", replace(summary, files=files).to_json())
 
     def write_plots(self, pictures: Iterable[tuple[str, bytes]]) -> None:
-        """Write pictures below `plots/`, each with its name; those drawn lazily are drawn on the chief only."""
+        """Write pictures, each with its name, to `plots/`; pictures drawn lazily are drawn on the chief only."""
         if self.is_writer:
             with self._failing_in_words("plots"):
                 make_folder(self._path("plots"))
@@ -201,11 +201,11 @@ class RunFolder:
 
     @property
     def is_started(self) -> bool:
-        """Whether a run has left more here than an empty log; its configuration may be lost."""
+        """Whether a run has left more here than an empty log, even if `config.yaml` is lost."""
         return self.is_writer and (self._path("config.yaml").is_file() or self.checkpoints.has_any())
 
     def _holds_other_things(self) -> bool:
-        """Whether there is more than a run leaves that was killed before it wrote `config.yaml`."""
+        """Whether there is more here than what a run leaves that was killed before it wrote `config.yaml`."""
         return any(
             not is_temporary(path) and not (path == self.log_path and path.stat().st_size == 0)
             for path in self.path.iterdir()
@@ -219,10 +219,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _failing_in_words(self, name: str = "") -> Iterator[None]:
-        """Write `name` in the block: an OSError, of a disk that is full for example, becomes TrainingFailed.
+        """While the block writes `name`: an OSError, such as a full disk, becomes TrainingFailed.
 
-        So does a folder that is not the one of this run any more: to write what comes next into the place of a folder
-        that was removed, or into that of another job, would leave what looks like a run and is not.
+        So does a folder that no longer belongs to this run: the rest of the files, written where the folder was removed
+        or into another job's folder, would look like a run and not be one.
         """
         try:
             if not self._lock.is_still_there():

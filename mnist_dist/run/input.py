@@ -1,4 +1,4 @@
-"""What a run reads before any process starts TensorFlow: its folder, its data, the curves to compare with."""
+"""What a run reads before any process starts TensorFlow: its folder, its data, the reference curves."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -18,21 +18,21 @@ from mnist_dist.run.resume import FoundRun, inspect, settle
 
 @dataclass(frozen=True)
 class RunInput:
-    """Alike on all processes of a job but for what the chief alone has found in the run folder."""
+    """The same on all processes of a job, except for what only the chief finds in the run folder."""
 
     config: TrainConfig
-    """With the name of the data in place of `auto`; once all have agreed, with what a resumed run has settled, too."""
+    """With `data=auto` resolved; once all have agreed, also with what the run to resume has settled."""
     dataset: ImageDataset
     reference: Reference | None
     gpus: list[str]
-    """UUIDs of this process's."""
+    """UUIDs of this process's GPUs."""
     found: FoundRun
     watch_address: str = ""
-    """Of the watch over all processes (`peers.PeerWatch`), once all have agreed."""
+    """Rank 0's address for the watch over all processes (`peers.PeerWatch`), once all have agreed."""
 
 
 def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
-    """Read everything; raises UserError for whatever can be seen to be wrong here."""
+    """Read everything; raises UserError for whatever this process can see is wrong."""
     job.rendezvous.hold_own_port()
     run_folder.check_usable(may_resume=asked.resume == "auto")
     run_folder.claim()
@@ -45,7 +45,7 @@ def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
 
 
 def agree_on_input(own: RunInput, job: Job) -> RunInput:
-    """The input with what the chief has found, once all processes have the same; raises UserError if they have not."""
+    """The input with what the chief has found, once all processes agree; raises UserError if they do not."""
     keys = {**job_keys(asdict(own.config)), DATA_DIGEST: own.dataset.sha256}
     report = Report(
         facts=job_facts(keys, num_gpus=len(own.gpus)),

@@ -1,4 +1,4 @@
-"""Reading a run folder back: which of its files are whole, and what they say."""
+"""Reading a run folder back: which of its files are intact, and what they say."""
 
 import errno
 import functools
@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 
 MODEL_ADVICE = "remove it, and the training command of this run makes it again from its last checkpoint"
-"""What to do about a `model.keras` that is damaged, or is another one."""
+"""What to do about a `model.keras` that is damaged, or is not this run's."""
 
 
 _PNG = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
 
 
 def check_has_model(path: Path) -> None:
-    """Raise UserError unless a model was saved in this folder and its file is whole."""
+    """Raise UserError unless a model was saved in this folder and its file is intact."""
     try:
         is_here = (path / MODEL).is_file()
     except OSError as error:
@@ -42,7 +42,7 @@ def check_has_model(path: Path) -> None:
 
 
 def read_data_config(path: Path) -> DataConfig:
-    """The data that the run in this folder was trained on; raises UserError if that cannot be told."""
+    """Which data the run in this folder was trained on; raises UserError if that is unknown."""
     found = Inspection(path)
     config = found.read_config()
     if config is None:
@@ -51,7 +51,7 @@ def read_data_config(path: Path) -> DataConfig:
         data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config["data"]))
     except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"run_dir={path}: config.yaml does not say what the data was ({reason})") from error
+        raise UserError(f"run_dir={path}: config.yaml does not say which data was used ({reason})") from error
     assert isinstance(data, DataConfig)
     return data
 
@@ -68,7 +68,7 @@ def read_data_sha256(path: Path) -> str:
 class Inspection:
     """Reads the files of a run folder back, and keeps a list of those that are missing or damaged.
 
-    All methods raise UserError where a file cannot be read just now, or by this user: then it may well be whole.
+    All methods raise UserError if a file cannot be read now, or by this user: it may well be intact.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,29 +76,30 @@ class Inspection:
         self._damage: list[str] = []
 
     def describe(self) -> str:
-        """What was missing or damaged, in words; empty if nothing was."""
+        """What is missing or damaged, in words; empty if nothing is."""
         return ", ".join(self._damage)
 
     def read_config(self) -> dict[str, Any] | None:
-        """The keys of `config.yaml`, but for Hydra's; None if it is missing or damaged."""
+        """The keys of `config.yaml`, except Hydra's; None if it is missing or damaged."""
         return self._read("config.yaml", _parse_config)
 
     def read_training_keys(self, expected: Set[str]) -> dict[str, str]:
-        """What `config.yaml` says that the training depends on; nothing if it is damaged.
+        """The keys in `config.yaml` that the training depends on; none if it is damaged.
 
-        So it is without all `expected` keys, but for those that come with another model or optimizer.
+        A file that lacks one of the `expected` keys counts as damaged, except for keys that only another model or
+        optimizer has.
         """
         keys = training_keys(self.read_config() or {})
         expected = {key for key in expected if key.endswith(".name") or not key.startswith(("model.", "optimizer."))}
         if not self._damage and (lacking := expected - keys.keys()):
             self._damage.append(
-                f"config.yaml is damaged, or of another version of this package (it has no {min(lacking)})"
+                f"config.yaml is damaged, or from another version of this package (it has no {min(lacking)})"
             )
             return {}
         return keys
 
     def read_history(self, point: ResumePoint | None) -> History | None:
-        """`history.csv`, None if it is missing or damaged; one that is not that of the checkpoint is listed, too."""
+        """`history.csv`, None if it is missing or damaged; one that contradicts the checkpoint counts as damaged."""
         history = self._read("history.csv", lambda content: from_csv(content.decode()))
         # It may be longer: it is written before the checkpoint is.
         if history and point and history.epochs[: point.epoch] != point.history.epochs:
@@ -110,7 +111,7 @@ class Inspection:
         return self._read("summary.json", Summary.from_json)
 
     def check_results(self, summary: Summary, history: History | None) -> None:
-        """Look whether the results are those of `summary`, and this is that of the run with `history`."""
+        """Check that the results belong to `summary`, and `summary` to the run with `history`."""
         for name in RESULT_FILES:
             self._read(name, functools.partial(_check_result, name, sha256=summary.files.get(name)))
         rows = history.epochs[summary.epochs_completed - 1 : summary.epochs_completed] if history else ()
@@ -120,7 +121,7 @@ class Inspection:
             )
 
     def check_model(self) -> None:
-        """Raise UserError unless the model's file looks whole."""
+        """Raise UserError unless the model's file looks intact."""
         self._read(MODEL, _check_model)
         if self._damage:
             raise UserError(f"{self._folder / MODEL}: not a usable model: {self.describe()}; {MODEL_ADVICE}")
@@ -147,7 +148,7 @@ class Inspection:
 def _parse_config(content: bytes) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(content.decode())))
-    except Exception as error:  # YAML and OmegaConf have many for bad text
+    except Exception as error:  # YAML and OmegaConf raise many kinds for bad text
         raise ValueError(str(error)) from error
     if not isinstance(tree, dict):
         raise ValueError("it is not a configuration")
@@ -155,23 +156,23 @@ def _parse_config(content: bytes) -> dict[str, Any]:
 
 
 def _check_result(name: str, content: bytes, *, sha256: str | None) -> None:
-    """Raise ValueError unless a file of `RESULT_FILES` has this digest, or where there is none looks whole."""
+    """Raise ValueError unless a file of `RESULT_FILES` has this digest or, without a digest, looks intact."""
     if sha256 is not None:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("its SHA-256 is not that in summary.json")
     elif name == MODEL:
         _check_model(content)
     elif not (content.startswith(_PNG[0]) and content.endswith(_PNG[1])):
-        raise ValueError("it is no whole PNG file")
+        raise ValueError("it is not a complete PNG file")
 
 
 def _check_model(content: bytes) -> None:
-    """Raise ValueError unless this is a whole archive of Keras 3; what it holds, only Keras can tell."""
+    """Raise ValueError unless this is an intact archive as Keras 3 writes it; only Keras can read its content."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names, damaged = archive.namelist(), archive.testzip()
-    except Exception as error:  # zipfile and the decompressors have many for bad bytes
-        raise ValueError("it is no archive as Keras writes it, or its end is missing") from error
+    except Exception as error:  # zipfile and the decompressors raise many kinds for bad bytes
+        raise ValueError("it is not an archive written by Keras, or its end is missing") from error
     if damaged is not None:
         raise ValueError(f"{damaged} in it does not have the checksum that was written with it")
     if missing := {"config.json", "metadata.json"} - set(names):

@@ -9,7 +9,7 @@ from mnist_dist.base.files import describe_os_error, is_open_as, open_locked
 
 
 class FolderLock:
-    """A lock on the log file of a run folder, which is open until this process ends anyway."""
+    """A lock on the log file of a run folder, which stays open until this process ends anyway."""
 
     def __init__(self) -> None:
         self._path = Path()
@@ -28,12 +28,12 @@ class FolderLock:
         except BlockingIOError as error:
             raise UserError(
                 f"run_dir={folder}: another job is training here (it holds the lock on {self._path.name}); stop "
-                "it or wait for its end, or name another run_dir"
+                "it or wait until it ends, or name another run_dir"
             ) from error
         except OSError as error:
             reason = f"{self._path.name} cannot be written: {describe_os_error(error)}"
             raise UserError(f"run_dir={folder}: {reason}") from error
-        # At the end of the process the kernel does it, last.
+        # When the process ends the kernel closes it, after everything else.
         weakref.finalize(self, os.close, self._descriptor).atexit = False
 
     def is_still_there(self) -> bool:

@@ -24,9 +24,9 @@ class FoundRun:
     point: ResumePoint | None = None
     """How far the run has come, if it is to be resumed."""
     checkpoint: Checkpoint | None = None
-    """That of `point`, on the chief."""
+    """The checkpoint of `point`, on the chief only."""
     is_finished: bool = False
-    """Whether all epochs that are asked for are trained, and all results are whole."""
+    """Whether all requested epochs are trained, and all results are intact."""
 
 
 def inspect(run_folder: RunFolder, config: TrainConfig, *, data_sha256: str) -> FoundRun:
@@ -35,7 +35,7 @@ def inspect(run_folder: RunFolder, config: TrainConfig, *, data_sha256: str) -> 
     A warning names damaged checkpoints, and results that are missing or damaged and will be made again.
 
     Raises:
-        UserError: the folder holds another training, or one that cannot be resumed as asked for; or it cannot be read.
+        UserError: the folder holds another training, or one that cannot be resumed as requested, or is not readable.
     """
     if not run_folder.is_started:
         return FoundRun()
@@ -46,9 +46,9 @@ def inspect(run_folder: RunFolder, config: TrainConfig, *, data_sha256: str) -> 
 
 
 def settle(config: TrainConfig, point: ResumePoint | None) -> TrainConfig:
-    """The configuration with what `auto` has become in the run that is resumed, whatever devices this job has.
+    """The configuration with each `auto` as the run to resume has resolved it, whatever devices this job has.
 
-    And with all its epochs, which may be more than were asked for where the results of a finished run are made again.
+    And with at least its number of epochs, so that the results of a finished run can be made again.
     """
     if point is None:
         return config
@@ -66,10 +66,10 @@ def settle(config: TrainConfig, point: ResumePoint | None) -> TrainConfig:
 def start_point(
     config: TrainConfig, point: ResumePoint | None, *, data_sha256: str, num_replicas: int, global_batch_size: int
 ) -> ResumePoint:
-    """Where the training starts: at nothing, or after the last epoch of `point`; logs which, and what to know.
+    """Where the training starts: at the beginning, or after the last epoch of `point`, which is logged.
 
     Raises:
-        UserError: the steps would be other ones than those of the run that is resumed.
+        UserError: the steps would differ from those of the run to resume.
     """
     start = ResumePoint(
         History(),
@@ -81,13 +81,13 @@ def start_point(
         return start
     if point.global_batch_size != global_batch_size:
         raise UserError(
-            f"batch.scaling=weak: with {num_replicas} replicas a step has {global_batch_size} images, but in the run "
-            f"here it has {point.global_batch_size}; resume with {point.num_replicas} replicas, or name another run_dir"
+            f"batch.scaling=weak: with {num_replicas} replicas a step has {global_batch_size} images, but in this run "
+            f"it has {point.global_batch_size}; resume with {point.num_replicas} replicas, or name another run_dir"
         )
     log.info("Resuming after epoch %d of %d", point.epoch, config.trainer.epochs)
     if config.reproducibility == "fast" and point.num_replicas != num_replicas:
         log.info(
-            "Replicas: %d until now, %d from here on; with reproducibility=fast that may change the last bits",
+            "Replicas: %d until now, %d from now on; with reproducibility=fast that may change the last bits",
             point.num_replicas,
             num_replicas,
         )
@@ -106,18 +106,18 @@ def _load_checkpoint(run_folder: RunFolder) -> Checkpoint | None:
 def _check_same_training(
     run_folder: RunFolder, config: TrainConfig, *, data_sha256: str, point: ResumePoint | None
 ) -> None:
-    """Raise UserError if the folder, or its checkpoint of `point`, is of another training, naming the keys."""
+    """Raise UserError if the folder, or its checkpoint `point`, belongs to another training; names the keys."""
     path, found = run_folder.path, Inspection(run_folder.path)
     ours = training_keys(asdict(config))
     saved = point.fingerprint if point else {}
     recorded = found.read_training_keys(ours.keys())
     if not recorded and not saved:
         raise UserError(
-            f"run_dir={path}: {found.describe()}, so it cannot be told which run this is; put the file back, "
+            f"run_dir={path}: {found.describe()}, so it is unknown which run this is; put the file back, "
             "or name another run_dir"
         )
     ours[DATA_DIGEST] = data_sha256
-    # Keys that only the checkpoint has are no news of the run, unless it is all that is left of that.
+    # Keys that only the checkpoint has say nothing about the run, unless the checkpoint is all that is left of it.
     known = {key: saved[key] for key in saved.keys() & ours.keys()} if recorded else saved
     if summary := found.read_summary():
         recorded[DATA_DIGEST] = summary.dataset.sha256
@@ -129,13 +129,13 @@ def _check_same_training(
         )
     if foreign := _list_differences(saved, {**ours, **recorded}, keys=saved.keys()):
         raise UserError(
-            f"run_dir={path}: the newest checkpoint is not of the run that is here ({foreign}); "
+            f"run_dir={path}: the newest checkpoint does not belong to the run here ({foreign}); "
             "remove it, or name another run_dir"
         )
 
 
 class _Results:
-    """Whether a run came to its end with all epochs that are asked for, and all that it left is whole."""
+    """Whether a run finished all requested epochs, and all its results are intact."""
 
     def __init__(self, run_folder: RunFolder, config: TrainConfig, point: ResumePoint | None) -> None:
         self._path = run_folder.path
@@ -148,9 +148,9 @@ class _Results:
         self._num_rows = len(self._history.epochs) if self._history else 0
 
     def are_whole(self) -> bool:
-        """Raise UserError if what is missing cannot be made again, nor the run be resumed to as many epochs.
+        """Raise UserError if what is missing cannot be made again, and the run cannot be resumed to that epoch either.
 
-        A warning says what will be made again; a finished run is not trained again, nor one that went further cut back.
+        A warning says what will be made again. A finished run is not trained again, and a longer one not cut back.
         """
         was_finished = any((self._path / name).is_file() for name in ("summary.json", MODEL))
         summary = self._found.read_summary() if was_finished else None
@@ -174,7 +174,7 @@ class _Results:
         return False
 
     def _check_without_summary(self, *, was_finished: bool) -> None:
-        # Of how many epochs the lost results were can be seen in the history at best.
+        # Only the history, if anything, still shows how many epochs the lost results had.
         self._check_enough(max(self._reached, self._num_rows) if was_finished else self._reached)
         if was_finished and self._point is None:
             raise UserError(
@@ -186,7 +186,7 @@ class _Results:
         self._check_enough(self._reached)
         if self._point is None:
             raise UserError(
-                f"trainer.epochs={self._num_epochs}: the run in {self._path} is finished after "
+                f"trainer.epochs={self._num_epochs}: the run in {self._path} finished after "
                 f"{summary.epochs_completed}, and no checkpoint to resume from is left; name another run_dir"
             )
 
@@ -194,8 +194,8 @@ class _Results:
         num_epochs, damage = summary.epochs_completed, self._found.describe()
         if self._reached > num_epochs:
             raise UserError(
-                f"run_dir={self._path}: {damage}, and the run was trained on, to epoch {self._reached}; say "
-                f"trainer.epochs={self._reached} to have the results of that"
+                f"run_dir={self._path}: {damage}, and the run was since trained to epoch {self._reached}; give "
+                f"trainer.epochs={self._reached} for its results"
             )
         if self._reached < num_epochs:
             newest = f" (the newest is of epoch {self._reached})" if self._reached else ""
@@ -207,13 +207,13 @@ class _Results:
     def _check_enough(self, reached: int) -> None:
         if reached > self._num_epochs:
             raise UserError(
-                f"trainer.epochs={self._num_epochs}: the run in {self._path} has {reached} already; ask for at least "
+                f"trainer.epochs={self._num_epochs}: the run in {self._path} already has {reached}; ask for at least "
                 "that many, or name another run_dir"
             )
 
 
 def _list_differences(theirs: Mapping[str, str], ours: Mapping[str, str], *, keys: Iterable[str]) -> str:
-    """In words, which of `keys` differ, but for what is still `auto`, and so not known yet."""
+    """In words, which of `keys` differ; keys that are still `auto` are not known yet and do not count."""
     different = [
         f"the data was {theirs[key]:.12}..., is now {ours[key]:.12}..."
         if key == DATA_DIGEST

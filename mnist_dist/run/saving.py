@@ -1,17 +1,18 @@
-"""When checkpoints are written: after a number of epochs, and earlier where these take long."""
+"""When checkpoints are written: after a number of epochs, and earlier if these take long."""
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from mnist_dist.base.array import Array
 from mnist_dist.config.train import CheckpointConfig
 from mnist_dist.results.history import History
-from mnist_dist.run.checkpoint import Array, Checkpoint, ResumePoint
+from mnist_dist.run.checkpoint import Checkpoint, ResumePoint
 from mnist_dist.run.folder import RunFolder
 
 
 class PeriodicCheckpoints:
-    """To be called after each epoch."""
+    """The action that writes checkpoints; called after each epoch."""
 
     def __init__(
         self,
@@ -22,7 +23,7 @@ class PeriodicCheckpoints:
         read_state: Callable[[], Mapping[str, Array]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Write to `run_folder` what `read_state` returns, for a training that begins at `start`."""
+        """Write what `read_state` returns to `run_folder`, for a training that begins at `start`."""
         self._run_folder = run_folder
         self._config = config
         self._start = start
@@ -31,13 +32,13 @@ class PeriodicCheckpoints:
         self._last_epoch, self._last_s = start.epoch, clock()
 
     def __call__(self, history: History) -> None:
-        """Write a checkpoint, if it is time to."""
+        """Write a checkpoint if one is due."""
         is_due = len(history.epochs) % self._config.every_epochs == 0
         if is_due or self._clock() - self._last_s >= self._config.every_s:
             self.catch_up(history)
 
     def catch_up(self, history: History) -> None:
-        """Write a checkpoint, unless the last epoch has one."""
+        """Write a checkpoint unless the last epoch has one."""
         epoch = len(history.epochs)
         if epoch > self._last_epoch:
             point = replace(self._start, history=history)

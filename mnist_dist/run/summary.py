@@ -3,8 +3,9 @@
 import json
 import logging
 import statistics
+import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 MODEL = "model.keras"
 RESULT_FILES = (MODEL, "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png")
-"""The files whose SHA-256 `summary.json` has below `files`."""
+"""The files whose SHA-256 is in `summary.json`, under `files`."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,35 @@ class Timing:
     """How long the run took, or its last part if it was resumed; seconds."""
 
     startup_s: float
-    """From the first line of the run to its first epoch."""
+    """From the start of `train` to the first epoch."""
     first_epoch_s: float
     median_epoch_s: float
     total_s: float
 
 
+class RunClock:
+    """Takes the times of a run, from when it is created."""
+
+    def __init__(self) -> None:
+        self._start = self._first_epoch = time.perf_counter()
+
+    def first_epoch_begins(self) -> None:
+        """Note that all is ready for the first epoch."""
+        self._first_epoch = time.perf_counter()
+
+    def timing(self, epoch_s: Sequence[float]) -> Timing:
+        """The times until now; `epoch_s` are those of all epochs."""
+        return Timing(
+            startup_s=self._first_epoch - self._start,
+            first_epoch_s=epoch_s[0],
+            median_epoch_s=statistics.median(epoch_s),
+            total_s=time.perf_counter() - self._start,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The content of `summary.json`, in its order; what earlier versions of the package did not write has a default."""
+    """The content of `summary.json`, in order; keys that earlier versions of the package lack have defaults."""
 
     status: str
     dataset: DatasetSummary
@@ -79,7 +100,7 @@ class Summary:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Summary":
-        """Read a whole `summary.json`; raises ValueError that says what is wrong with it."""
+        """Read the content of a `summary.json`; raises ValueError that says what is wrong with it."""
         try:
             values = json.loads(content, parse_constant=_refuse)
         except RecursionError as error:
@@ -99,7 +120,7 @@ def build_summary(
     weights_sha256: str,
     timing: Timing,
 ) -> Summary:
-    """The summary of a run that has reached its last epoch; its `files` are added when they are written."""
+    """The summary of a run that has reached its last epoch; `files` is filled in by `RunFolder.write_summary`."""
     splits: dict[str, Any] = {name: sums.metrics() for name, sums in results.items()}
     return Summary(
         status="finished",
@@ -112,7 +133,7 @@ def build_summary(
         seed=config.seed,
         epochs_completed=reached.epoch,
         **splits,
-        # The bounds of Ng's "Machine Learning Yearning": training error over none, and what validation adds to it.
+        # As in Ng's "Machine Learning Yearning": the training error, and what validation adds to it.
         avoidable_bias_percent=100 * (1 - splits["train"].accuracy),
         variance_percent=100 * (splits["train"].accuracy - splits["val"].accuracy),
         weights_sha256=weights_sha256,
@@ -120,11 +141,6 @@ def build_summary(
         resumed_from_epochs=reached.resumed_from_epochs,
         versions=imported_versions(),
     )
-
-
-def build_timing(epoch_s: list[float], *, startup_s: float, total_s: float) -> Timing:
-    """The times of a run; `epoch_s` are those of all its epochs."""
-    return Timing(startup_s, first_epoch_s=epoch_s[0], median_epoch_s=statistics.median(epoch_s), total_s=total_s)
 
 
 def log_summary(summary: Summary, path: Path) -> None:
@@ -145,7 +161,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _read(kind: Any, value: Any, name: str) -> Any:
-    """`value`, which JSON gave, as a `kind`: a dataclass, a mapping, a tuple, a number or a text; raises ValueError."""
+    """A value from JSON as a `kind`: a dataclass, a mapping, a tuple, a number or a text; raises ValueError."""
     container = typing.get_origin(kind)
     if is_dataclass(kind) or container is Mapping:
         if not isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Who computes, and how they reduce: one interface, one implementation a backend, and the choice of one."""
+"""Which replicas compute, and how they reduce: one interface, an implementation per backend, and the choice of one."""

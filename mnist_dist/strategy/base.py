@@ -1,8 +1,8 @@
 """The one interface to replicas and collectives, and its implementation for a single device.
 
-A compiled program is written once: `run` calls a function on every replica, and inside it `replica_index` tells the
-replica which rows are its own and `all_reduce_sum` adds up what the replicas found. Nothing outside this package asks
-which strategy it is.
+A compiled program is written once: `run` calls a function on every replica; inside it `replica_index` tells a replica
+which rows are its own, and `all_reduce_sum` sums the replicas' results. Nothing outside this package depends on which
+strategy it is.
 """
 
 import contextlib
@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import LostTouch
-
-Array = npt.NDArray[Any]
 
 
 class Strategy(ABC):
@@ -31,13 +29,13 @@ class Strategy(ABC):
         """Names of this process's devices, one for each of its replicas."""
 
     def compute_capability(self) -> tuple[int, int] | None:
-        """The GPUs' generation, as NVIDIA counts; None on a CPU."""
+        """The compute capability of the GPUs, as NVIDIA numbers it; None on a CPU."""
         gpus = tf.config.get_visible_devices("GPU")
         return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability") if gpus else None
 
     @abstractmethod
     def create_variable(self, value: Array) -> tf.Variable:
-        """A variable with a copy on every replica, which each reads and updates alone; rank 0's value for all."""
+        """A variable with rank 0's value and a copy on every replica, which each reads and updates by itself."""
 
     def read(self, variable: tf.Variable) -> Array:
         """The value of this process's first copy."""
@@ -45,7 +43,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def replicate(self, array: Array) -> Any:
-        """The array as a constant on every replica; to be handed to `run`."""
+        """The array as a constant on every replica, as an argument for `run`."""
 
     @abstractmethod
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -56,23 +54,23 @@ class Strategy(ABC):
 
     @abstractmethod
     def copies(self, variable: tf.Variable) -> list[Array]:
-        """The values of all copies of this process, in the order of its replicas."""
+        """The values of this process's copies, in the order of its replicas."""
 
     @abstractmethod
     def replica_index(self) -> int:
-        """Inside `run`: this replica's number among all of the job; known while a program is traced."""
+        """Inside `run`: this replica's number among all of the job; a constant when a program is traced."""
 
     @abstractmethod
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
-        """Inside `run`, outside of loops: the sum of the replicas' tensors, on each of them; in any order."""
+        """Inside `run`, outside loops: the sum of the replicas' tensors, in any order, on each of them."""
 
     @abstractmethod
     def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
-        """Inside `run`, outside of loops: the replicas' tensors of one shape, joined along the first axis in order."""
+        """Inside `run`, outside loops: the replicas' tensors, of equal shape, joined along the first axis in order."""
 
     @contextlib.contextmanager
     def collectives(self) -> Iterator[None]:
-        """A block with collectives: raises LostTouch where one fails because processes do not reach each other."""
+        """A block with collectives: raises LostTouch if one fails because processes cannot reach each other."""
         try:
             yield
         except tf.errors.OpError as error:
@@ -84,11 +82,11 @@ class Strategy(ABC):
             ) from error
 
     def is_lost_touch(self, error: tf.errors.OpError) -> bool:
-        """Whether the backend says by this error that it does not reach a process."""
+        """Whether this error of the backend means that it cannot reach a process."""
         return False
 
     def barrier(self) -> None:
-        """Wait until every process has come here, so that none leaves while others still need it."""
+        """Wait until every process has arrived here, so that none leaves while others still need it."""
 
         def meet() -> tf.Tensor:
             return self.all_reduce_sum(tf.zeros([1]))

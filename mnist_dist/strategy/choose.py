@@ -1,4 +1,4 @@
-"""Which strategy it is: as configured, or as the processes were launched."""
+"""Which strategy to use: as configured, or by how the processes were launched."""
 
 import importlib.util
 import logging
@@ -23,7 +23,7 @@ def create_strategy(config: StrategyConfig, rendezvous: Rendezvous, *, num_gpus:
     """The configured strategy, ready for use.
 
     Raises:
-        UserError: it does not fit the launched processes or the devices, or something it needs is missing.
+        UserError: it does not match the launched processes or the devices, or something it needs is missing.
     """
     topology = rendezvous.topology
     has_horovod = importlib.util.find_spec("horovod") is not None
@@ -51,7 +51,7 @@ def create_strategy(config: StrategyConfig, rendezvous: Rendezvous, *, num_gpus:
 
 
 def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod: bool) -> tuple[str, str]:
-    """The strategy's name and why it is this one.
+    """The strategy's name and why it was chosen.
 
     Raises:
         UserError: the configured strategy cannot serve the launched processes.
@@ -62,18 +62,18 @@ def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod
     if several and name in ("single", "mirrored"):
         raise UserError(
             f"strategy={name}: is for one process, but {topology.launcher.name} started {topology.world_size}; "
-            "say strategy=horovod or strategy=multiworker, or start one process"
+            "give strategy=horovod or strategy=multiworker, or start one process"
             + (" (slurm/train.sh does: #SBATCH --nodes=1)" if topology.slurm else "")
         )
     if several and name == "multiworker" and isinstance(topology.launcher, HorovodRun):
         raise UserError(
             "strategy=multiworker: horovodrun started the processes, and does not tell their addresses; "
-            "say strategy=horovod, or set TF_CONFIG in place of using horovodrun"
+            "give strategy=horovod, or set TF_CONFIG instead of using horovodrun"
         )
     if several and name == "horovod" and isinstance(topology.launcher, TFConfig):
         raise UserError(
-            "strategy=horovod: the processes were started by tf_config; start them with horovodrun or srun, "
-            "or say strategy=multiworker"
+            "strategy=horovod: the processes were started with TF_CONFIG; start them with horovodrun or srun, "
+            "or give strategy=multiworker"
         )
     return name, "as configured"
 

@@ -11,22 +11,23 @@ from typing import Any
 import psutil
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.gpus import own_share
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import SlurmStep, Topology
-from mnist_dist.strategy.base import Array, SingleDevice
+from mnist_dist.strategy.base import SingleDevice
 
-# Horovod's own settings, measured for one message a step between 2 CPU ranks: without its cache of agreed names, which
-# is made for hundreds of messages, an all-reduce of 1.08 MB takes 1.6 ms in place of 4. And Gloo would give up after
-# 30 s, be it that the whole job was suspended; who is lost, the watch over the processes finds. What the user has set,
-# stays.
+# Horovod's own settings, measured for one message per step between 2 CPU ranks: without its cache of agreed names,
+# which is meant for hundreds of messages, an all-reduce of 1.08 MB takes 1.6 ms instead of 4. And Gloo would give up
+# after 30 s, even if the whole job was suspended; the watch over the processes finds a lost one anyway. The user's own
+# settings stay.
 _SETTINGS = {"HOROVOD_CACHE_CAPACITY": "0", "HOROVOD_CYCLE_TIME": "0.5", "HOROVOD_GLOO_TIMEOUT_SECONDS": "864000"}
 _HOW_TO_INSTALL = "install it with: make horovod"
 
 
 def load_horovod() -> Any:
-    """The module `horovod.tensorflow`; raises UserError with the way out where it is missing or does not fit."""
+    """The module `horovod.tensorflow`; raises UserError that says what to do if it is missing or does not match."""
     try:
         import horovod.tensorflow as hvd
     except ModuleNotFoundError as error:
@@ -41,12 +42,12 @@ def load_horovod() -> Any:
 
 
 class Horovod(SingleDevice):
-    """This process's one device, together with those of the other processes."""
+    """This process's only device, together with those of the other processes."""
 
     name = "horovod"
 
     def __init__(self, rendezvous: Rendezvous) -> None:
-        """Start Horovod; where srun launched the processes, do horovodrun's part too."""
+        """Start Horovod; if srun launched the processes, do horovodrun's part too."""
         topology = rendezvous.topology
         self._hvd = load_horovod()
         gpus = tf.config.list_physical_devices("GPU")
@@ -64,7 +65,7 @@ class Horovod(SingleDevice):
         return super().create_variable(self._hvd.broadcast(tf.convert_to_tensor(value), root_rank=0))
 
     def is_lost_touch(self, error: tf.errors.OpError) -> bool:
-        """Horovod has one kind of error for everything."""
+        """Horovod raises one kind of error for everything."""
         return isinstance(error, tf.errors.UnknownError) and "Horovod" in error.message
 
     def replica_index(self) -> int:
@@ -72,7 +73,7 @@ class Horovod(SingleDevice):
         return int(self._hvd.rank())
 
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:
-        """Horovod's all-reduce: NCCL where it is built in, otherwise Gloo."""
+        """Horovod's all-reduce: NCCL if it is built in, otherwise Gloo."""
         return self._hvd.allreduce(bucket, op=self._hvd.Sum, name=_name("sum", bucket))
 
     def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
@@ -82,12 +83,12 @@ class Horovod(SingleDevice):
 
 
 def _settle_variables(topology: Topology) -> None:
-    """Give Horovod's variables the values that it needs; raises UserError for an interface that is not there."""
+    """Give Horovod's variables the values that it needs; raises UserError for an interface that does not exist."""
     for name in [name for name, value in os.environ.items() if name.startswith("HOROVOD_") and not value.strip()]:
         os.environ.pop(name)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    # The only ones that are built in, for the processes' own words and for sums on CPUs.
+    # The only ones that are built in, for control messages and for sums on CPUs.
     os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     known = [name for _, name in socket.if_nameindex()]
     if topology.interface is not None and topology.interface not in known:
@@ -98,9 +99,9 @@ def _settle_variables(topology: Topology) -> None:
 
 
 def _launch(rendezvous: Rendezvous, hosts: tuple[str, ...]) -> Any:
-    """What horovodrun does for its processes, done by themselves: with no MPI and no ssh.
+    """What horovodrun does for its processes, done by the processes themselves, without MPI or ssh.
 
-    Rank 0 serves Horovod's own store, in which the others look up each other's addresses, and tells where.
+    Rank 0 serves Horovod's own store, where the ranks look up each other's addresses, and tells the others its port.
     """
     topology = rendezvous.topology
     server, port = None, ""
@@ -115,7 +116,7 @@ def _launch(rendezvous: Rendezvous, hosts: tuple[str, ...]) -> Any:
     port = rendezvous.exchange(port, topic="horovod")[0]
     os.environ.update(describe_process(topology, hosts))
     os.environ.update(HOROVOD_GLOO_RENDEZVOUS_ADDR=_resolve(hosts[0]), HOROVOD_GLOO_RENDEZVOUS_PORT=port)
-    # The network between the nodes, if there are several; the user knows better where there is more than one.
+    # The network between the nodes, if there are several nodes; a choice of the user's takes precedence.
     far = next((host for host in hosts if host != hosts[topology.rank]), hosts[0])
     if interface := interface_towards(_resolve(far)):
         os.environ.setdefault("HOROVOD_GLOO_IFACE", interface)
@@ -125,7 +126,7 @@ def _launch(rendezvous: Rendezvous, hosts: tuple[str, ...]) -> Any:
 def describe_process(topology: Topology, hosts: tuple[str, ...]) -> dict[str, str]:
     """Horovod's variables for this process; `hosts` are those of all ranks."""
     own = hosts[topology.rank]
-    # The nodes that have a process of this local rank: with other numbers of processes not all have.
+    # The nodes that have a process of this local rank: not all, if nodes have different numbers of processes.
     nodes = [host for host in dict.fromkeys(hosts) if hosts.count(host) > topology.local_rank]
     return {
         "HOROVOD_RANK": str(topology.rank),
@@ -145,9 +146,9 @@ def _resolve(host: str) -> str:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface over which this machine reaches another; None if it cannot be told.
+    """The network interface over which this machine reaches another; None if unknown.
 
-    Gloo takes by default the one that this machine's own name stands for, which often is the loopback.
+    By default Gloo uses the one that this machine's own name resolves to, often the loopback.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((address, 9))  # sends nothing
@@ -159,5 +160,5 @@ def interface_towards(address: str) -> str | None:
 
 
 def _name(operation: str, tensor: tf.Tensor) -> str:
-    """A name for each shape: Horovod remembers what it has agreed on under a name, and starts afresh if it changes."""
+    """A name for each shape: Horovod caches what the ranks agreed on for a name, and starts over if it changes."""
     return ".".join([operation, tensor.dtype.name, *map(str, tensor.shape)])

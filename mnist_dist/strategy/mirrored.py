@@ -20,7 +20,7 @@ class Mirrored(DistributeStrategy):
         wanted = num_replicas or len(gpus) or 1
         if gpus and wanted > len(gpus):
             raise UserError(
-                f"strategy.num_replicas={wanted}: this machine has {len(gpus)} GPU(s); ask for that many at most"
+                f"strategy.num_replicas={wanted}: this machine has {len(gpus)} GPU(s); ask for at most that many"
             )
         if gpus:
             devices, reduction = [f"GPU:{index}" for index in range(wanted)], tf.distribute.NcclAllReduce()
@@ -30,5 +30,5 @@ class Mirrored(DistributeStrategy):
             if len(tf.config.get_logical_device_configuration(cpu) or [cpu]) < wanted:
                 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
             if num_replicas is None:
-                log.info("No GPU: training on 1 logical CPU; strategy.num_replicas=N makes N of them")
+                log.info("No GPU: training on 1 logical CPU; strategy.num_replicas=N uses N")
         super().__init__(tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction))

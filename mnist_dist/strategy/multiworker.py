@@ -1,4 +1,4 @@
-"""Several processes by TensorFlow alone: `tf.distribute.MultiWorkerMirroredStrategy`."""
+"""Several processes with TensorFlow alone: `tf.distribute.MultiWorkerMirroredStrategy`."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ class MultiWorker(DistributeStrategy):
     name = "multiworker"
 
     def __init__(self, rendezvous: Rendezvous) -> None:
-        """Start TensorFlow's servers, once all processes have told their addresses."""
+        """Start TensorFlow's servers, once all processes have exchanged their addresses."""
         topology = rendezvous.topology
         gpus = tf.config.list_physical_devices("GPU")
         own = [gpus[index] for index in own_share(len(gpus), topology)]
@@ -35,10 +35,10 @@ class MultiWorker(DistributeStrategy):
                 if "Could not start gRPC server" not in str(error):
                     raise
                 raise UserError(
-                    f"{addresses[topology.rank]}: TensorFlow's server cannot listen there, at the port of rank "
-                    f"{topology.rank}; end what else does, or choose another port, and start all processes again"
+                    f"{addresses[topology.rank]}: TensorFlow's server cannot listen there, on the port of rank "
+                    f"{topology.rank}; end the program that does, or choose another port, and start all processes again"
                 ) from error
-        signal.signal(signal.SIGTERM, on_sigterm)  # TensorFlow's workers have put a handler of their own in its place
+        signal.signal(signal.SIGTERM, on_sigterm)  # TensorFlow has replaced it with its own handler
         super().__init__(strategy)
 
     def is_lost_touch(self, error: tf.errors.OpError) -> bool:
@@ -50,7 +50,7 @@ class MultiWorker(DistributeStrategy):
 def create_resolver(
     topology: Topology, addresses: Sequence[str], *, num_gpus: int
 ) -> tf.distribute.cluster_resolver.ClusterResolver:
-    """What TensorFlow is told of the job; without the number of GPUs it would train on the CPU."""
+    """What TensorFlow needs to know about the job; without the number of GPUs it would train on the CPU."""
     workers = {"worker": list(addresses)} if topology.world_size > 1 else {}
     return tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec(workers),

@@ -1,7 +1,7 @@
-"""Placement and collectives by `tf.distribute`, for one process or several.
+"""Placement and collectives with `tf.distribute`, for one process or several.
 
-Every replica owns its copy of the state and updates it alone, from the same reduced gradient; so nothing is
-synchronised but the gradient.
+Every replica owns its copy of the state and updates it by itself, from the same reduced gradient; so only the gradient
+is synchronised.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.strategy.base import Array, Strategy
+from mnist_dist.base.array import Array
+from mnist_dist.strategy.base import Strategy
 
 
 class DistributeStrategy(Strategy):
@@ -27,7 +28,7 @@ class DistributeStrategy(Strategy):
     def create_variable(self, value: Array) -> tf.Variable:
         """A copy on every replica, with the first process's value."""
         with self._strategy.scope():
-            # ON_READ: each replica may assign to its own copy, with no communication.
+            # ON_READ: each replica may assign to its own copy, without communication.
             return tf.Variable(
                 value,
                 trainable=False,
@@ -56,7 +57,7 @@ class DistributeStrategy(Strategy):
         return tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
 
     def replica_index(self) -> int:
-        """This replica's number in the job; TensorFlow traces each replica by itself, so it is a constant."""
+        """This replica's number in the job; TensorFlow traces each replica separately, so it is a constant."""
         return int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
 
     def all_reduce_sum(self, bucket: tf.Tensor) -> tf.Tensor:

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Builds Horovod against the TensorFlow of a Python, installs it there and proves
-# that it works by an all-reduce of two ranks.
+# Builds Horovod for the TensorFlow of a Python, installs it there and checks
+# that it works with an all-reduce of two ranks.
 #
 # usage: scripts/horovod/build.sh [PYTHON]       (default: .venv/bin/python)
 #
 # Environment:
 #   HOROVOD_GPU_OPERATIONS  NCCL: build with NCCL or fail; set but empty: build
-#                           without; not set: with NCCL if nvcc and nccl.h are here
-#   HOROVOD_NCCL_HOME       where NCCL is, if it is in none of the usual places
+#                           without; not set: with NCCL if nvcc and nccl.h exist
+#   HOROVOD_NCCL_HOME       where NCCL is, if not in one of the usual places
 #   CUDA_HOME               where CUDA is, if its nvcc is not on PATH
 #   MNIST_DIST_CACHE        where wheels are kept (default: ~/.cache/mnist_dist)
 set -euo pipefail
 
 version=0.28.1
 sdist_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
-# What the build itself needs. setup.py wants Horovod's run-time needs as well.
+# Needed by the build itself; setup.py requires Horovod's run-time dependencies too.
 build_tools=(setuptools==80.9.0 wheel==0.45.1)
-# The last series before 4, which Horovod's copy of Gloo is too old for.
+# The last series before 4, for which Horovod's copy of Gloo is too old.
 cmake_tool=cmake==3.31.10
 runtime_needs=(cloudpickle psutil pyyaml packaging)
 
@@ -30,17 +30,17 @@ die() {
     exit 1
 }
 
-# --- what is here -------------------------------------------------------------
+# --- what is installed --------------------------------------------------------
 
 python=${1:-$repo/.venv/bin/python}
 [[ $python == */* ]] || python=$(command -v "$python") || die "no such Python: $1"
 [[ -x $python ]] || die "no such Python: $python"
-# Absolute, but not resolved: a virtual environment is known by the link's place.
+# Absolute, but with links kept: their place is what identifies a virtual environment.
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 
 "$python" -m pip --version >/dev/null 2>&1 || die "no pip in $python (try: $python -m ensurepip)"
 
-# Read from the metadata: importing TensorFlow would take seconds.
+# From the metadata: importing TensorFlow would take seconds.
 mapfile -t facts < <("$python" - <<'END'
 import importlib.metadata
 import sysconfig
@@ -61,8 +61,8 @@ END
 tensorflow=${facts[0]:-} abi=${facts[1]:-} site_packages=${facts[2]:-} scripts=${facts[3]:-}
 [[ -n $tensorflow ]] || die "no TensorFlow in $python; install it first"
 
-# Sets nccl_home. The pip package comes before the system's NCCL because it is
-# the one that TensorFlow loads, and a process can only hold one libnccl.so.2.
+# Sets nccl_home. The pip package takes precedence over the system's NCCL because
+# TensorFlow loads it, and a process can only load one libnccl.so.2.
 find_nccl() {
     local home
     for home in "${HOROVOD_NCCL_HOME:-}" "$site_packages/nvidia/nccl" "${CUDA_HOME:-}" /usr /usr/local; do
@@ -81,11 +81,11 @@ fi
 case ${HOROVOD_GPU_OPERATIONS-auto} in
     auto) ! command -v nvcc >/dev/null || find_nccl || true ;;
     NCCL)
-        command -v nvcc >/dev/null || die "NCCL was asked for, but there is no nvcc on PATH or in CUDA_HOME"
-        find_nccl || die "NCCL was asked for, but there is no nccl.h; set HOROVOD_NCCL_HOME"
+        command -v nvcc >/dev/null || die "NCCL was requested, but there is no nvcc on PATH or in CUDA_HOME"
+        find_nccl || die "NCCL was requested, but there is no nccl.h; set HOROVOD_NCCL_HOME"
         ;;
     "") ;;
-    *) die "HOROVOD_GPU_OPERATIONS=$HOROVOD_GPU_OPERATIONS is not supported; it may be NCCL, empty or not set" ;;
+    *) die "HOROVOD_GPU_OPERATIONS=$HOROVOD_GPU_OPERATIONS is not supported; it must be NCCL, empty or not set" ;;
 esac
 if [[ -n $nccl_home ]]; then
     flavour=nccl-cuda$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
@@ -106,13 +106,13 @@ pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 # --- build --------------------------------------------------------------------
 
 build() {
-    # Tools go to a folder of their own: a build leaves no trace in the environment.
+    # Tools go to a separate folder, so that the build leaves no trace in the environment.
     local tools=("${build_tools[@]}" "${runtime_needs[@]}")
     command -v cmake >/dev/null || tools+=("$cmake_tool")
     pip install --target "$work/tools" "${tools[@]}"
     export PYTHONPATH=$work/tools${PYTHONPATH:+:$PYTHONPATH} PATH=$work/tools/bin:$PATH
 
-    # pip checks the hash before it runs anything of the download.
+    # pip checks the hash before it runs any of the downloaded code.
     echo "horovod==$version --hash=sha256:$sdist_sha256" >"$work/sdist.txt"
     pip download --no-binary horovod --no-deps --no-build-isolation --require-hashes \
         --dest "$work" --requirement "$work/sdist.txt"
@@ -121,26 +121,26 @@ build() {
     if command -v patch >/dev/null; then
         patch -p1 -d "$source" <"$patch_file"
     else
-        # Kept from finding a repository around it, in which it would skip every file.
+        # git must not find a repository around it, or it would skip every file.
         GIT_CEILING_DIRECTORIES=$work git -C "$source" apply --verbose "$patch_file"
     fi
 
     if [[ -n $nccl_home ]]; then
         export HOROVOD_GPU_OPERATIONS=NCCL
-        # An nvcc on PATH may only call the real one, and CMake would look for the
-        # headers beside the caller.
+        # An nvcc on PATH may be a wrapper of the real one, and CMake would look for
+        # the headers next to the wrapper.
         local cuda_home
         cuda_home=$(nvcc -v none 2>&1 | sed -n 's/^#\$ _HERE_=\(.*\)\/bin$/\1/p') || true
         if [[ -x $cuda_home/bin/nvcc && -e $cuda_home/include/cuda_runtime.h ]]; then
             export HOROVOD_CUDA_HOME=$cuda_home
         fi
         case $nccl_home in
-            /usr | /usr/local) ;; # CMake looks there by itself, and knows about lib/x86_64-linux-gnu
+            /usr | /usr/local) ;; # CMake looks there by itself, including lib/x86_64-linux-gnu
             *)
                 export HOROVOD_NCCL_HOME=$nccl_home HOROVOD_NCCL_INCLUDE=$nccl_home/include
                 if [[ -e $nccl_home/lib/libnccl.so.2 && ! -e $nccl_home/lib/libnccl.so ]]; then
-                    # The pip package has no libnccl.so for a linker to find. Not in $work, as
-                    # the folder goes into the library as a place to load NCCL from.
+                    # The pip package has no libnccl.so for the linker. Not in $work, as the
+                    # library records this folder as a place to load NCCL from.
                     mkdir -p "$cache/nccl"
                     ln -sf "$nccl_home/lib/libnccl.so.2" "$cache/nccl/libnccl.so"
                     export HOROVOD_NCCL_LIB=$cache/nccl HOROVOD_NCCL_LINK=shared
@@ -152,18 +152,18 @@ build() {
     fi
     export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
     export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
-    # For a CMake of 4 or later; an older one does not read it.
+    # For CMake 4 or later; older ones ignore it.
     export CMAKE_POLICY_VERSION_MINIMUM=3.5
-    # Not the MAKEFLAGS of a make that runs this script: its job server does not
-    # reach through pip, and one job would be left. 8 is Horovod's own choice; a
-    # job can take more than a gigabyte of memory.
+    # Not the MAKEFLAGS of a make that runs this script: its job server is not
+    # available through pip, which would leave one job. 8 is Horovod's own choice;
+    # a job can take more than a gigabyte of memory.
     local jobs
     jobs=$(nproc)
     export MAKEFLAGS=-j$((jobs < 8 ? jobs : 8))
     pip wheel --verbose --use-pep517 --no-build-isolation --no-deps --no-cache-dir \
         --wheel-dir "$work/wheel" "$source"
 
-    # Renamed into place: whoever looks at the cache meanwhile sees a whole wheel or none.
+    # Renamed into place: another process sees a complete wheel in the cache, or none.
     local built
     built=$(echo "$work"/wheel/horovod-*.whl)
     cp "$built" "$cache/.part.$$"
@@ -176,7 +176,7 @@ wheel=$(find_wheel) || true
 if [[ -n $wheel ]]; then
     say "using $wheel"
 else
-    # Only asked for here: with a wheel in the cache none of it is needed.
+    # Checked only here: with a wheel in the cache none of this is needed.
     compiler=${CXX:-}
     for candidate in c++ g++ clang++; do
         [[ -n $compiler ]] || ! command -v "$candidate" >/dev/null || compiler=$candidate
@@ -188,7 +188,7 @@ else
 
     log=$cache/build.log
     say "building $version ($flavour) for $tensorflow; this takes minutes; log: $log"
-    # In a shell of its own, and not as a condition, in which set -e would be off.
+    # In a subshell, and not as a condition, in which set -e would be off.
     set +e
     (
         set -e
@@ -197,7 +197,7 @@ else
     status=$?
     set -e
     if ((status)); then
-        # The end of the log is mostly what pip makes of it; the cause comes first.
+        # The log ends mostly with pip's own output; the cause comes earlier.
         grep -m 5 -A 4 -E ': (fatal )?error: |CMake Error|^ERROR: ' "$log" >&2 || true
         echo ... >&2
         tail -n 30 "$log" >&2
@@ -214,7 +214,7 @@ constraints=()
 [[ ! -e $repo/pins.txt ]] || constraints=(--constraint "$repo/pins.txt")
 pip install --quiet "${constraints[@]}" "${runtime_needs[@]}"
 
-# pip records the hash of a wheel that it installed from a file.
+# pip records the hash of a wheel that it installs from a file.
 installed=$("$python" - <<'END'
 import importlib.metadata
 import json
@@ -229,22 +229,22 @@ END
 if [[ $installed == "sha256=$(sha256sum "$wheel" | cut -d' ' -f1)" ]]; then
     say "already installed"
 else
-    # By force, as another build of Horovod has the same version.
+    # Forced, since other builds of Horovod have the same version.
     pip install --quiet --no-deps --force-reinstall "$wheel"
     say "installed"
 fi
 
-# --- prove --------------------------------------------------------------------
+# --- check --------------------------------------------------------------------
 
-# Every time, and no stamp for it: seconds, and a stamp would outlive the change
-# (of TensorFlow, of the network, of the machine) that it should have told about.
-# Only what the ranks print is shown, unless it fails: what TensorFlow writes when
-# it is imported, by horovodrun as by each rank, takes more than a screen.
+# Every time: it takes seconds, and a stamp would outlive the changes (of
+# TensorFlow, the network, the machine) that the check is for. Unless it fails,
+# only the ranks' own output is shown: TensorFlow's messages on import, from
+# horovodrun and from each rank, fill more than a screen.
 say "all-reduce of 2 ranks:"
 if ! timeout -k 15 300 "$scripts/horovodrun" --gloo -np 2 --gloo-timeout-seconds 120 \
     "$python" "$here/check.py" 2 >"$work/check.log" 2>&1; then
     cat "$work/check.log" >&2
-    die "the all-reduce failed; to build anew, remove $cache"
+    die "the all-reduce failed; to build again, remove $cache"
 fi
 sed -n 's/^\[[0-9]*\]<stdout>://p' "$work/check.log"
 say "works"

@@ -1,6 +1,6 @@
-"""One rank of the all-reduce that proves a Horovod build: `horovodrun --gloo -np 2 python check.py`.
+"""One rank of the all-reduce that checks a Horovod build: `horovodrun --gloo -np 2 python check.py`.
 
-Exits non-zero unless there are as many ranks as asked for and every rank got the right sum.
+Exits non-zero unless there are as many ranks as expected and every rank got the right sum.
 """
 
 import sys
@@ -14,7 +14,7 @@ def main() -> int:
     hvd.init()
     rank, size = hvd.rank(), hvd.size()
 
-    # NCCL refuses two ranks on one GPU, so GPUs are used only when there is one for every rank.
+    # NCCL refuses two ranks on one GPU, so GPUs are used only if there is one for every rank.
     gpus = tf.config.list_physical_devices("GPU")
     on_gpu = hvd.nccl_built() and len(gpus) >= hvd.local_size()
     tf.config.set_visible_devices(gpus[hvd.local_rank()] if on_gpu else [], "GPU")
@@ -24,8 +24,8 @@ def main() -> int:
         return hvd.allreduce(tensor, op=hvd.Sum, name="check")
 
     with tf.device("/GPU:0" if on_gpu else "/CPU:0"):
-        # Every element and every rank differs, so that neither a mix-up of ranks nor one of
-        # elements leaves the sum right; whole numbers, so that it is exact.
+        # Every element and every rank differs, so that mixing up ranks or elements changes the
+        # sum; whole numbers, so that it is exact.
         elements = tf.range(1000, dtype=tf.float32)
         total = reduce(elements * float(rank + 1))
         expected = elements * float(size * (size + 1) // 2)
@@ -39,7 +39,7 @@ def main() -> int:
     )
     hvd.shutdown()
     if size != expected_size:
-        # A rank that came up alone sums only its own tensor, which proves nothing.
+        # A rank that started alone sums only its own tensor, which shows nothing.
         print(f"expected {expected_size} ranks, got {size}", file=sys.stderr)
         return 1
     return 0 if right else 1

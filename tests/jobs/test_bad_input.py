@@ -274,7 +274,7 @@ def test_too_many_layers(key, refuse):
     choice = () if key == "model.hidden_sizes" else ("model=cnn",)
     line = refuse(TRAIN, *choice, f"{key}=[{'8,' * 400}8]", *NO_DATA)
     assert line.startswith(f"{key}=[8, 8, 8, ")
-    assert line.endswith(": 401 layers; 400 are the most")
+    assert line.endswith(": 401 layers; at most 400 are possible")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ FILES = {
     "a Python object": ("seed: !!python/object/apply:os.mkdir [ran]\n", "the configuration cannot be read: "),
     "defaults that are no list": ("defaults: train\n", "the configuration cannot be read: "),
     "defaults that are missing": ("defaults: [train, nowhere]\n", "In 'mine': Could not load 'nowhere'."),
-    "defaults in a circle": ("defaults: [mine]\n", "the configuration cannot be read: files whose defaults name each "),
+    "defaults in a circle": ("defaults: [mine]\n", "the configuration cannot be read: the defaults of its files form "),
     "an unknown key": (MINE + "sead: 3\n", "In 'mine': ConfigKeyError raised while composing config: Key 'sead' not "),
     "values in a circle": (MINE + "seed: ${seed}\n", "seed: Recursive interpolation detected"),
     "a variable that is not set": (MINE + "seed: ${oc.env:NO_SUCH}\n", "seed: KeyError raised while resolving"),
@@ -403,9 +403,7 @@ def test_a_file_of_the_users_own_with_a_name_of_ours(refuse, tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "mlp.yaml").write_text("defaults: [cnn]\n")
     line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", *NO_DATA)
-    assert line == (
-        f"--config-dir={tmp_path}/mine: model/mlp.yaml has the name of a file of ours, which is read; rename it"
-    )
+    assert line == f"--config-dir={tmp_path}/mine: model/mlp.yaml has the name of a file of this package; rename it"
 
 
 def test_a_network_that_builds_on_none_of_ours(refuse, tmp_path):
@@ -452,8 +450,8 @@ def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
     ("arguments", "line"),
     [
         (["data=npz"], "data.path=None: data=npz needs data.path=FILE.npz"),
-        (["data=digits", "data.path=x"], "data.path=x: data=digits reads no file; say data=mnist or data=npz as well"),
-        (["data.path=x"], "data.path=x: data=auto reads no file; say data=mnist or data=npz as well"),
+        (["data=digits", "data.path=x"], "data.path=x: data=digits reads no file; give data=mnist or data=npz as well"),
+        (["data.path=x"], "data.path=x: data=auto reads no file; give data=mnist or data=npz as well"),
         (
             ["optimizer=sgd", "optimizer.nesterov=true"],
             "optimizer.nesterov=True: needs optimizer.momentum greater than 0",
@@ -489,14 +487,14 @@ def floats(images, **at_first_pixel):
 
 # What is done to the small arrays, and how the line goes on after the file's name.
 DATA = {
-    "empty file": (lambda _: b"", "not a usable data file: it is no .npz archive, or its end is missing; write"),
-    "cut short": (lambda a: to_npz(a)[:-100], "not a usable data file: it is no .npz archive, or its end is missing"),
+    "empty file": (lambda _: b"", "not a usable data file: it is not an .npz archive, or its end is missing; write"),
+    "cut short": (lambda a: to_npz(a)[:-100], "not a usable data file: it is not an .npz archive, or its end is "),
     "beginning lost": (lambda a: to_npz(a)[100:], "not a usable data file: "),
     "one byte changed": (lambda a: flip(to_npz(a)), "not a usable data file: Bad CRC-32 for file 'x_train.npy'"),
     "compressed, changed": (lambda a: flip(to_npz(a, np.savez_compressed)), "not a usable data file: "),
-    "text": (lambda _: b"5,0,0,0\n" * 100, "not a usable data file: it is no .npz archive"),
-    "one .npy array": (lambda a: to_npy(a["x_train"]), "not a usable data file: it is no .npz archive"),
-    "pickle": (lambda a: b"\x80\x04K\x01.", "not a usable data file: it is no .npz archive"),
+    "text": (lambda _: b"5,0,0,0\n" * 100, "not a usable data file: it is not an .npz archive"),
+    "one .npy array": (lambda a: to_npy(a["x_train"]), "not a usable data file: it is not an .npz archive"),
+    "pickle": (lambda a: b"\x80\x04K\x01.", "not a usable data file: it is not an .npz archive"),
     "pickled arrays": (lambda a: to_npz({**a, "y_train": a["y_train"].astype(object)}),
                        "not a usable data file: it holds pickled objects, which are never loaded; save plain arrays"),
     "other keys": (lambda a: to_npz({"x_train": a["x_train"], "labels": a["y_train"]}),
@@ -523,7 +521,7 @@ DATA = {
     "too few labels": (lambda a: to_npz({**a, "y_train": a["y_train"][1:]}),
                        "x_train has 600 images but y_train has 599 labels"),
     "one-hot labels": (lambda a: to_npz({**a, "y_train": np.eye(4)[a["y_train"]]}),
-                       "y_train has shape (600, 4); expected (n,), one label an image"),
+                       "y_train has shape (600, 4); expected (n,), one label per image"),
     "float labels": (lambda a: to_npz({**a, "y_test": a["y_test"] / 1}),
                      "y_test is float64; expected whole numbers (class 0, 1, 2, ...)"),
     "negative labels": (lambda a: to_npz({**a, "y_test": a["y_test"].astype(int) - 1}),
@@ -574,7 +572,7 @@ def test_mnist_file_that_is_not_there(refuse):
 def test_mnist_file_of_something_else(refuse, small_npz):
     line = refuse(TRAIN, "data=mnist", f"data.path={small_npz}")
     assert line.startswith(f"data.path={small_npz}: x_train is not MNIST's (SHA-256 ")
-    assert line.endswith("get the original file, or say data=npz for data of your own")
+    assert line.endswith("get the original file, or give data=npz for your own data")
 
 
 def test_mnist_folder_without_the_files(refuse, work):
@@ -630,7 +628,7 @@ def test_a_lock_that_is_not_a_regular_file(ask, tmp_path, work):
     os.mkfifo(tmp_path / "cache" / "digits-v1.lock")
     answer = ask(TRAIN, "data=digits", "plots.reference=original", "data.val_fraction=0.99999999")
     assert answer.code == 2
-    assert "cannot keep the built digits at" in answer.stdout
+    assert "cannot cache the digits at" in answer.stdout
 
 
 def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
@@ -640,7 +638,7 @@ def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
     assert answer.stderr.startswith("error: data=mnist: MNIST is not here and cannot be downloaded (")
     assert answer.stderr.endswith(
         f"); give data.path=mnist.npz (or a folder with the four IDX files), or put mnist.npz at {path}, "
-        "or say data=digits\n"
+        "or give data=digits\n"
     )
     assert answer.stdout == f"downloading MNIST to {path}\n"
     assert not answer.knows_tensorflow
@@ -707,7 +705,7 @@ def test_archive_that_unpacks_to_more_than_the_memory(run_python, work, small_ar
     result = run_python("-c", command, "data=npz", "data.path=mine.npz", "run_dir=run", cwd=work, fresh=True)
     assert result.returncode == 2
     assert result.stderr == (
-        "error: data.path=mine.npz: not a usable data file: its arrays take 784 MB of memory, and this process may use "
+        "error: data.path=mine.npz: not a usable data file: its arrays need 784 MB of memory, and this process may use "
         "600 MB\n"
     )
 
@@ -871,10 +869,10 @@ def test_evaluate_arguments(arguments, line, fake_run, refuse):
         ("config.yaml", None, "config.yaml is missing"),
         ("config.yaml", "[1, 2", "config.yaml is damaged"),
         ("config.yaml", "- 1", "config.yaml is damaged (it is not a configuration)"),
-        ("config.yaml", "seed: 0", "config.yaml does not say what the data was ('data')"),
-        ("config.yaml", "data: {name: npz}", "config.yaml does not say what the data was ("),
-        ("config.yaml", "data: {name: 5, foo: 5}", "config.yaml does not say what the data was (Key 'foo' not in "),
-        ("config.yaml", "data: x", "config.yaml does not say what the data was ("),
+        ("config.yaml", "seed: 0", "config.yaml does not say which data was used ('data')"),
+        ("config.yaml", "data: {name: npz}", "config.yaml does not say which data was used ("),
+        ("config.yaml", "data: {name: 5, foo: 5}", "config.yaml does not say which data was used (Key 'foo' not in "),
+        ("config.yaml", "data: x", "config.yaml does not say which data was used ("),
     ],
 )
 def test_evaluate_an_incomplete_run(name, content, problem, fake_run, refuse):
@@ -888,9 +886,9 @@ def test_evaluate_an_incomplete_run(name, content, problem, fake_run, refuse):
     ("content", "problem"),
     [
         (b"", "it is empty"),
-        (b"damaged", "it is no archive as Keras writes it, or its end is missing"),
+        (b"damaged", "it is not an archive written by Keras, or its end is missing"),
         (b"PK\x05\x06" + bytes(18), "it has no config.json, metadata.json"),
-        (b"\x89HDF\r\n\x1a\n", "it is no archive as Keras writes it, or its end is missing"),
+        (b"\x89HDF\r\n\x1a\n", "it is not an archive written by Keras, or its end is missing"),
     ],
     ids=["empty", "text", "empty zip", "HDF5"],
 )

@@ -52,14 +52,14 @@ def test_data_that_is_not_where_it_was(run_dir, run_python, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (
         2,
         "",
-        "error: data.path=gone.npz: cannot be read: No such file or directory; so config.yaml names it: if the data "
-        "has moved, give data.path=...\n",
+        "error: data.path=gone.npz: cannot be read: No such file or directory; this path is from config.yaml: if the "
+        "data has moved, give data.path=...\n",
     )
     (folder / "config.yaml").write_text(re.sub(r"(?m)^  path: .*", "  path: null", config.replace("npz", "digits")))
     result = run_python("-m", "mnist_dist.evaluate", f"run_dir={folder}", "data.path=gone.npz")
     assert (result.returncode, result.stderr) == (
         2,
-        "error: data.path=gone.npz: the run was trained on digits; leave it out\n",
+        "error: data.path=gone.npz: the run was trained on digits; omit it\n",
     )
 
 

@@ -124,7 +124,7 @@ def test_other_threads_after_a_stop(train_with, part_of_mnist, run_python, tmp_p
         more = f"trainer.epochs={epochs}", f"threads.intra_op={threads}", f"run_dir={tmp_path / 'run'}"
         result = run_python(*TRAIN, *recipe, *more)
         assert result.returncode == 0, result.stderr
-        assert f"WARNING: threads.intra_op={threads} is not used" in result.stdout
+        assert f"WARNING: threads.intra_op={threads} is ignored" in result.stdout
     assert "Resuming after epoch 1 of 2" in result.stdout
     rows = from_csv((tmp_path / "run" / "history.csv").read_text()).epochs
     assert [row.weights_sha256 for row in rows] == bits(whole).weights

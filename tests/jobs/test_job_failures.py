@@ -37,7 +37,7 @@ def test_more_replicas_than_examples_in_a_batch(args, run_python, tmp_path):
 def test_more_replicas_than_shards(args, run_python, tmp_path):
     mirrored = ("strategy=mirrored", "strategy.num_replicas=4", "batch.num_shards=2")
     result = run_python(*TRAIN, *args, *mirrored, "reproducibility=exact")
-    check_line(result, "batch.num_shards=2", "4 replicas", "say batch.num_shards=4", "or reproducibility=fast")
+    check_line(result, "batch.num_shards=2", "4 replicas", "give batch.num_shards=4", "or reproducibility=fast")
     assert not (tmp_path / "run").exists()
 
 
@@ -132,7 +132,7 @@ def test_a_port_that_is_lost_in_the_last_moment(args, start, tmp_path):
     assert [result.returncode for result in results] == [2, 2]
     errors = [result.stderr for result in results]
     assert all(len(text.splitlines()) == 1 for text in errors), errors
-    assert all("TensorFlow's server cannot listen there, at the port of rank" in text for text in errors), errors
+    assert all("TensorFlow's server cannot listen there, on the port of rank" in text for text in errors), errors
     assert not (tmp_path / "run").exists()
 
 

@@ -125,7 +125,7 @@ SIGNALS = [("SIGTERM", 75), ("SIGUSR2", 75), ("SIGINT", 130)]
 def line_of(name: str) -> str:
     if name == "SIGINT":
         return "error: interrupted"
-    return f"{name}: stopped before the training began; run the same command again to start it"
+    return f"{name}: stopped before training began; run the same command again to start it"
 
 
 @pytest.mark.parametrize(("name", "code"), SIGNALS)

@@ -164,7 +164,7 @@ REBUILT = {
     "changed model": ([flip("model.keras")], "model.keras is damaged (its SHA-256 is not that in summary.json)"),
     "earlier version, cut model": (
         [as_of_an_earlier_version, cut("model.keras")],
-        "model.keras is damaged (it is no archive as Keras writes it, or its end is missing)",
+        "model.keras is damaged (it is not an archive written by Keras, or its end is missing)",
     ),
     "earlier version, changed model": (
         [as_of_an_earlier_version, flip("model.keras")],
@@ -174,7 +174,7 @@ REBUILT = {
     "cut picture": ([cut("plots/accuracy.png")], "plots/accuracy.png is damaged (its SHA-256 is not that in summary"),
     "earlier version, cut picture": (
         [as_of_an_earlier_version, cut("plots/accuracy.png")],
-        "plots/accuracy.png is damaged (it is no whole PNG file)",
+        "plots/accuracy.png is damaged (it is not a complete PNG file)",
     ),
     "no pictures": ([remove("plots")], "plots/loss.png is missing, plots/accuracy.png is missing, plots/confusion_"),
     "no history": ([remove("history.csv")], "history.csv is missing"),
@@ -262,7 +262,7 @@ REFUSED = {
     ),
     "empty config, no checkpoints": (
         [write("config.yaml", b""), remove("checkpoints")],
-        "config.yaml is damaged (it is empty), so it cannot be told which run this is",
+        "config.yaml is damaged (it is empty), so it is unknown which run this is",
     ),
     "no config, no checkpoints": (
         [remove("config.yaml", "checkpoints")],
@@ -300,7 +300,7 @@ def test_a_run_that_was_trained_on_and_killed(folder, look, refuse, logged):
     assert look(folder, "trainer.epochs=3") is None
     flip("model.keras")(folder)  # or the first of the later results, when it was killed
     line = refuse(folder, "trainer.epochs=3")
-    assert f"was trained on, to epoch {NUM_EPOCHS}; say trainer.epochs={NUM_EPOCHS} to have the results" in line
+    assert f"was since trained to epoch {NUM_EPOCHS}; give trainer.epochs={NUM_EPOCHS} for its results" in line
     assert look(folder).found.checkpoint.point.epoch == NUM_EPOCHS
     assert logged() == []
 
@@ -309,7 +309,7 @@ def test_lost_results_of_more_epochs_are_not_replaced_by_those_of_fewer(folder, 
     remove("summary.json")(folder)
     without_newest()(folder)
     line = refuse(folder, f"trainer.epochs={NUM_EPOCHS - 1}")
-    assert line.startswith(f"trainer.epochs={NUM_EPOCHS - 1}: the run in {folder} has {NUM_EPOCHS} already; ")
+    assert line.startswith(f"trainer.epochs={NUM_EPOCHS - 1}: the run in {folder} already has {NUM_EPOCHS}; ")
 
 
 def change_checkpoint(folder, **changes):
@@ -332,7 +332,7 @@ def test_a_checkpoint_of_another_run(changes, problem, folder, refuse):
     change_checkpoint(folder, **changes)
     for epochs in (NUM_EPOCHS, NUM_EPOCHS + 1):
         line = refuse(folder, f"trainer.epochs={epochs}")
-        assert f"the newest checkpoint is not of the run that is here ({problem}" in line
+        assert f"the newest checkpoint does not belong to the run here ({problem}" in line
     assert "holds a run of another configuration (seed was 0, is now 1); name" in refuse(folder, "seed=1")
 
 
@@ -361,7 +361,7 @@ def test_a_checkpoint_without_a_part_of_the_state(folder, train):
     result = train(folder, f"trainer.epochs={NUM_EPOCHS + 1}")
     assert (result.returncode, result.stderr) == (
         2,
-        "error: the checkpoint to resume from has no good_steps as this version of the package needs it; "
+        "error: the checkpoint to resume from lacks the good_steps that this version of the package needs; "
         "name another run_dir\n",
     )
 

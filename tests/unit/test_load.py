@@ -201,11 +201,11 @@ def test_idx_names_with_a_dot(small_arrays, fake_mnist, create_config, tmp_path)
         (None, "no file t10k-labels-idx?-ubyte or .gz in this folder"),
         (b"", "not an IDX file of 1-dimensional uint8"),
         (to_idx(np.zeros((120, 1), np.uint8)), "not an IDX file of 1-dimensional uint8"),
-        (to_idx(np.zeros(120, np.uint8))[:-1], "it has 119 bytes of data where its head says 120"),
-        (to_idx(np.zeros(120, np.uint8)) + b"1", "it has more than 120 bytes of data where its head says 120"),
-        (gzip.compress(to_idx(np.zeros(120, np.uint8)) + bytes(10**8)), "it has more than 120 bytes of data where"),
-        (bytes([0, 0, 8, 1]) + b"\xff" * 4, "it has 0 bytes of data where its head says 4294967295"),
-        (gzip.compress(bytes([0, 0, 8, 1]) + b"\xff" * 4), "it has 0 bytes of data where its head says 4294967295"),
+        (to_idx(np.zeros(120, np.uint8))[:-1], "it has 119 bytes of data but its header says 120"),
+        (to_idx(np.zeros(120, np.uint8)) + b"1", "it has more than 120 bytes of data but its header says 120"),
+        (gzip.compress(to_idx(np.zeros(120, np.uint8)) + bytes(10**8)), "it has more than 120 bytes of data but"),
+        (bytes([0, 0, 8, 1]) + b"\xff" * 4, "it has 0 bytes of data but its header says 4294967295"),
+        (gzip.compress(bytes([0, 0, 8, 1]) + b"\xff" * 4), "it has 0 bytes of data but its header says 4294967295"),
         (b"\x00\x00\x08\x01\x00", "not a usable data file"),
         (gzip.compress(to_idx(np.zeros(120, np.uint8)))[:-9], "Compressed file ended before"),
         (gzip.compress(to_idx(np.zeros(120, np.uint8)))[:-8] + bytes(8), "CRC check failed"),
@@ -290,7 +290,7 @@ def test_failed_download_names_the_ways_out(handle, reason, fake_mnist, create_c
     message = error_of(create_config("mnist"))
     path = tmp_path / "keras" / "datasets" / "mnist.npz"
     assert message.startswith(f"data=mnist: MNIST is not here and cannot be downloaded ({reason}")
-    for way_out in ("give data.path=mnist.npz", f"put mnist.npz at {path}", "say data=digits"):
+    for way_out in ("give data.path=mnist.npz", f"put mnist.npz at {path}", "give data=digits"):
         assert way_out in message
     # Nothing half-written: the lock, and the note for those that wait for it.
     assert {p.name for p in path.parent.iterdir()} <= {"mnist.lock", "mnist.failed"}
@@ -407,7 +407,7 @@ def test_damaged_digits_are_built_again(damage, fake_digits, small_arrays, creat
         assert_arrays(load_dataset(create_config("digits")), small_arrays)
     assert len(fake_digits) == 2
     assert [message for message in logged() if "damaged" in message] == [
-        f"the cached digits at {path} are damaged and are built again"
+        f"the cached digits at {path} are damaged; building them again"
     ]
 
 
@@ -426,13 +426,13 @@ def test_digits_with_a_full_disk(fake_digits, small_arrays, create_config, tmp_p
 
     monkeypatch.setattr(digits_cache, "write_atomically", fail)
     assert_arrays(load_dataset(create_config("digits")), small_arrays)
-    assert logged()[-1] == f"cannot keep the built digits at {cache_path(tmp_path)} (No space left on device)"
+    assert logged()[-1] == f"cannot cache the digits at {cache_path(tmp_path)} (No space left on device)"
 
 
 def test_digits_that_differ_from_the_recorded_ones(fake_digits, small_arrays, create_config, monkeypatch, logged):
     monkeypatch.setattr(digits, "DIGITS_SHA256", dict.fromkeys(ARRAY_NAMES, "0"))
     assert_arrays(load_dataset(create_config("digits")), small_arrays)
-    assert any("differ from the recorded ones" in message for message in logged())
+    assert any("differ from the expected ones" in message for message in logged())
 
 
 # The user's own arrays
@@ -532,7 +532,7 @@ def test_never_unpickles(create_config, tmp_path):
     np.savez(path, **dict.fromkeys(ARRAY_NAMES, objects))
     assert "pickled objects, which are never loaded" in error_of(create_config("npz", path))
     path.write_bytes(pickle.dumps(Bomb()))
-    assert "it is no .npz archive" in error_of(create_config("npz", path))
+    assert "it is not an .npz archive" in error_of(create_config("npz", path))
     assert not (tmp_path / "exploded").exists()
 
 

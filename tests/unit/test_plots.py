@@ -62,7 +62,7 @@ def test_no_reference() -> None:
 def test_the_original_run_as_a_reference() -> None:
     original = load_reference("original")
     assert original is not None
-    assert original.name == "original"
+    assert original.name == "original run"
     assert load_reference("seed") == original  # its earlier name
     assert original.columns["epoch"] == tuple(range(1, 151))
     assert (original.columns["val_loss"][-1], original.columns["val_accuracy"][-1]) == (0.0771, 0.9843)
@@ -211,8 +211,8 @@ def test_reference_has_its_own_curves_and_legend_entries() -> None:
     original = load_reference("original")
     assert original is not None
     figure = draw_curves(history, metric="loss", dataset="mnist", reference=original)
-    assert get_legend(figure) == ["train", "validation", "train, reference original", "validation, reference original"]
-    line = next(line for line in figure.axes[0].lines if line.get_label() == "validation, reference original")
+    assert get_legend(figure) == ["train", "validation", "train, original run", "validation, original run"]
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "validation, original run")
     assert list(line.get_ydata()) == list(original.columns["val_loss"][:3]), "drawn as far as the run goes"
     with_reference = plot_curves(history, metric="loss", dataset="mnist", reference=original)
     without = plot_curves(history, metric="loss", dataset="mnist", reference=None)
@@ -225,9 +225,9 @@ def test_short_reference_and_odd_names() -> None:
     figure = draw_curves(create_history([0.5]), metric="accuracy", dataset="a $^$", reference=reference)
     figure.draw_without_rendering()
     entry = get_legend(figure)[2]
-    assert entry.startswith("train, reference $^$xx")
+    assert entry.startswith("train, $^$xx")
     assert entry.endswith("history.csv")
-    assert len(entry) <= len("train, reference ") + MAX_NAME_LENGTH
+    assert len(entry) <= len("train, ") + MAX_NAME_LENGTH
     assert figure.axes[0].get_title(loc="left") == "Accuracy on a $^$"
 
 

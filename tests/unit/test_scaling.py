@@ -11,9 +11,9 @@ from support import CHECKOUT
 from mnist_dist.benchmark.cost_model import (
     Collective,
     Device,
+    Interconnect,
     Link,
     Mode,
-    Network,
     Workload,
     all_reduce_s,
     amdahl_limit,
@@ -33,7 +33,7 @@ from mnist_dist.benchmark.cost_model import (
 DOCS = CHECKOUT / "docs"
 LINK = Link(alpha_s=5e-6, beta_s_per_byte=1e-10)
 FAST_LINK = Link(alpha_s=1e-6, beta_s_per_byte=1e-12)
-FREE = Network("free", Link(0, 0))
+FREE = Interconnect("free", Link(0, 0))
 DEVICE = Device(launch_s=1e-4, overhead_s=2e-4, rows_per_s=1e5)
 SIZE = Workload().message_bytes
 ALGORITHMS = [ring_all_reduce_s, tree_all_reduce_s, all_reduce_s]
@@ -67,7 +67,7 @@ def test_formulas_by_hand() -> None:
 def test_one_replica_sends_nothing_and_none_is_refused(algorithm: Collective) -> None:
     assert algorithm(LINK, num_bytes=SIZE, num_replicas=1) == 0
     assert exact_reduction_s(LINK, num_bytes=SIZE, num_replicas=1, num_shards=8) == 0
-    assert Network("nodes", LINK, inside=FAST_LINK).all_reduce_s(SIZE, num_replicas=1) == 0
+    assert Interconnect("nodes", LINK, inside=FAST_LINK).all_reduce_s(SIZE, num_replicas=1) == 0
     with pytest.raises(ValueError, match="0 replicas"):
         algorithm(LINK, num_bytes=SIZE, num_replicas=0)
 
@@ -89,8 +89,8 @@ def test_trees_are_for_small_messages_and_rings_for_large_ones() -> None:
         assert best == algorithm(LINK, num_bytes=size, num_replicas=64)
 
 
-def test_nodes_are_their_inside_alone_and_better_than_the_network_alone() -> None:
-    nodes = Network("nodes", LINK, inside=FAST_LINK, replicas_per_node=8)
+def test_nodes_are_their_inside_alone_and_better_than_the_interconnect_between_them_alone() -> None:
+    nodes = Interconnect("nodes", LINK, inside=FAST_LINK, replicas_per_node=8)
     for n in (2, 8):
         assert nodes.all_reduce_s(SIZE, num_replicas=n) == all_reduce_s(FAST_LINK, num_bytes=SIZE, num_replicas=n)
     for n in (16, 64, 1024):
@@ -123,31 +123,31 @@ def test_exact_gathers_what_fast_reduces() -> None:
 
 
 def test_step_is_the_sum_of_its_parts() -> None:
-    network = Network("ring", LINK)
-    step = predict(DEVICE, network=network, mode="strong", num_replicas=4)
+    interconnect = Interconnect("ring", LINK)
+    step = predict(DEVICE, interconnect=interconnect, mode="strong", num_replicas=4)
     assert step.step_s == pytest.approx(1e-4 + 2e-4 + 128 / 1e5 + all_reduce_s(LINK, num_bytes=SIZE, num_replicas=4))
     assert step.steps_per_epoch == 97
     assert step.epoch_s == 97 * step.step_s
-    weak = predict(DEVICE, network=network, mode="weak", num_replicas=4)
+    weak = predict(DEVICE, interconnect=interconnect, mode="weak", num_replicas=4)
     assert weak.compute_s == pytest.approx(2e-4 + 512 / 1e5)
     assert weak.steps_per_epoch == 25
-    assert predict(DEVICE, network=network, mode="weak", num_replicas=1024).steps_per_epoch == 1
+    assert predict(DEVICE, interconnect=interconnect, mode="weak", num_replicas=1024).steps_per_epoch == 1
 
 
 @pytest.mark.parametrize("mode", ["strong", "weak"])
-def test_a_free_network_is_never_worse_and_efficiency_never_above_one(mode: Mode) -> None:
-    alone = predict(DEVICE, network=FREE, mode=mode, num_replicas=1)
+def test_a_free_interconnect_is_never_worse_and_efficiency_never_above_one(mode: Mode) -> None:
+    alone = predict(DEVICE, interconnect=FREE, mode=mode, num_replicas=1)
     for n in (1, 2, 3, 8, 64, 1024):
-        free = predict(DEVICE, network=FREE, mode=mode, num_replicas=n)
-        real = predict(DEVICE, network=Network("", LINK), mode=mode, num_replicas=n)
+        free = predict(DEVICE, interconnect=FREE, mode=mode, num_replicas=n)
+        real = predict(DEVICE, interconnect=Interconnect("", LINK), mode=mode, num_replicas=n)
         assert real.epoch_s >= free.epoch_s
         assert 0 < efficiency(alone, real, mode=mode) <= efficiency(alone, free, mode=mode) <= 1 + 1e-12
         assert speed_up(alone, free) <= n + 1e-12
 
 
 def test_amdahl_bounds_strong_scaling() -> None:
-    alone = predict(DEVICE, network=FREE, mode="strong", num_replicas=1)
-    many = predict(DEVICE, network=FREE, mode="strong", num_replicas=512, workload=Workload())
+    alone = predict(DEVICE, interconnect=FREE, mode="strong", num_replicas=1)
+    many = predict(DEVICE, interconnect=FREE, mode="strong", num_replicas=512, workload=Workload())
     limit = amdahl_limit(DEVICE)
     assert limit == pytest.approx((3e-4 + 512 / 1e5) / 3e-4)
     assert 0.9 * limit < speed_up(alone, many) < limit
@@ -256,12 +256,14 @@ def test_page_has_the_numbers_of_the_code() -> None:
 def test_what_the_page_concludes() -> None:
     """In words there; if an assumption changes, the words must too."""
     script = load_script()
-    for network in script.NETWORKS:
-        strong = script.epochs(script.ASSUMED_GPU, network, "strong")
+    for interconnect in script.INTERCONNECTS:
+        strong = script.epochs(script.ASSUMED_GPU, interconnect, "strong")
         assert last_paying(strong) == 1, "on GPUs strong scaling does not pay"
         assert fastest(strong) <= 2
         assert strong(1) / strong(fastest(strong)) < 1.01
-        assert fastest(script.epochs(script.ASSUMED_GPU, network, "weak")) == 128, "as long as there are steps to save"
-    for network in script.FLAT:
-        assert fastest(script.epochs(script.ASSUMED_GPU, network, "strong")) == 1
-        assert last_paying(script.epochs(script.measured_core(), network, "strong")) >= 16
+        assert fastest(script.epochs(script.ASSUMED_GPU, interconnect, "weak")) == 128, (
+            "as long as there are steps to save"
+        )
+    for interconnect in script.FLAT:
+        assert fastest(script.epochs(script.ASSUMED_GPU, interconnect, "strong")) == 1
+        assert last_paying(script.epochs(script.measured_core(), interconnect, "strong")) >= 16

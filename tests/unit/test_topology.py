@@ -119,17 +119,20 @@ def test_one_slurm_task_is_one_process():
         ({**HOROVOD, **tf_config("a:1")}, ["HOROVOD_RANK=3", "TF_CONFIG=", "unset one"]),
         ({"HOROVOD_RANK": "0"}, ["HOROVOD_SIZE", "horovodrun"]),
         ({**HOROVOD, "HOROVOD_SIZE": "four"}, ["HOROVOD_SIZE=four", "whole number"]),
-        ({**HOROVOD, "HOROVOD_RANK": "4"}, ["do not fit together"]),
+        ({**HOROVOD, "HOROVOD_RANK": "4"}, ["contradict each other"]),
         ({"TF_CONFIG": "{oops"}, ["TF_CONFIG={oops", "expected"]),
         ({"TF_CONFIG": "{}"}, ["TF_CONFIG={}", "expected"]),
         (tf_config(), ["there is no worker 0"]),
         (tf_config("a:1", "b:1", index=2), ["there is no worker 2"]),
         (tf_config("a:1", "b:1", index=-1), ["there is no worker -1"]),
-        (tf_config("a:1", "a:1"), ["a:1 is no host:port of its own"]),
-        (tf_config("a:1", "b"), ["b is no host:port"]),
-        (tf_config("a:1", "b:x"), ["b:x is no host:port"]),
-        (tf_config("a:1", 7), ["7 is no host:port"]),
-        ({"TF_CONFIG": '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}'}, ["no host:port"]),
+        (tf_config("a:1", "a:1"), ["a:1 is not unique"]),
+        (tf_config("a:1", "b"), ["b is not host:port"]),
+        (tf_config("a:1", "b:x"), ["b:x is not host:port"]),
+        (tf_config("a:1", 7), ["7 is not host:port"]),
+        (
+            {"TF_CONFIG": '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}'},
+            ["not a list of host:port"],
+        ),
         (
             {"TF_CONFIG": '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}'},
             ["no parameter servers"],
@@ -143,21 +146,21 @@ def test_one_slurm_task_is_one_process():
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "6"}, ["SLURM_STEP_NUM_TASKS=6", "2(x2),1 means 5 tasks"]),
         ({**SLURM, "SLURM_PROCID": "5"}, ["SLURM_PROCID=5", "5 tasks"]),
         ({**HOROVOD, "HOROVOD_RANK": ""}, ["HOROVOD_SIZE=4 is set but HOROVOD_RANK is not"]),
-        ({**HOROVOD, "HOROVOD_LOCAL_SIZE": "5"}, ["HOROVOD_LOCAL_SIZE=5", "do not fit together"]),
-        ({**HOROVOD, "HOROVOD_CROSS_RANK": "2", "HOROVOD_CROSS_SIZE": "2"}, ["HOROVOD_CROSS_RANK=2", "do not fit"]),
+        ({**HOROVOD, "HOROVOD_LOCAL_SIZE": "5"}, ["HOROVOD_LOCAL_SIZE=5", "contradict each other"]),
+        ({**HOROVOD, "HOROVOD_CROSS_RANK": "2", "HOROVOD_CROSS_SIZE": "2"}, ["HOROVOD_CROSS_RANK=2", "contradict"]),
         ({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_PORT": ""}, ["HOROVOD_GLOO_RENDEZVOUS_PORT is not"]),
-        ({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_ADDR": "a b"}, ["HOROVOD_GLOO_RENDEZVOUS_ADDR=a b", "no name of a host"]),
+        ({**HOROVOD, "HOROVOD_GLOO_RENDEZVOUS_ADDR": "a b"}, ["HOROVOD_GLOO_RENDEZVOUS_ADDR=a b", "not a host name"]),
         ({"TF_CONFIG": "[" * 100_000}, ["TF_CONFIG=[[[", "...: not usable"]),
         ({"TF_CONFIG": "[]"}, ["TF_CONFIG=[]", '"cluster" is missing']),
         ({"TF_CONFIG": "null"}, ["TF_CONFIG=null", '"cluster" is missing']),
         ({"TF_CONFIG": '{"cluster": 1, "task": 2}'}, ['"type" is missing']),
         (tf_config_of([]), ["only chief and worker"]),
         (tf_config_of({"worker": {"0": "a:1", "2": "b:1"}}), ["numbered from 0"]),
-        (tf_config_of({"worker": None}), ["null is no host:port list"]),
-        (tf_config_of({"worker": ["a:1"], "chief": ["A:1"]}), ["a:1 is no host:port of its own"]),
+        (tf_config_of({"worker": None}), ["null is not a list of host:port"]),
+        (tf_config_of({"worker": ["a:1"], "chief": ["A:1"]}), ["a:1 is not unique"]),
         (tf_config_of({"worker": ["a:1"]}, {"type": ["worker"], "index": 0}), ["only chief and worker"]),
         *(
-            (tf_config("a:1", index=index), ["the index", "no whole number"])
+            (tf_config("a:1", index=index), ["the index", "not a whole number"])
             for index in (True, 1.5, "x", None, 10**30)
         ),
     ],
@@ -204,22 +207,19 @@ def test_empty_is_not_set(value):
     ("address", "reason"),
     [
         *((f"a:{port}", "ports are 1 to 65535") for port in (0, 65_536, 99_999)),
-        *((f"a:{port}", "no host:port") for port in ("", "-5", "+5", " 5", "5 ", "\u0663", "9" * 30)),
-        *(
-            (host + ":5", "no name of a host")
-            for host in ("", " a", "a b", "a..b", "-a", "a" * 64, "a." * 150, "\u00fc")
-        ),
+        *((f"a:{port}", "not host:port") for port in ("", "-5", "+5", " 5", "5 ", "\u0663", "9" * 30)),
+        *((host + ":5", "not a host name") for host in ("", " a", "a b", "a..b", "-a", "a" * 64, "a." * 150, "\u00fc")),
         *((host + ":5", "Expected 4") for host in ("1", "127.1", "0x7f.1")),
         ("300.0.0.1:5", "> 255"),
-        ("::1:5", "IPv6 address goes into brackets: [::1]:2345"),
-        ("http://a:5", "no host:port"),
-        ("[::1]", "no host:port"),
-        ("[a]:5", "no IPv6 address"),
-        ("[]:5", "no IPv6 address"),
-        ("[::1::]:5", "no host:port"),
-        ("[" + ":" * 100_000 + "]:5", "no host:port"),
-        (None, "null is no host:port"),
-        (["b:1"], "no host:port"),
+        ("::1:5", "IPv6 address needs brackets: [::1]:2345"),
+        ("http://a:5", "not host:port"),
+        ("[::1]", "not host:port"),
+        ("[a]:5", "not an IPv6 address"),
+        ("[]:5", "not an IPv6 address"),
+        ("[::1::]:5", "not host:port"),
+        ("[" + ":" * 100_000 + "]:5", "not host:port"),
+        (None, "null is not host:port"),
+        (["b:1"], "not host:port"),
     ],
 )
 def test_an_address_that_is_none_is_named_wherever_it_stands(address, reason):
@@ -243,7 +243,7 @@ def test_an_address_that_is_none_is_named_wherever_it_stands(address, reason):
     ],
 )
 def test_one_port_under_two_spellings(first, second):
-    with pytest.raises(UserError, match="is no host:port of its own"):
+    with pytest.raises(UserError, match="is not unique"):
         read_topology(tf_config(first, second))
 
 

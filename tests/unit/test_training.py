@@ -4,7 +4,7 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
-from mnist_dist.engine.build import choose_mode
+from mnist_dist.engine.mode import choose_mode
 from mnist_dist.engine.shards import ShardPlan, plan_shards
 from mnist_dist.launch.topology import HorovodRun, Topology
 
@@ -33,8 +33,8 @@ def test_mode(asked, topology, num_gpus, mode):
 @pytest.mark.parametrize(
     ("overrides", "warned"),
     [
-        (["threads.intra_op=8"], "WARNING: threads.intra_op=8 is not used: reproducibility=exact runs each operation"),
-        (["threads.intra_op=8", "reproducibility=exact"], "WARNING: threads.intra_op=8 is not used"),
+        (["threads.intra_op=8"], "WARNING: threads.intra_op=8 is ignored: reproducibility=exact runs each operation"),
+        (["threads.intra_op=8", "reproducibility=exact"], "WARNING: threads.intra_op=8 is ignored"),
         (["threads.intra_op=1"], None),
         (["threads.intra_op=8", "reproducibility=fast"], None),
         (

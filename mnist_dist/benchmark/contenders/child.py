@@ -23,7 +23,7 @@ def main() -> None:
     settle()
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     topology = read_topology()
-    # One file a process: what horovodrun says when one of its processes fails would hide the reason.
+    # One file per process: horovodrun's own messages about a failed process would hide the reason.
     output = os.open(f"{job['output']}.{topology.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -32,7 +32,7 @@ def main() -> None:
     data = DataConfig(**job["data"])
     splits = preprocess(load_dataset(data), val_fraction=data.val_fraction, split_seed=data.split_seed)
     turns, kind, precision, options = Turns(wire), job["kind"], job["precision"], job["options"]
-    # Each knows its own framework, and nothing of the others' settings.
+    # Each imports only its own framework, without the others' settings.
     if kind == "keras":
         with settings_of_keras():
             from mnist_dist.benchmark.contenders import keras_fit

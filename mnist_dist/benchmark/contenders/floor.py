@@ -1,8 +1,8 @@
-"""The floor: the recipe's matrix products and nothing else, by TensorFlow with its default threads.
+"""The floor: the recipe's matrix products and nothing else, in TensorFlow with its default threads.
 
 A training step is eight products of a whole batch: three forward, three for the gradients of the weights, two for
-those of the hidden layers. The validation is three products over all its rows. They do not depend on each other, so
-TensorFlow may compute them side by side: nothing that trains this network can be faster with the same products.
+those of the hidden layers. The validation is three products over all its rows. They are independent here, so TensorFlow
+may compute them in parallel: no training of this network can be faster with the same products.
 """
 
 import itertools
@@ -39,7 +39,7 @@ class Products:
         self.run = tf.function(self._epoch)
 
     def _epoch(self) -> tf.Tensor:
-        # A product whose result nobody uses would be left out, and one that is the same in each step computed once.
+        # TensorFlow would skip a product whose result is not used, and compute one that never changes only once.
         used = tf.zeros([], self._dtype)
         for step in tf.range(self._num_steps):
             outputs = [tf.matmul(x, w) for x, w in zip(self._inputs, self._weights, strict=True)]

@@ -1,4 +1,4 @@
-"""The rival: the recipe as anybody would write it, with Keras' `fit`."""
+"""The main rival: the recipe as one would write it with Keras' `fit`."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _ENDLESS = 1_000_000
 
 
 class _TurnByTurn(keras.callbacks.Callback):  # type: ignore[misc]
-    """Lets `fit` train one epoch a turn: calling it afresh each time would copy all data each time."""
+    """Lets one call of `fit` train one epoch per turn: a call for each epoch would copy all data each time."""
 
     def __init__(self, turns: Turns) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _TurnByTurn(keras.callbacks.Callback):  # type: ignore[misc]
         self._start = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Answer; the validation is over by now."""
+        """Answer; the time includes validation."""
         seconds = time.perf_counter() - self._start
         self._turns.done(seconds=seconds, loss=float(logs["loss"]), val_accuracy=float(logs["val_accuracy"]))
 

@@ -1,4 +1,4 @@
-"""Our own epoch; and of a job of several processes, its parts: the computing alone and the all-reduces alone."""
+"""Our own epoch and, for a job of several processes, its parts: the computing alone and the all-reduces alone."""
 
 import statistics
 import time
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.benchmark.contenders.keras_fit import describe_tensorflow
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.train import TrainConfig
@@ -15,7 +16,7 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.engine.build import Engine, Programs, build_engine
 from mnist_dist.engine.trainer import Trainer
 from mnist_dist.launch.rendezvous import Rendezvous
-from mnist_dist.strategy.base import Array, SingleDevice, Strategy
+from mnist_dist.strategy.base import SingleDevice, Strategy
 from mnist_dist.strategy.choose import list_gpus
 
 MESSAGE_BYTES = tuple(1024 * 2**n for n in range(14))
@@ -62,9 +63,9 @@ def _epochs(trainer: Trainer) -> Callable[[], dict[str, Any]]:
 
 
 class OneShare(SingleDevice):
-    """One replica of a job, which does its share of the work and never talks to the others.
+    """One replica of a job that does its share of the work without communicating.
 
-    What it trains is of no use, since it sees a part of each gradient only; the time is.
+    What it trains is useless, since it sees only a part of each gradient; its time is what counts.
     """
 
     name = "share"
@@ -84,7 +85,7 @@ class OneShare(SingleDevice):
         return self._index
 
     def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
-        """The own rows in everybody's place."""
+        """Its own rows in place of every replica's."""
         return tf.concat([rows] * self.num_replicas, axis=0)
 
 

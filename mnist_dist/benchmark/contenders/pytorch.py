@@ -53,7 +53,7 @@ class _EagerTrainer:
             layers += [layer, torch.nn.ReLU(), torch.nn.Dropout(0.4)]
         self._model = torch.nn.Sequential(*layers, torch.nn.Linear(256, splits.num_classes)).to(device)
         self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-3, eps=1e-7)
-        # Scales the loss, as 16-bit floats of IEEE 754 need; does nothing otherwise.
+        # Scales the loss for float16; does nothing otherwise.
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def run_epoch(self) -> tuple[float, float]:
@@ -72,7 +72,7 @@ class _EagerTrainer:
         with torch.inference_mode():
             predicted = self._logits(self._val_images).argmax(dim=1)
             num_correct = (predicted == self._val_labels).sum()
-        # Reading a number waits for the device, so that all work is in the time.
+        # Reading a number waits for the device, so that the time includes all work.
         return total.item() / len(self._images), num_correct.item() / len(self._val_images)
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Keras layers of ours."""
+"""Our own Keras layers."""

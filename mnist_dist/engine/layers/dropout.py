@@ -1,7 +1,7 @@
-"""Dropout that depends on what is computed, never on who computes it.
+"""Dropout that depends on what is computed, never on which device computes it.
 
-The mask of an example is a pure function of (seed, global step, layer, position in the global batch). Any device that
-is given some rows of a global batch therefore draws for them what a single device would have drawn.
+The mask of an example is a pure function of (seed, global step, layer, position in the global batch). So any device
+draws the same masks for its rows of a global batch as a single device would.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 PHILOX = 1  # TensorFlow's number for the counter-based generator of Salmon et al. 2011 (SC'11)
-_BITS = 16  # of randomness for each unit: a drop rate is kept to 1/65536, at half the price of 32 bits
+_BITS = 16  # random bits per unit: a drop rate is accurate to 1/65536, at half the cost of 32 bits
 _UNITS_PER_TICK = 128 // _BITS  # one tick of Philox's counter gives 128 bits
 
 
@@ -40,7 +40,7 @@ def at_position(position: BatchPosition) -> Iterator[None]:
 
 
 class PositionalDropout(keras.layers.Layer):  # type: ignore[misc]
-    """Dropout (Srivastava et al. 2014) by batch position; has no state, so there is none to save."""
+    """Dropout (Srivastava et al. 2014) by batch position, without any state to save."""
 
     def __init__(self, rate: float, *, seed: int, index: int, **kwargs: Any) -> None:
         """Build layer number `index` of the network's dropout layers, for the run's `seed`."""
@@ -57,7 +57,7 @@ class PositionalDropout(keras.layers.Layer):  # type: ignore[misc]
         random = random_uint16(self._key, _position.get(), num_rows=num_rows, num_units=num_units)
         threshold = round(self._rate * 2**_BITS)
         keep = tf.cast(random >= tf.constant(threshold, tf.uint16), inputs.dtype)
-        # Scaled by the rate that the threshold really gives, so that the expectation is exact.
+        # Scaled by the actual rate of the threshold, so that the expectation is exact.
         return inputs * tf.reshape(keep * (2**_BITS / (2**_BITS - threshold)), inputs.shape)
 
 

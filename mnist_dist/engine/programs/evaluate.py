@@ -1,4 +1,4 @@
-"""One evaluation pass over a split as one call."""
+"""One evaluation pass over a split as one compiled call."""
 
 import math
 
@@ -13,10 +13,10 @@ from mnist_dist.strategy.base import Strategy
 
 
 class EvaluateProgram:
-    """Loss and confusion matrix of one split as one call; the same bits on any number of replicas.
+    """Loss and confusion matrix of one split as one call, bit-identical on any number of replicas.
 
-    The split is cut into chunks of one shape, and each replica evaluates whole chunks. Counts are whole numbers, whose
-    sum has no order; the losses of the chunks are added by `math.fsum`, which rounds once, so has none either.
+    The split is cut into chunks of the same shape, and each replica evaluates whole chunks. Counts are whole numbers,
+    whose sum does not depend on the order; nor does that of the chunks' losses by `math.fsum`, which rounds only once.
     """
 
     def __init__(self, flat_model: FlatModel, *, strategy: Strategy, split: PlacedSplit) -> None:
@@ -25,7 +25,7 @@ class EvaluateProgram:
         self._num_classes = split.num_classes
         self._arrays = split.arrays
         plan = BatchPlan.for_evaluation(split.num_examples)
-        # Every replica runs through the same number of chunks; some may be padding from end to end.
+        # Every replica evaluates the same number of chunks; some may be all padding.
         self._indices = plan.in_order(multiple_of=strategy.num_replicas)
         self._compiled = tf.function(self._evaluate, autograph=False)
 
@@ -46,13 +46,13 @@ class EvaluateProgram:
         layers = self._flat_model.split(weights.read_value())
         num_chunks = indices.shape[0] // self._strategy.num_replicas
         first = self._strategy.replica_index() * num_chunks
-        # The passes of this loop do not depend on each other, so TensorFlow runs several side by side.
+        # The iterations are independent, so TensorFlow runs several in parallel.
         losses, cells = tf.map_fn(
             lambda rows: self._evaluate_rows(layers, data, rows),
             indices[first : first + num_chunks],
             fn_output_signature=(tf.float32, tf.int64),
         )
-        # In float64, which is exact for counts up to 2**53; once for all rows, since there may be many classes.
+        # In float64, which is exact for counts up to 2**53; once for all chunks, since there may be many classes.
         counts = tf.math.unsorted_segment_sum(tf.ones_like(cells, tf.float64), cells, self._num_classes**2)
         losses = tf.pad(tf.cast(losses, tf.float64), [[first, indices.shape[0] - first - num_chunks]])
         bucket = self._strategy.all_reduce_sum(tf.concat([losses, counts], axis=0))
@@ -61,7 +61,7 @@ class EvaluateProgram:
     def _evaluate_rows(
         self, layers: list[tf.Tensor], data: DeviceArrays, rows: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """The sum of losses, and the cell of the flat confusion matrix that each row belongs to; -1 is none."""
+        """The sum of losses, and each row's cell in the flat confusion matrix; -1 is none."""
         images, labels, example_weights = gather_rows(data, rows)
         logits = self._flat_model.logits(layers, images)
         losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights

@@ -17,7 +17,7 @@ class DeviceArrays(NamedTuple):
 
 
 class PlacedSplit(NamedTuple):
-    """A split in every replica's memory: all data sets of this package fit there."""
+    """A split in every replica's memory; the data sets of this package fit there."""
 
     arrays: DeviceArrays
     num_examples: int
@@ -25,7 +25,7 @@ class PlacedSplit(NamedTuple):
 
 
 def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
-    """Copy a split to every replica; the images in the type that the network computes in."""
+    """Copy a split to every replica, with the images in the type that the network computes in."""
     images = split.images.astype(dtype.as_numpy_dtype, copy=False)
     arrays = DeviceArrays(strategy.replicate(images), strategy.replicate(split.labels))
     return PlacedSplit(arrays, num_examples=len(split), num_classes=split.labels.shape[1])
@@ -33,6 +33,6 @@ def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float3
 
 def gather_rows(data: DeviceArrays, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Images, labels and weights (1 for an example, 0 for padding) of the rows with these example indices."""
-    valid = tf.maximum(indices, 0)  # padding reads example 0 and then weighs nothing
+    valid = tf.maximum(indices, 0)  # padding reads example 0, with weight 0
     example_weights = tf.cast(indices != PADDING, tf.float32)
     return tf.gather(data.images, valid), tf.gather(data.labels, valid), example_weights

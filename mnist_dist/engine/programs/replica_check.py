@@ -12,9 +12,9 @@ from mnist_dist.strategy.base import Strategy
 
 
 class ReplicaCheck:
-    """Compares the training state of all replicas: they must not differ in a single bit.
+    """Compares the training state of all replicas, which must be bit-identical.
 
-    With the digests travels whether a process was asked to stop, so that all of them stop after the same epoch.
+    The digests are sent together with requests to stop, so that all processes stop after the same epoch.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class ReplicaCheck:
         self._wants_to_stop = wants_to_stop
         self._strategy = strategy
         self._vectors = [state.weights, *state.slots]
-        # Odd, so that multiplication loses nothing: any one changed bit changes the digest.
+        # Odd, so that multiplication loses nothing: any single changed bit changes the digest.
         size = int(state.weights.shape[0]) * len(self._vectors)
         generator = np.random.Generator(np.random.Philox(key=0))
         self._factors = strategy.replicate(generator.integers(0, 2**31, size, np.int64) * 2 + 1)
@@ -55,7 +55,7 @@ class ReplicaCheck:
         return self._strategy.run(self._digest_replica, factors, request)
 
     def _digest_replica(self, factors: tf.Tensor, request: tf.Tensor) -> tf.Tensor:
-        """All replicas' digests, which are sums of the words times the factors, modulo 2**64; then their requests."""
+        """All replicas' digests (sums of words times factors, modulo 2**64), then the sum of their requests."""
         bits = tf.bitcast(tf.concat([vector.read_value() for vector in self._vectors], axis=0), tf.int32)
         digest = tf.reduce_sum(tf.cast(bits, tf.int64) * factors)
         index, num_replicas = self._strategy.replica_index(), self._strategy.num_replicas

@@ -5,15 +5,16 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.engine.flat_model import FloatArray
 from mnist_dist.engine.optimizer import Optimizer
 from mnist_dist.engine.precision import LossScale
-from mnist_dist.strategy.base import Array, Strategy
+from mnist_dist.strategy.base import Strategy
 
 
 class TrainState:
-    """All that training changes; one copy on every replica, and all copies are the same."""
+    """All variables that training changes: a copy on every replica, all of them bit-identical."""
 
     def __init__(
         self,
@@ -24,7 +25,7 @@ class TrainState:
         strategy: Strategy,
         restored: Mapping[str, Array] | None = None,
     ) -> None:
-        """Create the variables, a collective: for a new training, or from rank 0's `restored` arrays (`to_arrays`)."""
+        """Create the variables, new or from rank 0's `restored` arrays (see `to_arrays`); a collective."""
         self._optimizer = optimizer
         self._loss_scale = loss_scale
         self._strategy = strategy
@@ -34,7 +35,7 @@ class TrainState:
             value = initial if restored is None else restored.get(name)
             if value is None or (value.dtype, value.shape) != (initial.dtype, initial.shape):
                 raise UserError(
-                    f"the checkpoint to resume from has no {name} as this version of the package needs it; "
+                    f"the checkpoint to resume from lacks the {name} that this version of the package needs; "
                     "name another run_dir"
                 )
             self._variables[name] = strategy.create_variable(value)
@@ -43,7 +44,7 @@ class TrainState:
         self.weights = create("weights", weights)
         self.slots = [create(f"slot {name}", np.zeros_like(weights)) for name in optimizer.slot_names]
         self.global_step = create("global_step", np.array(0, np.int64))
-        # Steps whose gradient overflowed are steps, but no updates (mixed_float16 only).
+        # A step whose gradient overflowed is not an update (mixed_float16 only).
         self.num_updates = create("num_updates", np.array(0, np.int64))
         self.loss_scale = create("loss_scale", np.array(loss_scale.initial, np.float32))
         self.good_steps = create("good_steps", np.array(0, np.int64))
@@ -53,7 +54,7 @@ class TrainState:
         return {name: self._strategy.read(variable) for name, variable in self._variables.items()}
 
     def update(self, scaled_gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
-        """Make a step, on one replica, with the reduced gradient; if that overflowed, without a change of weights."""
+        """Make a step on one replica with the reduced gradient; if that overflowed, the weights stay."""
         if not self._loss_scale.is_dynamic:
             self._apply(scaled_gradient, learning_rate)
         else:

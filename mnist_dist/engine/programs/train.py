@@ -1,8 +1,8 @@
-"""One epoch of training as one call: Python does nothing per step. The way of a batch, in the order of the methods.
+"""One epoch of training as one compiled call, without Python per step. The methods follow the path of a batch.
 
-A global batch is computed shard by shard (`engine.shards`): the shards of a replica do not depend on each other, so
-they keep the cores of a CPU busy side by side. What is reduced are sums over examples, divided by the number of real
-examples of the global batch. A row without an example (index `PADDING`) has weight 0.
+A global batch is computed shard by shard (`engine.shards`): the shards of a replica are independent, so they keep the
+cores of a CPU busy in parallel. What is reduced are sums over examples, divided by the number of real examples in the
+global batch. A row without an example (index `PADDING`) has weight 0.
 """
 
 import numpy as np
@@ -39,7 +39,7 @@ class TrainProgram:
         self._arrays = split.arrays
         self._shards = shards
         self._reduction = reduction
-        # AutoGraph is off here and below: nothing needs it, and it takes a second.
+        # No AutoGraph here and below: nothing needs it, and it takes a second.
         self._compiled = tf.function(self._train_epoch, autograph=False)
         # Traced once for all shards.
         self._shard_sums = tf.function(self._trace_shard_sums, autograph=False)
@@ -54,7 +54,7 @@ class TrainProgram:
             loss, correct = self._strategy.run(self._train_step, self._arrays, *step_inputs)
             return loss, correct
 
-        # A loop in the graph. The next step needs the weights of this one, so steps are never side by side.
+        # A loop in the graph; each step needs the weights of the one before, so steps must not run in parallel.
         losses, num_correct = tf.map_fn(
             step, (indices, learning_rates), fn_output_signature=(tf.float32, tf.float32), parallel_iterations=1
         )
@@ -66,7 +66,7 @@ class TrainProgram:
         """One replica's share of a step; `indices` are those of the whole global batch."""
         state = self._state
         weights = self._flat_model.split(state.weights.read_value())
-        # What a sum over examples is multiplied by to be the global batch's (scaled) mean.
+        # Turns a sum over examples into its share of the global batch's (scaled) mean.
         num_examples = tf.math.count_nonzero(indices != PADDING, dtype=tf.float32)
         loss_factor = state.loss_scale.read_value() / num_examples
         global_step = state.global_step.read_value()
@@ -76,7 +76,7 @@ class TrainProgram:
             rows = tf.slice(indices, [shard * num_rows], [num_rows])
             first_row = tf.constant(shard * num_rows, tf.int64)
             sums.append(self._shard_sums(weights, data, rows, loss_factor, global_step, first_row))
-        # Gradients and metric sums travel together: one message a step.
+        # Gradients and metric sums travel together: one message per step.
         bucket = self._reduction(sums)
         gradient, loss, correct = tf.split(bucket, [self._flat_model.num_parameters, 1, 1])
         state.update(gradient, learning_rate)
@@ -91,14 +91,14 @@ class TrainProgram:
         global_step: tf.Tensor,
         first_row: tf.Tensor,
     ) -> list[tf.Tensor]:
-        """What one shard adds to the gradient of the global batch, to the sum of losses, to the correct ones."""
+        """What one shard adds to the gradient of the global batch, the sum of losses and the number correct."""
         images, labels, example_weights = gather_rows(data, rows)
         with tf.GradientTape() as tape:
             tape.watch(weights)
             logits = self._flat_model.training_logits(weights, images, BatchPosition(global_step, first_row))
             losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
             share_of_mean = tf.reduce_sum(losses) * loss_factor
-        # Products may be computed in 16 bits; what is added up has 32.
+        # Products may be computed in 16 bits; sums have 32.
         gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(share_of_mean, weights)]
         correct = tf.cast(tf.argmax(logits, axis=1) == tf.argmax(labels, axis=1), tf.float32)
         return [*gradients, tf.reduce_sum(losses), tf.reduce_sum(correct * example_weights)]

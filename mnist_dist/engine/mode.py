@@ -1,0 +1,33 @@
+"""Exact or fast: whether the bits must not depend on the number of replicas."""
+
+from mnist_dist.base.console import job_log
+from mnist_dist.config.train import TrainConfig
+from mnist_dist.launch.topology import Topology
+
+
+def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> str:
+    """Exact or fast, chosen before the devices start; a warning says which configured value will have no effect.
+
+    `auto` is exact on CPUs, where it costs little, and fast on GPUs, where one large product beats several small ones.
+    """
+    mode, num_shards = config.reproducibility, config.batch.num_shards
+    if mode == "auto":
+        # On CPUs a process has one replica, or as many as requested.
+        num_replicas = max(topology.world_size, config.strategy.num_replicas or 1)
+        mode = "fast" if num_gpus or num_replicas > num_shards else "exact"
+        if mode == "fast" and not num_gpus:
+            job_log.warning(
+                "WARNING: batch.num_shards=%d: fewer shards than the %d replicas, so reproducibility=auto is fast and "
+                "the number of replicas may change the last bits; batch.num_shards=%d makes it exact",
+                num_shards,
+                num_replicas,
+                num_replicas,
+            )
+    if mode == "exact" and config.threads.intra_op != "auto" and int(config.threads.intra_op) != 1:
+        job_log.warning(
+            "WARNING: threads.intra_op=%s is ignored: reproducibility=exact runs each operation on one thread, so "
+            "that the bits do not depend on the number; a larger batch.num_shards, more processes or "
+            "reproducibility=fast use more cores",
+            config.threads.intra_op,
+        )
+    return mode
