@@ -32,7 +32,7 @@ evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs
 	$(BIN)/python -m mnist_dist.evaluate $(ARGS)
 
 test-quick: $(VENV)/.installed-dev ## Run the tests that start no process: a minute
-	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal tests/unit $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup tests/unit $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k history"
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi

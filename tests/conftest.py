@@ -6,19 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from support.data import create_small_arrays
 
 from mnist_dist.config.devices import ThreadsConfig
-from mnist_dist.engine.runtime import configure_tensorflow
 from mnist_dist.launch.topology import Topology
 
-# Before anything starts TensorFlow's devices: as many logical CPUs as the largest `mirrored` test has replicas.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 7
-)
-# And the settings of a run, which cannot be made later.
-configure_tensorflow(ThreadsConfig("auto", "auto"), Topology(), num_shards=8, exact=True)
+
+def pytest_configure(config):
+    """Make TensorFlow's settings, which cannot be made later, in the processes that run tests."""
+    if config.getoption("numprocesses", None):
+        return
+    import tensorflow as tf
+
+    from mnist_dist.engine.runtime import configure_tensorflow
+
+    # As many logical CPUs as the largest `mirrored` test has replicas.
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 7)
+    configure_tensorflow(ThreadsConfig("auto", "auto"), Topology(), num_shards=8, exact=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ from sklearn.datasets import load_digits
 
 from mnist_dist.data import digits
 
+# One process has all of them, as they share what takes long to make.
+pytestmark = pytest.mark.xdist_group("digits")
+
 Bytes = npt.NDArray[np.uint8]
 
 

@@ -76,17 +76,17 @@ def test_one_process_talks_to_itself():
 
 @pytest.mark.parametrize("late", [0, 1, 2])
 def test_all_come_even_if_seconds_apart(late, addresses):
-    assert start([0, 1, 2], addresses, 20, {late: 1.5}) == ALL
+    assert start([0, 1, 2], addresses, 20, {late: 0.6}) == ALL
 
 
 def test_the_missing_one_is_named_to_all(addresses):
-    outcomes = start([0, 1], addresses, 1.0)
+    outcomes = start([0, 1], addresses, 0.6)
     for rank in (0, 1):
         assert outcomes[rank].startswith(f"rank 2 ({addresses[2]}) did not come within 1 s")
 
 
 def test_a_missing_chief_is_named(addresses):
-    assert start([1], addresses, 1.0)[1].startswith(f"rank 0 ({addresses[0]}) did not come within 1 s")
+    assert start([1], addresses, 0.6)[1].startswith(f"rank 0 ({addresses[0]}) did not come within 1 s")
 
 
 @pytest.mark.parametrize(
@@ -103,24 +103,24 @@ def test_a_missing_chief_is_named(addresses):
 )
 def test_strangers_do_not_count(words, addresses, monkeypatch):
     """Not even one that says nothing at all and stays."""
-    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
     silent = []
 
     def knock():
-        time.sleep(0.3)
+        time.sleep(0.1)
         stranger = socket.create_connection(split_address(addresses[0]))
         stranger.sendall(words)
         silent.append(stranger)
 
     threading.Thread(target=knock).start()
-    assert start([0, 1, 2], addresses, 20, {1: 1.0, 2: 1.0}) == ALL
+    assert start([0, 1, 2], addresses, 20, {1: 0.5, 2: 0.5}) == ALL
     silent[0].close()
 
 
-@pytest.mark.parametrize(("words", "every_s"), [(b"x", 0.3), (b"x" * 2**20, 0)])
+@pytest.mark.parametrize(("words", "every_s"), [(b"x", 0.1), (b"x" * 2**20, 0)])
 def test_strangers_whose_lines_never_end(words, every_s, addresses, monkeypatch):
     """They drip, or flood; neither keeps the ranks waiting, nor fills the memory."""
-    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
     sent = []
 
     def knock():
@@ -131,8 +131,8 @@ def test_strangers_whose_lines_never_end(words, every_s, addresses, monkeypatch)
                 time.sleep(every_s)
 
     stranger = threading.Thread(target=knock)
-    threading.Timer(0.3, stranger.start).start()
-    assert start([0, 1, 2], addresses, 20, {1: 1.0, 2: 1.0}) == ALL
+    threading.Timer(0.1, stranger.start).start()
+    assert start([0, 1, 2], addresses, 20, {1: 0.5, 2: 0.5}) == ALL
     stranger.join(30)
     assert not stranger.is_alive()
     assert len(sent) < 50  # then it was not heard any more
@@ -195,7 +195,7 @@ def test_a_spare_process_at_the_same_address(rank, addresses, hold):
 
 def test_a_spare_process_elsewhere(addresses):
     """Where its own address is free it hears from rank 0; the others do not notice it."""
-    outcomes = start([0, 1, 101, 2], addresses, 20, {101: 0.5, 2: 1.5})
+    outcomes = start([0, 1, 101, 2], addresses, 20, {101: 0.3, 2: 1.0})
     spare = outcomes.pop(101)
     assert spare.startswith("rank 1 is taken: process ")
     assert outcomes == ALL
@@ -240,7 +240,7 @@ def test_a_process_that_is_started_again_while_the_others_wait(last, addresses, 
     wire = visit.knock(addresses[0], "I was 1", topology_of(1, addresses), topic="start")
     assert "is taken" in start([1], addresses, 20)[1]
     wire.close()
-    assert start([0, 1, 2], addresses, 20, {last: 1.5}, chief=chief) == ALL
+    assert start([0, 1, 2], addresses, 20, {last: 0.6}, chief=chief) == ALL
 
 
 def rendezvous_under_slurm(rank, hosts, meeting_addresses, *, job="7", timeout_s=20.0) -> Rendezvous:

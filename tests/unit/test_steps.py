@@ -167,7 +167,7 @@ def test_one_epoch_is_one_call_of_one_program():
     assert program._compiled.experimental_get_tracing_count() == 1
 
 
-@pytest.fixture(params=[1, 2, 3, 4, 5, 7])
+@pytest.fixture(params=[1, 2, 3, 7])
 def mirrored(request) -> Mirrored:
     return Mirrored(num_replicas=request.param)
 
@@ -197,7 +197,11 @@ def test_every_example_once_an_epoch_through_the_real_path(mirrored):
     np.testing.assert_allclose(after - before, expected, rtol=0.02, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("mirrored", "optimizer"),
+    [(1, "sgd"), (2, "sgd"), (3, "sgd"), (7, "sgd"), (2, "adam"), (7, "adam")],
+    indirect=["mirrored"],
+)
 def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
     split = make_split(70)
     overrides = [f"optimizer={optimizer}", "optimizer.learning_rate=0.01"]
@@ -212,7 +216,14 @@ def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
     np.testing.assert_array_equal(results[1][1].num_correct, results[0][1].num_correct)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    ("mirrored", "policy"),
+    [
+        (1, "float32"), (2, "float32"), (3, "float32"), (7, "float32"), (2, "mixed_bfloat16"), (7, "mixed_bfloat16"),
+        (3, "mixed_float16"),
+    ],
+    indirect=["mirrored"],
+)  # fmt: skip
 def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy):
     """Seven shards of three rows for batches of 20, so a row of padding in every batch; the last batch has 10."""
     split = make_split(70)
@@ -249,7 +260,7 @@ def test_replicas_hold_the_same_bits(mirrored):
     assert len(set(copies)) == 1
 
 
-@pytest.mark.parametrize("num_examples", [6, 50, 1025])
+@pytest.mark.parametrize("num_examples", [6, 1025])
 def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_examples):
     split = make_split(num_examples)
     _, _, network, _ = make_program(split)
