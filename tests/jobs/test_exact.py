@@ -106,7 +106,7 @@ def bits_of_shapes_on_one_thread(bits_of_shapes):
     return bits_of_shapes("1", "threads.intra_op=1")
 
 
-@pytest.mark.parametrize(("num_cores", "intra_op"), [("64", "auto"), ("2", "7"), ("8", "8")], ids=str)
+@pytest.mark.parametrize(("num_cores", "intra_op"), [("64", "auto"), ("2", "7")], ids=str)
 def test_threads_and_cores_change_the_speed_only(num_cores, intra_op, bits_of_shapes, bits_of_shapes_on_one_thread):
     variables = {"OMP_NUM_THREADS": "3", "TF_NUM_INTRAOP_THREADS": "5", "TF_NUM_INTEROP_THREADS": "3"}
     found = bits_of_shapes(num_cores, f"threads.intra_op={intra_op}", env=variables)

@@ -10,7 +10,6 @@ from mnist_dist.results.history import from_csv
 @pytest.mark.parametrize(
     ("job", "what", "mode", "named"),
     [
-        (("horovod", 2), "weights", "fast", "no two of the 2 replicas have"),
         (("horovod", 3), "slot", "exact", "replica 1 of 3 did not have"),
         (("mirrored", 3), "weights", "exact", "replica 1 of 3 did not have"),
     ],

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import CHECKOUT
-from support.job import TRAIN, Job
-from support.launchers import free_ports, horovodrun, tf_config
+from support.job import SINGLE, TRAIN, Job, wait_for_epoch
+from support.launchers import free_ports, horovodrun, local_addresses, tf_config
 from support.processes import wait_until
-from support.runs import result_of
+from support.runs import history_of, result_of
 
 
 @pytest.fixture
@@ -177,33 +177,45 @@ def start_ranks(start_python, args):
     return begin
 
 
-@pytest.mark.parametrize("when", ["alone", "while it trains"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_spare_process(rank, when, args, start_ranks, run_python, tmp_path):
+def test_a_spare_process(rank, args, start_ranks, run_python, tmp_path):
     """It ends at once, and does not wait for anybody; the job does not notice it."""
     ports = free_ports(2)
     addresses = [f"127.0.0.1:{port}" for port in ports]
-    more = ["trainer.epochs=200"] if when == "while it trains" else []
-    job = [start_ranks(rank, addresses, *more)]
-    if more:
-        job.append(start_ranks(1 - rank, addresses, *more))
-        wait_until((tmp_path / "run" / "history.csv").exists)
-    else:
-        wait_until(lambda: is_in_use(ports[rank]))
+    job = [start_ranks(rank, addresses)]
+    wait_until(lambda: is_in_use(ports[rank]))
     result = run_python(*TRAIN, *args, env=tf_config(addresses)[rank], timeout=30)
     check_line(result, f"rank {rank} is taken: ", prefix="[rank 1/2] " if rank else "")
-    if not more:
-        job.append(start_ranks(1 - rank, addresses))
-    assert [rank.codes() for rank in job] == [[0], [0]]
+    job.append(start_ranks(1 - rank, addresses))
+    assert [one.codes() for one in job] == [[0], [0]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_spare_process_while_the_job_trains(rank, args, start_ranks, run_python, tmp_path):
+    addresses = local_addresses(2)
+    job = [start_ranks(rank, addresses, "trainer.epochs=100000") for rank in (0, 1)]
+    wait_for_epoch(job[0], tmp_path / "run", 1)
+    result = run_python(*TRAIN, *args, env=tf_config(addresses)[rank], timeout=30)
+    check_line(result, f"rank {rank} is taken: ", prefix="[rank 1/2] " if rank else "")
+    wait_for_epoch(job[0], tmp_path / "run", len(history_of(tmp_path / "run").epochs) + 2)
+    assert all(one.is_running() for one in job)
+
+
+@pytest.fixture(scope="module")
+def alone(small_npz, run_job, tmp_path_factory):
+    """What the same training gives on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    (result,) = run_job(SINGLE, "data=npz", f"data.path={small_npz}", "trainer.epochs=1", f"run_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    return result_of(folder)
 
 
 @pytest.mark.parametrize("hosts", [("[::1]", "[::1]"), ("[::1]", "localhost"), ("localhost", "[::1]")])
-def test_a_job_over_ipv6(hosts, args, start_ranks, run_python, tmp_path):
+def test_a_job_over_ipv6(hosts, start_ranks, alone, tmp_path):
     addresses = [f"{host}:{port}" for host, port in zip(hosts, free_ports(2), strict=True)]
     job = [start_ranks(rank, addresses) for rank in (0, 1)]
-    assert [rank.codes() for rank in job] == [[0], [0]]
-    assert run_python(*TRAIN, *args, f"run_dir={tmp_path / 'alone'}").returncode == 0
-    assert result_of(tmp_path / "run") == result_of(tmp_path / "alone")
+    assert [one.codes() for one in job] == [[0], [0]]
+    assert result_of(tmp_path / "run") == alone
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,13 @@ def test_one_who_comes_and_is_done_at_once(chief):
     assert process.wait(timeout=30) == EXIT_OK
 
 
-@pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize(
-    ("strategy", "size", "launcher"), [("horovod", 2, None), ("horovod", 3, "srun"), ("multiworker", 2, None)]
-)
+    ("strategy", "size", "launcher", "lost"),
+    [
+        ("horovod", 2, None, 1), ("horovod", 3, "srun", 0), ("horovod", 3, "srun", 1), ("multiworker", 2, None, 0),
+        ("multiworker", 2, None, 1),
+    ],
+)  # fmt: skip
 def test_a_lost_rank_of_a_training(strategy, size, launcher, lost, small_npz, start, tmp_path):
     folder = tmp_path / "run"
     arguments = ["data=npz", f"data.path={small_npz}", "trainer.epochs=100000", f"run_dir={folder}"]

@@ -42,7 +42,7 @@ def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
     log = (folder / "train.log").read_text()
     assert log.endswith(f"\nStopped on request after epoch {reached}; run the same command again to resume\n")
     assert output.count("Traceback") == (1 if job == HOROVOD else 0)  # horovodrun's own
-    process = start(job, *more)
+    process = start(SINGLE, *more)
     assert process.codes() == [0], process.output()
     assert summary_of(folder)["resumed_from_epochs"] == [reached]
     assert result_of(folder) == result_of(uninterrupted)
@@ -184,7 +184,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(uninterrupted, 
         (["reproducibility=fast"], ["reproducibility was exact, is now fast"]),
         (["precision=mixed_bfloat16"], ["precision.name was float32"]),
         (["resume=never"], ["resume=never: ", "already holds a run", "resume=auto"]),
-        (["trainer.epochs=3"], ["trainer.epochs=3: ", f"has {NUM_EPOCHS - 1} already"]),
+        (["trainer.epochs=3"], ["trainer.epochs=3: ", f"already has {NUM_EPOCHS - 1}"]),
     ],
 )
 def test_what_does_not_go_on(more, fragments, uninterrupted, train, tmp_path):

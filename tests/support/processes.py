@@ -18,12 +18,16 @@ from support import CHECKOUT
 
 # What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
 LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
-LIBRARIES = (
-    "tensorflow", "keras", "hydra", "matplotlib.figure", "matplotlib.backends.backend_agg", "psutil", "rich.progress",
-    "sklearn.metrics", "sklearn.model_selection",
+LIGHT_LIBRARIES = (
+    "hydra._internal.core_plugins.basic_sweeper", "mnist_dist.benchmark.report", "mnist_dist.benchmark.startup",
+    "mnist_dist.cli.main", "mnist_dist.data.load", "mnist_dist.data.splits", "mnist_dist.engine.footprint",
+    "mnist_dist.run.input", "mnist_dist.run.saving",
 )  # fmt: skip
-LIGHT_LIBRARIES = ("hydra", "numpy", "psutil", "rich.progress")
-"""What a run imports before TensorFlow."""
+"""What a command imports before TensorFlow, but for the module that is the command."""
+LIBRARIES = (
+    *LIGHT_LIBRARIES, "tensorflow", "keras", "mnist_dist.engine.actions", "mnist_dist.engine.build",
+    "mnist_dist.results.curves", "mnist_dist.strategy.choose",
+)  # fmt: skip
 _PR_SET_CHILD_SUBREAPER = 36
 
 
