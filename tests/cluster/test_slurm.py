@@ -192,14 +192,6 @@ def test_mirrored(submit, small, expected, desk):
     assert (batch.folder / "train.log").is_file()
 
 
-def test_multiworker_over_two_nodes(submit, small, expected):
-    """One process on each node, however many tasks the script would allow."""
-    options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
-    batch = submit(*small, "strategy=multiworker", options=options)()
-    check(batch, expected, strategy="multiworker", world_size=2, num_replicas=2)
-    assert f"Slurm: job {batch.job_id} on 127.0.0.[1-2], restarted 0 time(s)" in batch.log
-
-
 def test_horovod_over_two_nodes(submit, small, expected):
     """A process for each GPU, started by plain srun."""
     horovodrun()
@@ -208,30 +200,22 @@ def test_horovod_over_two_nodes(submit, small, expected):
 
 
 def test_two_jobs_at_one_time(submit, small, expected):
-    """No GPUs here: `auto` takes Horovod. The other job shares both nodes, at the same time."""
+    """No GPUs here: `auto` takes Horovod. The other job shares both nodes, at the same time.
+
+    For multiworker it is one process on each node, however many tasks the options would allow.
+    """
     horovodrun()
-    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
-    waits = [submit(*small, options=options), submit(*small, "strategy=multiworker", options=options)]
+    options = ["--nodes=2", "--cpus-per-task=1"]
+    waits = [
+        submit(*small, options=[*options, "--ntasks-per-node=1"]),
+        submit(*small, "strategy=multiworker", options=[*options, "--ntasks-per-node=2"]),
+    ]
     first, second = (wait() for wait in waits)
     check(first, expected, strategy="horovod", world_size=2, num_replicas=2)
     check(second, expected, strategy="multiworker", world_size=2, num_replicas=2)
     assert "Strategy: horovod (2 processes were started by slurm, and Horovod is installed)" in first.log
+    assert f"Slurm: job {second.job_id} on 127.0.0.[1-2], restarted 0 time(s)" in second.log
     assert first.folder != second.folder
-
-
-def test_an_array(submit, small, expected):
-    """Its tasks have folders of their own, and %a stands for the number of each."""
-    options = ["--array=0-1", "--output=runs/array-%A_%a.log"]
-    first = submit(*small, "seed=%a", options=options, log="array-{}_0.log", task="_0")
-    number = first.job_id.removesuffix("_0")
-    second = replace(first, job_id=f"{number}_1", folder=first.folder.with_name(f"job-{number}_1"))
-    batches = first(), second()
-    for batch in batches:
-        assert batch.returncode == 0, batch.log
-    assert [batch.summary["seed"] for batch in batches] == [0, 1]
-    assert batches[0].summary["weights_sha256"] == expected
-    assert batches[1].summary["weights_sha256"] != expected
-    assert f"Slurm: job {number}_0 on" in batches[0].log
 
 
 @pytest.mark.parametrize(
@@ -293,16 +277,28 @@ def test_one_task_is_told_to_stop(submit, long, undisturbed):
     assert batch.summary["world_size"] == 2
 
 
-def test_an_arrays_task_is_preempted(submit, long, undisturbed):
-    """By hand, as `scancel` does it: to all processes of this task of the array, and of no other."""
+def test_an_array(submit, long, undisturbed):
+    """Its tasks have folders of their own, and %a stands for the number of each. One of them is preempted.
+
+    By hand, as `scancel` does it: the signal goes to all processes of this task of the array, and of no other.
+    """
     options = ["--array=0-1", "--output=runs/array-%A_%a.log"]
     first = submit(*long, "strategy=single", "seed=%a", options=options, log="array-{}_0.log", task="_0")
     number = first.job_id.removesuffix("_0")
-    second = replace(first, job_id=f"{number}_1", log=first.log.with_name(f"array-{number}_1.log"))
+    second = replace(
+        first,
+        job_id=f"{number}_1",
+        log=first.log.with_name(f"array-{number}_1.log"),
+        folder=first.folder.with_name(f"job-{number}_1"),
+    )
     wait_until(lambda: first.is_training(start=0), first)
     first.ask("scancel", "--signal=USR2", first.job_id)
-    check_put_back(first(), 1, undisturbed, reason="stopped on request")
-    assert second().num_restarts == 0
+    batches = first(), second()
+    check_put_back(batches[0], 1, undisturbed, reason="stopped on request")
+    assert (batches[1].returncode, batches[1].num_restarts) == (0, 0), batches[1].log
+    assert [batch.summary["seed"] for batch in batches] == [0, 1]
+    assert batches[1].summary["weights_sha256"] != undisturbed
+    assert f"Slurm: job {number}_0 on" in batches[0].log
 
 
 def test_slurm_preempts(submit, long, undisturbed):
@@ -343,16 +339,14 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
     return any(int(mask, 16) & 1 << number - 1 for mask in masks)
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("horovod", [1, 0]), ("multiworker", [0])])
-def test_a_process_is_lost(strategy, ranks, submit, long, undisturbed):
-    """The last one, or the chief: each time the others end soon, and the job is put back."""
-    if strategy == "horovod":
-        horovodrun()
-    job = submit(*long, f"strategy={strategy}", options=["--nodes=2", "--cpus-per-task=1"])
-    for start, rank in enumerate(ranks):
+def test_a_process_is_lost(submit, long, undisturbed):
+    """First the last one, then the chief: each time the others end soon, and the job is put back."""
+    horovodrun()
+    job = submit(*long, "strategy=horovod", options=["--nodes=2", "--cpus-per-task=1"])
+    for start, rank in enumerate([1, 0]):
         job.signal_one(rank, signal.SIGKILL, start=start)
         wait_until(lambda times=start + 1: job.text().count("goes back into the") == times, job, timeout_s=60)
-    check_put_back(job(), len(ranks), undisturbed, reason="a process of the job was lost")
+    check_put_back(job(), 2, undisturbed, reason="a process of the job was lost")
 
 
 def test_a_cancelled_job_does_not_come_back(submit, long):

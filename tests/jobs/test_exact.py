@@ -50,7 +50,7 @@ def copies(job) -> set[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def recipe(mnist_path):
     """Dropout 0.4, Adam, batches of 512; 49,500 examples leave 348 for the last one."""
-    return "data=mnist", f"data.path={mnist_path}", "trainer.epochs=3"
+    return "data=mnist", f"data.path={mnist_path}", "trainer.epochs=2"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def part_of_mnist(mnist_path, tmp_path_factory):
 def test_the_recipe_gives_the_same_bits(job, train_with, recipe):
     single, other = train_with(*SINGLE, *recipe), train_with(*job, *recipe)
     assert bits(other) == bits(single)
-    assert len(set(bits(single).weights)) == 3  # it does train
+    assert len(set(bits(single).weights)) == 2  # it does train
 
 
 @pytest.mark.parametrize("job", LARGER_JOBS, ids=job_name)
@@ -106,10 +106,9 @@ def bits_of_shapes_on_one_thread(bits_of_shapes):
     return bits_of_shapes("1", "threads.intra_op=1")
 
 
-@pytest.mark.parametrize(("num_cores", "intra_op"), [("64", "auto"), ("2", "7")], ids=str)
-def test_threads_and_cores_change_the_speed_only(num_cores, intra_op, bits_of_shapes, bits_of_shapes_on_one_thread):
+def test_threads_and_cores_change_the_speed_only(bits_of_shapes, bits_of_shapes_on_one_thread):
     variables = {"OMP_NUM_THREADS": "3", "TF_NUM_INTRAOP_THREADS": "5", "TF_NUM_INTEROP_THREADS": "3"}
-    found = bits_of_shapes(num_cores, f"threads.intra_op={intra_op}", env=variables)
+    found = bits_of_shapes("64", "threads.intra_op=7", env=variables)
     assert found == bits_of_shapes_on_one_thread
     assert len(set(found.values())) == len(found) >= 10
 
