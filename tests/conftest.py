@@ -13,7 +13,7 @@ from mnist_dist.launch.topology import Topology
 
 
 def pytest_configure(config):
-    """Make TensorFlow's settings, which cannot be made later, in the processes that run tests."""
+    """Configure TensorFlow in the processes that run tests; it cannot be done later."""
     if config.getoption("numprocesses", None):
         return
     import tensorflow as tf
@@ -28,7 +28,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def mnist_path() -> Path:
-    """The real MNIST as an .npz file; without it the test is skipped, but fails where nothing may be skipped (CI)."""
+    """The real MNIST as an .npz file; without it the test is skipped, or fails where skipping is not allowed (CI)."""
     name = os.environ.get("MNIST_DIST_TEST_MNIST")
     if name and Path(name).is_file():
         return Path(name).resolve()
@@ -40,13 +40,13 @@ def mnist_path() -> Path:
 
 @pytest.fixture(scope="session")
 def small_arrays() -> dict[str, np.ndarray]:
-    """Images of 8x8 pixels in 4 classes; not to be changed."""
+    """Images of 8x8 pixels in 4 classes; do not change them."""
     return create_small_arrays()
 
 
 @pytest.fixture(scope="session")
 def small_npz(small_arrays, tmp_path_factory) -> Path:
-    """`small_arrays` as a file; not to be changed."""
+    """`small_arrays` as a file; do not change it."""
     path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, **small_arrays)
     return path
@@ -54,7 +54,7 @@ def small_npz(small_arrays, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def logged():
-    """The messages that the package has logged so far, of a level and above."""
+    """The messages that the package has logged so far, at a level or above."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append

@@ -1,4 +1,4 @@
-"""`sbatch slurm/train.sh` on a real Slurm: two nodes with two pretended GPUs each, on this machine."""
+"""`sbatch slurm/train.sh` on a real Slurm: two nodes with two fake GPUs each, all on this machine."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ _JOB_S = 400  # on a busy machine; seconds on an idle one
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The cluster's environment variables; without Slurm the test is skipped, but fails where nothing may be (CI)."""
+    """The cluster's environment variables; without Slurm, skip, or fail where skipping is not allowed (CI)."""
     if missing := missing_programs():
         reason = f"not installed: {', '.join(missing)}; apt-get install slurm-wlm munge"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
@@ -41,7 +41,7 @@ FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", 
 
 
 class Batch(NamedTuple):
-    """What became of a batch job."""
+    """How a batch job ended."""
 
     returncode: int
     job_id: str
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A batch job, or a task of an array; the call waits for its end."""
+    """A batch job or an array task; calling it waits for its end."""
 
     job_id: str
     log: Path
@@ -65,7 +65,7 @@ class Job:
     ask: Callable[..., str]
 
     def __call__(self) -> Batch:
-        # sbatch --wait would look every 32 s only. On its way back into the queue a job passes through other states.
+        # sbatch --wait polls only every 32 s. A job that is requeued passes through other states.
         wait_until(lambda: self.told("JobState") in FINAL_STATES, self)
         codes = [
             int(code) for code in re.findall(r" ExitCode=(\d+):", self.ask("scontrol", "show", "job", self.job_id))
@@ -74,23 +74,23 @@ class Job:
         return Batch(max(codes), self.job_id, self.text(), self.folder, state, restarts)
 
     def told(self, key: str) -> str:
-        """What `scontrol show job` says of it."""
+        """What `scontrol show job` says about it."""
         return re.findall(rf"\b{key}=(\S+)", self.ask("scontrol", "show", "job", self.job_id))[-1]
 
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
     def is_training(self, *, start: int) -> bool:
-        """Whether it has finished some epochs since it was put back for the `start`-th time."""
+        """Whether it has finished some epochs since its `start`-th requeue."""
         _, put_back, since = self.text().rpartition(f"restarted {start} time(s)\n")
         return bool(put_back) and since.count("\nEpoch ") >= 3
 
     def processes(self) -> list[int]:
-        """The process of each rank."""
+        """The PID of each rank's process."""
         step = f"{self.told('JobId')}.0"
         found = {}
         for node in NODES:
-            with contextlib.suppress(subprocess.CalledProcessError):  # a node without any
+            with contextlib.suppress(subprocess.CalledProcessError):  # a node without any of them
                 for line in self.ask("scontrol", "listpids", step, node).splitlines():
                     pid, *_, rank = line.split()
                     if rank.isdecimal():
@@ -98,10 +98,10 @@ class Job:
         return [found[rank] for rank in sorted(found)]
 
     def signal_one(self, rank: int, number: signal.Signals, *, start: int = 0) -> None:
-        """To one process only, in the middle of the training.
+        """Signal only one process, in the middle of training.
 
-        `scancel --signal` knows jobs and steps, and signals all tasks of a step. So Slurm is asked which process the
-        task is, as a user does who types `srun --jobid=... --overlap --nodelist=... kill -USR2 ...`.
+        `scancel --signal` only knows jobs and steps, and signals all tasks of a step. So we ask Slurm for the task's
+        process, like a user who types `srun --jobid=... --overlap --nodelist=... kill -USR2 ...`.
         """
         wait_until(lambda: self.is_training(start=start), self)
         os.kill(self.processes()[rank], number)
@@ -118,7 +118,7 @@ def wait_until(condition: Callable[[], bool], job: Job, *, timeout_s: float = _J
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """The folder that a user submits from, with blanks in its name."""
+    """The folder that a user submits from, with spaces in its name."""
     folder = tmp_path_factory.mktemp("my own") / "two words"
     (folder / "runs").mkdir(parents=True)
     (folder / "slurm").mkdir()
@@ -129,14 +129,14 @@ def desk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(small_npz, desk):
-    """The arguments of a short training, whose data has a blank in its path too."""
+    """The arguments of a short training run; the path of its data also has a space."""
     path = shutil.copy(small_npz, desk / "small data.npz")
     return ["data=npz", f"data.path={path}", "trainer.epochs=2"]
 
 
 @pytest.fixture(scope="module")
 def submit(cluster, desk):
-    """Start `sbatch OPTIONS slurm/train.sh ARGUMENTS`; `site` is text for a site.sh of this job's own."""
+    """Start `sbatch OPTIONS slurm/train.sh ARGUMENTS`; `site` is the text of a site.sh just for this job."""
     kept = {name: value for name, value in cluster.items() if not name.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     environment = {**kept, "PYTHONPATH": path, "SLURM_CONF": cluster["SLURM_CONF"]}
@@ -160,7 +160,7 @@ def submit(cluster, desk):
 
 @pytest.fixture(scope="module")
 def expected(small, tmp_path_factory):
-    """The digest of the weights that the same training gives without Slurm."""
+    """The digest of the weights that the same training run gives without Slurm."""
     return train_plainly(small, tmp_path_factory.mktemp("plain"))
 
 
@@ -181,7 +181,7 @@ def check(batch: Batch, expected: str, *, strategy: str, world_size: int, num_re
 
 
 def test_mirrored(submit, small, expected, desk):
-    """One process with all GPUs of its node; the GPUs being pretended, two logical CPUs. The user names the folder."""
+    """One process with all GPUs of its node (fake ones, so two logical CPUs). The user names the folder."""
     arguments = "strategy=mirrored", "strategy.num_replicas=2", "run_dir=runs/of my own"
     batch = submit(*small, *arguments, options=["--gpus-per-node=2"])()
     assert not batch.folder.exists()
@@ -193,16 +193,16 @@ def test_mirrored(submit, small, expected, desk):
 
 
 def test_horovod_over_two_nodes(submit, small, expected):
-    """A process for each GPU, started by plain srun."""
+    """One process per GPU, started by plain srun."""
     horovodrun()
     batch = submit(*small, "strategy=horovod", options=["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"])()
     check(batch, expected, strategy="horovod", world_size=4, num_replicas=4)
 
 
-def test_two_jobs_at_one_time(submit, small, expected):
-    """No GPUs here: `auto` takes Horovod. The other job shares both nodes, at the same time.
+def test_two_jobs_at_the_same_time(submit, small, expected):
+    """No GPUs here: `auto` picks Horovod. The other job shares both nodes at the same time.
 
-    For multiworker it is one process on each node, however many tasks the options would allow.
+    Multiworker runs one process on each node, however many tasks the options allow.
     """
     horovodrun()
     options = ["--nodes=2", "--cpus-per-task=1"]
@@ -242,18 +242,18 @@ def test_what_does_not_fit_is_one_line(submit, small, arguments, options, fragme
 
 @pytest.fixture(scope="module")
 def long(small):
-    """The arguments of a training that is not over before somebody has looked at it."""
+    """The arguments of a training run that lasts long enough to be looked at."""
     return [*small, "trainer.epochs=150"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(long, tmp_path_factory):
-    """The digest of the weights that the long training gives without Slurm."""
+    """The digest of the weights that the long training run gives without Slurm."""
     return train_plainly(long, tmp_path_factory.mktemp("plain"))
 
 
 def check_put_back(batch: Batch, times: int, digest: str, *, reason: str) -> None:
-    """That the job was put back so often, went on each time from where it was, and ended as if nothing had happened."""
+    """Check that the job was requeued that many times, resumed each time, and ended as if nothing had happened."""
     assert batch.returncode == 0, batch.log
     assert batch.state == "COMPLETED"
     assert batch.num_restarts == times, batch.log
@@ -265,8 +265,8 @@ def check_put_back(batch: Batch, times: int, digest: str, *, reason: str) -> Non
     assert batch.summary["weights_sha256"] == digest, batch.log
 
 
-def test_one_task_is_told_to_stop(submit, long, undisturbed):
-    """All stop after the same epoch, and the job is put back once."""
+def test_stop_request_to_one_task(submit, long, undisturbed):
+    """All tasks stop after the same epoch, and the job is requeued once."""
     horovodrun()
     job = submit(*long, "strategy=horovod", options=["--nodes=2", "--cpus-per-task=1"])
     job.signal_one(1, signal.SIGUSR2)
@@ -277,10 +277,10 @@ def test_one_task_is_told_to_stop(submit, long, undisturbed):
     assert batch.summary["world_size"] == 2
 
 
-def test_an_array(submit, long, undisturbed):
-    """Its tasks have folders of their own, and %a stands for the number of each. One of them is preempted.
+def test_a_job_array(submit, long, undisturbed):
+    """Each task has its own folder, and %a stands for its number. One of them is preempted.
 
-    By hand, as `scancel` does it: the signal goes to all processes of this task of the array, and of no other.
+    By hand, the way `scancel` does it: the signal goes to all processes of this array task and of no other.
     """
     options = ["--array=0-1", "--output=runs/array-%A_%a.log"]
     first = submit(*long, "strategy=single", "seed=%a", options=options, log="array-{}_0.log", task="_0")
@@ -302,7 +302,7 @@ def test_an_array(submit, long, undisturbed):
 
 
 def test_slurm_preempts(submit, long, undisturbed):
-    """For a job of a partition with priority; until its time of grace is over the training has stopped by itself."""
+    """For a job in a higher-priority partition; training stops by itself within the grace time."""
     options = ["--nodes=2", "--cpus-per-task=1"]
     job = submit(*long, "strategy=multiworker", options=options)
     wait_until(lambda: job.is_training(start=0), job)
@@ -312,10 +312,10 @@ def test_slurm_preempts(submit, long, undisturbed):
 
 
 def test_the_time_is_nearly_up(submit, long, undisturbed):
-    """Slurm looks every 30 s whether the time for the warning has come, and counts these 30 s as over then.
+    """Slurm checks every 30 s whether the warning is due, and counts those 30 s as already over.
 
-    The training must not be over by then: its process is frozen until the signal waits for it. The next start gets more
-    time, so as not to be warned as well.
+    Training must not finish before that, so its process is frozen until the signal is pending. The next start gets more
+    time, so that it is not warned as well.
     """
     job = submit(*long, "strategy=single", options=["--time=1", "--signal=USR2@25"])
     wait_until(lambda: job.is_training(start=0) or int(job.told("Restarts")) > 0, job)
@@ -340,7 +340,7 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
 
 
 def test_a_process_is_lost(submit, long, undisturbed):
-    """First the last one, then the chief: each time the others end soon, and the job is put back."""
+    """First the last one, then the chief: each time the others end soon, and the job is requeued."""
     horovodrun()
     job = submit(*long, "strategy=horovod", options=["--nodes=2", "--cpus-per-task=1"])
     for start, rank in enumerate([1, 0]):
@@ -350,7 +350,7 @@ def test_a_process_is_lost(submit, long, undisturbed):
 
 
 def test_a_cancelled_job_does_not_come_back(submit, long):
-    """Though it has time enough to save a checkpoint, and to say that it was stopped."""
+    """Even though it has enough time to save a checkpoint and say that it was stopped."""
     job = submit(*long, "strategy=single")
     wait_until(lambda: job.is_training(start=0), job)
     job.ask("scancel", job.job_id)
@@ -371,14 +371,14 @@ def test_a_failed_training_does_not_come_back(submit, small):
 @pytest.mark.parametrize(
     ("first", "second", "code"),
     [
-        ("exit 2", "sleep 60", 2),  # the second one is ended by srun, with SIGTERM: srun's own exit code is 143
+        ("exit 2", "sleep 60", 2),  # srun ends the second one with SIGTERM, so srun's own exit code is 143
         ("exit 1", "trap '' TERM; sleep 1; kill -9 $$", 1),
-        ("trap '' TERM; sleep 0.5; exit 1", "exit 76", 1),  # the one that missed the other was faster
+        ("trap '' TERM; sleep 0.5; exit 1", "exit 76", 1),  # the one that noticed the other was missing was faster
         ("exit 127", "sleep 60", 127),
     ],
 )
-def test_the_first_failure_counts(first, second, code, submit):
-    """Not what it does to the others. In place of Python there are two small shells."""
+def test_only_the_first_failure_counts(first, second, code, submit):
+    """Not what it does to the others. Two small shell scripts stand in for Python."""
     site = f"launcher=(bash -c 'if ((SLURM_PROCID)); then {quoted(second)}; else {quoted(first)}; fi')"
     batch = submit(options=["--nodes=2"], site=site)()
     assert (batch.state, batch.returncode, batch.num_restarts) == ("FAILED", code, 0), batch.log
@@ -386,12 +386,12 @@ def test_the_first_failure_counts(first, second, code, submit):
 
 
 def quoted(command: str) -> str:
-    """For a place between single quotes."""
+    """Escape text for use between single quotes."""
     return command.replace("'", "'\\''")
 
 
-def test_not_for_ever(submit):
-    """Killed in each start before there is a checkpoint: after so many times that is the end, and a line says so."""
+def test_requeues_are_limited(submit):
+    """A job killed at each start before its first checkpoint is given up after some requeues, and a line says so."""
     batch = submit("seed=3", "+x=a b", site="max_requeues=2; launcher=(bash -c 'kill -9 $$')")()
     assert (batch.state, batch.num_restarts) == ("FAILED", 2), batch.log
     assert batch.log.count("goes back into the queue: a process of the job was lost") == 2
@@ -401,7 +401,7 @@ def test_not_for_ever(submit):
 
 
 def test_a_process_that_takes_too_much_memory_does_not_come_back(submit):
-    """It would again. What Slurm says where a limit of memory is set; here a small shell says it, and is killed."""
+    """It would run out again. A small shell script prints what Slurm says when a memory limit is hit, and is killed."""
     line = "srun: error: node1: task 0: Out Of Memory"
     batch = submit(site=f"launcher=(bash -c 'echo \"{line}\" >&2; kill -9 $$')")()
     assert (batch.state, batch.num_restarts) == ("FAILED", 0), batch.log
@@ -409,8 +409,8 @@ def test_a_process_that_takes_too_much_memory_does_not_come_back(submit):
     assert "goes back" not in batch.log
 
 
-def test_putting_back_is_not_allowed(submit):
-    """The line has Slurm's own words, and what to type."""
+def test_requeueing_is_not_allowed(submit):
+    """The line has Slurm's own words and what to type."""
     site = "launcher=(bash -c 'exit 75'); scontrol() { [[ $1 != requeue ]] || { echo 'Access denied' >&2; false; }; }"
     batch = submit(site=site)()
     assert (batch.state, batch.returncode, batch.num_restarts) == ("FAILED", 75, 0), batch.log
@@ -420,7 +420,7 @@ def test_putting_back_is_not_allowed(submit):
 
 
 def test_a_signal_to_the_script(submit):
-    """`--signal=B:...` and `scancel --batch` signal it alone; it passes them on. A small shell is the training."""
+    """`--signal=B:...` and `scancel --batch` signal only the script, which forwards them to a stand-in for training."""
     task = 'trap "exit 75" USR2; ((SLURM_RESTART_COUNT)) && exit 0; echo ready; while :; do sleep 0.1; done'
     job = submit(site=f"launcher=(bash -c '{task}')")
     wait_until(lambda: "ready" in job.text(), job)
@@ -430,7 +430,7 @@ def test_a_signal_to_the_script(submit):
     assert batch.log.count("goes back into the queue: stopped on request") == 1
 
 
-def test_outside_of_a_job(tmp_path):
+def test_outside_a_job(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     script = CHECKOUT / "slurm" / "train.sh"
     result = subprocess.run(

@@ -20,7 +20,7 @@ from mnist_dist.results.history import History
 
 @pytest.fixture(scope="session")
 def python_environment() -> dict[str, str]:
-    """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
+    """The environment in which `python -m mnist_dist...` runs from any folder, installed or not."""
     return clean_environment()
 
 
@@ -41,7 +41,7 @@ def run_python(tmp_path_factory):
 
 @pytest.fixture
 def start_python(tmp_path):
-    """Start `python *words` in `tmp_path`; what still runs when the test ends is killed."""
+    """Start `python *words` in `tmp_path`; whatever still runs when the test ends is killed."""
     started: list[Job] = []
 
     def start(*words, **options) -> Job:
@@ -55,7 +55,7 @@ def start_python(tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a training in `tmp_path` (`support.job.start_job`); what still runs when the test ends is killed."""
+    """Start training in `tmp_path` (`support.job.start_job`); whatever still runs when the test ends is killed."""
     started: list[Job] = []
 
     def begin(kind, *args, **options) -> Job:
@@ -69,7 +69,7 @@ def start(tmp_path):
 
 @pytest.fixture(scope="session")
 def run_job(tmp_path_factory):
-    """Run a training to its end; returns how each process (under horovodrun: it) ended."""
+    """Run training to its end; returns how each process (or horovodrun itself) ended."""
 
     def run(kind, *args, **options):
         started = job.start_job(kind, *args, printed_to=tmp_path_factory.mktemp("printed"), **options)
@@ -82,7 +82,7 @@ def run_job(tmp_path_factory):
 
 
 class Finished(NamedTuple):
-    """A finished training, as `hooks/probe.py` saw it."""
+    """A finished training run, as `hooks/probe.py` saw it."""
 
     folder: Path
     outputs: list[str]
@@ -102,7 +102,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def train_with(tmp_path_factory, run_job):
-    """Train, once for each set of arguments, and look into every process. Horovod's ranks are started by srun."""
+    """Train once for each set of arguments, and inspect every process. Horovod's ranks are started by srun."""
 
     @functools.cache
     def train(strategy: str, size: int, *args) -> Finished:
@@ -138,7 +138,7 @@ def train(run_job, args):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, train) -> Path:
-    """The folder of a run that nothing happened to; not to be changed."""
+    """The folder of an uninterrupted run; do not change it."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     result = train(folder)
     assert result.returncode == 0, result.stderr

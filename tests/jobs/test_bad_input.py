@@ -1,4 +1,4 @@
-"""Bad input, as a new user gives it: exit code 2, one clear line, nothing written, TensorFlow not started."""
+"""Bad input, as new users give it: exit code 2, one clear line, nothing written, TensorFlow not started."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from mnist_dist.data.load import load_dataset
 TRAIN, EVALUATE, BENCHMARK = "mnist_dist.train", "mnist_dist.evaluate", "mnist_dist.benchmark.__main__"
 NO_DATA = ("data=npz", "data.path=nowhere.npz")  # ends the runs that get as far as the data
 
-# Runs a module as `python -m` does, and tells whether TensorFlow was imported.
+# Runs a module as `python -m` does, and reports whether TensorFlow was imported.
 WATCHED = """
 import os, runpy, sys
 del sys.argv[0]
@@ -57,7 +57,7 @@ def work(tmp_path):
 def ask(python_environment, tmp_path, work):
     """Run `python -m MODULE *args` in `work` and return its answer."""
     caches = (f"data.keras_home={tmp_path}/keras", f"data.cache_dir={tmp_path}/cache")
-    # A proxy at which nobody listens, in case something does try to reach the network.
+    # A proxy that nobody listens at, in case something does try to reach the network.
     nobody = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     env = {**python_environment, **nobody, "no_proxy": "", "IMPORTED": str(tmp_path / "imported")}
 
@@ -92,7 +92,7 @@ def refuse(ask, work):
 
 
 def snapshot(folder):
-    """All paths below a folder, with their content."""
+    """All paths below a folder, with their contents."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -182,7 +182,7 @@ DECAY = "must be at least 0 and less than 1 in float32 (at most 0.9999999)"
 A_DAY = "must be more than 0 and at most 86400"
 MANY_DIGITS = "1" * 4000  # Python reads up to 4,300
 
-# Keys with their range, and values outside of it.
+# Keys with their range, and values outside it.
 OUTSIDE = {
     ("trainer.epochs", f"must be from 1 to {INT32}"): ["0", "-0", "-3", "2147483648", MANY_DIGITS],
     ("seed", f"must be from 0 to {INT32}"): ["-1", "2147483648", "99_999_999_999"],
@@ -233,7 +233,7 @@ GRAMMAR = [
 
 NOT_OURS = "cannot be changed on the command line (all keys: --help)"
 NO_OPTION = "no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"
-# Hydra has these options and settings; none of them is for this package.
+# Options and settings of Hydra's that this package does not support.
 HYDRAS_OWN = [
     *((text, f"{text}: {NOT_OURS}") for text in (
         "hydra.mode=MULTIRUN", "+hydra.mode=MULTIRUN", "++hydra.mode=MULTIRUN", "~hydra.mode", "hydra.job.chdir=true",
@@ -256,7 +256,7 @@ HYDRAS_OWN = [
 
 
 @pytest.mark.parametrize(("argument", "problem"), [*KEYS, *CHOICES, *TYPES])
-def test_key_or_choice_or_type(argument, problem, refuse):
+def test_bad_key_or_choice_or_type(argument, problem, refuse):
     line = refuse(TRAIN, argument, *(() if argument.startswith("data=") else NO_DATA))
     assert line == f"{argument}: {problem}"
 
@@ -291,18 +291,18 @@ def test_value_at_the_edge_of_its_range(value, refuse):
 @pytest.mark.parametrize("module", [TRAIN, EVALUATE, BENCHMARK])
 @pytest.mark.parametrize(("text", "line"), HYDRAS_OWN)
 def test_hydras_own_options(module, text, line, refuse, work):
-    (work / "evil.pkl").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")  # a pickle that makes a folder
+    (work / "evil.pkl").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")  # a pickle that creates a folder
     refused = refuse(module, *text.split(" ", 1))
-    # Python's words for a choice differ from version to version.
+    # Python's wording for a choice differs from version to version.
     assert refused == line.format(choices=refused.partition("choose from ")[2].partition(")")[0])
 
 
 @pytest.mark.parametrize(("argument", "line"), GRAMMAR)
-def test_not_key_and_value(argument, line, refuse):
+def test_not_a_key_and_value(argument, line, refuse):
     assert refuse(TRAIN, *NO_DATA, argument) == line
 
 
-def test_an_unknown_key_without_one_alike_lists_all(refuse):
+def test_an_unknown_key_unlike_any_other_lists_all(refuse):
     line = refuse(TRAIN, "foo=1")
     assert line.startswith("foo=1: no such key; the keys here are run_dir, seed, data, model, optimizer, ")
     assert line.endswith(" (all keys: --help)")
@@ -316,7 +316,7 @@ def test_options_and_keys_in_any_order(ask):
     assert "\nseed: 3\n" in answers[0].stdout
 
 
-def test_the_last_of_several_values_counts(refuse):
+def test_the_last_of_several_values_wins(refuse):
     assert refuse(TRAIN, "trainer.epochs=3", "trainer.epochs=x") == "trainer.epochs=x: must be a whole number"
 
 
@@ -327,7 +327,7 @@ def test_an_unset_variable_in_a_value(refuse):
 
 
 MINE = "defaults: [train, _self_]\n"
-# Files of the user's own: what they say, and how the line begins.
+# The user's own files: what they contain, and how the line begins.
 FILES = {
     "empty": ("", "--config-name=mine: does not configure train; start the file with defaults: [train, _self_]"),
     "keys alone": ("seed: 3\n", "--config-name=mine: does not configure train; start the file with defaults: "),
@@ -350,7 +350,7 @@ FILES = {
     "another launcher": ("defaults: [train, {override hydra/launcher: x}]\n", "hydra/launcher=x: no such choice; "),
 }  # fmt: skip
 LOG = "{version: 1, handlers: {f: {'()': os.mkdir, path: ran}}, root: {handlers: [f]}}"
-# What Hydra would do for such a file: without effect.
+# What Hydra would do for such a file; it has no effect.
 SETTINGS = {
     "several runs": "{mode: MULTIRUN, sweep: {dir: ran}, sweeper: {params: {seed: '1,2'}}}",
     "another folder": "{job: {chdir: true}, run: {dir: ran}, output_subdir: ran}",
@@ -386,7 +386,7 @@ def test_hydras_settings_in_a_file_have_no_effect(name, refuse, work, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "endless", "link to nothing", "none", "path"])
-def test_a_file_of_the_users_own_that_is_none(kind, refuse, tmp_path):
+def test_a_bad_file_of_the_users_own(kind, refuse, tmp_path):
     path, name = tmp_path / "mine.yaml", "mine" if kind != "path" else "../mine"
     make = {
         "fifo": os.mkfifo,
@@ -485,7 +485,7 @@ def floats(images, **at_first_pixel):
     return images
 
 
-# What is done to the small arrays, and how the line goes on after the file's name.
+# What is done to the small arrays, and how the line continues after the file's name.
 DATA = {
     "empty file": (lambda _: b"", "not a usable data file: it is not an .npz archive, or its end is missing; write"),
     "cut short": (lambda a: to_npz(a)[:-100], "not a usable data file: it is not an .npz archive, or its end is "),
@@ -580,14 +580,14 @@ def test_mnist_folder_without_the_files(refuse, work):
     assert line == "data.path=.: no file train-images-idx?-ubyte or .gz in this folder"
 
 
-# Files that never end, or never begin: only regular ones are read
+# Files that never end or never begin: only regular files are read
 
 
 @pytest.fixture
 def fifo(work):
     os.mkfifo(work / "fifo")
     yield "fifo"
-    (work / "fifo").unlink()  # it is no file that a snapshot can read
+    (work / "fifo").unlink()  # not a file that a snapshot can read
 
 
 @pytest.mark.parametrize("path", ["fifo", "/dev/zero", "/dev/null", "/dev/urandom", "/dev/stdin", "/dev/full"])
@@ -608,7 +608,7 @@ def test_not_a_regular_file(key, more, path, fifo, refuse):
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"])
-def test_not_a_regular_file_among_mnists(name, refuse, work, small_arrays):
+def test_not_a_regular_file_in_the_mnist_folder(name, refuse, work, small_arrays):
     folder = work.parent / "idx"
     folder.mkdir()
     for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
@@ -623,7 +623,7 @@ def test_not_a_regular_file_among_mnists(name, refuse, work, small_arrays):
 
 
 def test_a_lock_that_is_not_a_regular_file(ask, tmp_path, work):
-    """Another one's cache: it costs a warning."""
+    """In somebody else's cache: it only causes a warning."""
     (tmp_path / "cache").mkdir()
     os.mkfifo(tmp_path / "cache" / "digits-v1.lock")
     answer = ask(TRAIN, "data=digits", "plots.reference=original", "data.val_fraction=0.99999999")
@@ -631,7 +631,7 @@ def test_a_lock_that_is_not_a_regular_file(ask, tmp_path, work):
     assert "cannot cache the digits at" in answer.stdout
 
 
-def test_mnist_that_is_not_to_be_had(ask, work, tmp_path):
+def test_mnist_that_is_not_available(ask, work, tmp_path):
     answer = ask(TRAIN, "data=mnist")
     path = tmp_path / "keras" / "datasets" / "mnist.npz"
     assert answer.code == 2
@@ -651,11 +651,11 @@ def test_split_without_training_images(val_fraction, refuse, small_npz):
     assert line.startswith(f"data.val_fraction={val_fraction}: 600 training images cannot be split like this: ")
 
 
-# What cannot fit into memory
+# What cannot fit in memory
 
 
 def claim(shape):
-    """An .npz whose x_train says that it has this shape."""
+    """An .npz whose x_train claims to have this shape."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return head.getvalue()
@@ -699,7 +699,7 @@ LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_DATA, (600
 
 
 def test_archive_that_unpacks_to_more_than_the_memory(run_python, work, small_arrays):
-    """Its directory says so; the limit is set low, so that the file can be small."""
+    """The archive's directory gives the size; the limit is set low so that the file can be small."""
     np.savez_compressed(work / "mine.npz", **{**small_arrays, "x_train": np.zeros((10**6, 28, 28), np.uint8)})
     command = f"{LIMITED}runpy.run_module('{TRAIN}', run_name='__main__')"
     result = run_python("-c", command, "data=npz", "data.path=mine.npz", "run_dir=run", cwd=work, fresh=True)
@@ -749,7 +749,7 @@ def test_run_folder_that_cannot_be_written(run_dir, problem, refuse, work, small
     assert line == f"run_dir={run_dir}: cannot be written: {problem.format(work=work)}"
 
 
-def test_run_folder_of_nobody(refuse):
+def test_run_folder_of_an_unknown_user(refuse):
     for module in (TRAIN, EVALUATE):
         line = refuse(module, "run_dir='~nobody-here/run'")
         assert line == "run_dir=~nobody-here/run: no such user's home folder; write the path out"
@@ -766,7 +766,7 @@ def test_run_folder_of_somebody_else(refuse, work, small_npz):
 
 @pytest.fixture
 def fake_run(ask, work, small_npz):
-    """A run folder `run` as far as it can be had without training."""
+    """A run folder `run`, as complete as it can be without training."""
     config = ask(TRAIN, "--cfg", "job", "--resolve", "data=npz", f"data.path={small_npz}").stdout
     dataset = load_dataset(
         DataConfig("npz", str(small_npz), cache_dir="", keras_home="", val_fraction=0.175, split_seed=0)
@@ -853,7 +853,7 @@ def test_evaluate_without_a_run(refuse):
         ),
     ],
 )
-def test_evaluate_arguments(arguments, line, fake_run, refuse):
+def test_evaluate_bad_arguments(arguments, line, fake_run, refuse):
     assert refuse(EVALUATE, *arguments).startswith(line)
 
 
@@ -913,7 +913,7 @@ def test_evaluate_an_archive_that_holds_no_model(fake_run, ask, work):
     assert answer.code == 2, answer
     assert answer.stderr.startswith("error: run/model.keras: not a usable model: ")
     assert len(answer.stderr.splitlines()) == 1
-    assert answer.knows_tensorflow  # so this file's other answers would have shown it, too
+    assert answer.knows_tensorflow  # so this file's other tests would have noticed it as well
     assert snapshot(work) == before
 
 
@@ -938,7 +938,7 @@ def test_help_shows_keys_and_choices(flag, ask, work):
 
 
 @pytest.mark.parametrize("option", ["--help", "--cfg=job", "--version"])
-def test_nobody_reads_what_is_printed(option, python_environment, work):
+def test_nobody_reads_the_output(option, python_environment, work):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", TRAIN, option]
@@ -947,7 +947,7 @@ def test_nobody_reads_what_is_printed(option, python_environment, work):
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_help_shows_the_choices_that_were_made(ask):
+def test_help_shows_the_choices_made(ask):
     stdout = ask(TRAIN, "--help", "optimizer=sgd", "trainer.epochs=7").stdout
     assert "momentum: 0.0" in stdout
     assert "epochs: 7" in stdout
@@ -964,7 +964,7 @@ def test_help_with_a_misspelt_key(refuse):
     assert "did you mean trainer.epochs=3?" in refuse(TRAIN, "--help", "trainer.epoch=3")
 
 
-# The same with nothing in between: `python -m`, as users start it
+# The same directly: `python -m`, as users start it
 
 
 @pytest.mark.parametrize(

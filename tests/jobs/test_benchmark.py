@@ -1,4 +1,4 @@
-"""The benchmark with real child processes on small data; no test looks at how long anything took."""
+"""The benchmark with real child processes on small data; no test checks how long anything took."""
 
 import contextlib
 import json
@@ -63,7 +63,7 @@ def test_report_has_every_contender(report):
     assert "tensorflow" in content["versions"]
 
 
-def test_failed_contender_is_marked_and_the_rest_goes_on(report):
+def test_failed_contender_is_marked_and_the_rest_run(report):
     result, _, content = report
     assert result.returncode == 1, result.stderr
     assert content["rows"][-1]["status"] == "failed"

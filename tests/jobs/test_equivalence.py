@@ -1,6 +1,6 @@
-"""The same training on all strategies and sizes, with real processes and real collectives; to rounding (`fast`).
+"""The same training with all strategies and sizes, real processes and real collectives; up to rounding (`fast`).
 
-That `exact` gives the same bits is the matter of `test_exact.py`.
+`test_exact.py` tests that `exact` gives the same bits.
 """
 
 import json
@@ -33,7 +33,7 @@ MNIST_JOBS = [("multiworker", 2), ("horovod", 3)]
 
 @pytest.fixture(scope="module")
 def three_sgd_steps(small_npz):
-    """A rate of 1 and no dropout: a gradient that is too large by any factor cannot hide. The last batch is short."""
+    """A learning rate of 1 and no dropout expose a gradient that is off by any factor. The last batch is short."""
     return (
         "data=npz", f"data.path={small_npz}", "optimizer=sgd", "optimizer.learning_rate=1", "model.dropout=0",
         "trainer.epochs=1", "batch.global_size=200", "reproducibility=fast",
@@ -55,7 +55,7 @@ def test_three_sgd_steps_give_the_same_weights(job, train_with, three_sgd_steps)
 def test_the_recipe_gives_the_same_losses_and_counts(job, train_with, one_epoch_of_mnist):
     single, other = (train_with(*which, *one_epoch_of_mnist) for which in (("single", 1), job))
     first, second = (run.history.epochs[0] for run in (single, other))
-    assert (first.weights_sha256, second.weights_sha256) == (None, None)  # fast promises no bits
+    assert (first.weights_sha256, second.weights_sha256) == (None, None)  # fast does not promise the same bits
     assert second.loss == pytest.approx(first.loss, rel=1e-3)
     assert second.val_loss == pytest.approx(first.val_loss, rel=1e-2)
     for split in ("val", "test"):
@@ -71,14 +71,14 @@ def test_counts_are_numpys_on_the_saved_weights(job, train_with, one_epoch_of_mn
     for split, num_examples in [("val", 10_500), ("test", 10_000)]:
         outputs = splits[split].images
         for kernel, bias in zip(weights[::2], weights[1::2], strict=True):
-            outputs = np.maximum(outputs, 0) @ kernel + bias  # the pixels are not negative: their ReLU is themselves
+            outputs = np.maximum(outputs, 0) @ kernel + bias  # the pixels are not negative, so ReLU leaves them alone
         correct = (outputs.argmax(axis=1) == splits[split].labels.argmax(axis=1)).sum()
         assert job.summary[split]["num_correct"] == correct
         assert job.summary[split]["num_examples"] == num_examples
 
 
 @pytest.mark.parametrize("job", [("multiworker", 2), ("horovod", 3)], ids=job_name)
-def test_ranks_end_alike_and_only_rank_0_writes(job, train_with, one_epoch_of_mnist):
+def test_ranks_end_with_the_same_weights_and_only_rank_0_writes(job, train_with, one_epoch_of_mnist):
     run = train_with(*job, *one_epoch_of_mnist)
     assert len(run.ranks) == job[1]
     for rank in run.ranks:
@@ -126,7 +126,7 @@ def test_one_run_folder_even_when_started_seconds_apart(run_job, small_npz, tmp_
     args = ["data=npz", f"data.path={small_npz}", "trainer.epochs=1"]
     results = run_job(("multiworker", 2), *args, delays_s={1: 2.5}, cwd=tmp_path)
     assert [result.returncode for result in results] == [0, 0], results[0].stderr
-    (folder,) = (tmp_path / "runs").iterdir()  # both named it by the time, seconds apart
+    (folder,) = (tmp_path / "runs").iterdir()  # both named it after the time, seconds apart
     assert (folder / "summary.json").is_file()
 
 
@@ -139,7 +139,7 @@ def test_one_rank_of_horovod(launcher, run_job, small_npz, tmp_path):
     assert (summary["strategy"], summary["world_size"], summary["num_replicas"]) == ("horovod", 1, 1)
 
 
-def test_only_rank_0_speaks(train_with, one_epoch_of_mnist):
+def test_only_rank_0_prints(train_with, one_epoch_of_mnist):
     chief, other = train_with("multiworker", 2, *one_epoch_of_mnist).outputs
     assert "Epoch 1/1" in chief
     assert other == ""

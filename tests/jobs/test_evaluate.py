@@ -66,7 +66,7 @@ def test_data_that_is_not_where_it_was(run_dir, run_python, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "problem"),
     [
-        # Its product is one that TensorFlow has a line of its own for, on processors without AVX512-FP16.
+        # On processors without AVX512-FP16, TensorFlow prints a line of its own about this product.
         ([keras.layers.Dense(4, activation="softmax", dtype="float16")], "must have weights, all float32"),
         ([keras.layers.BatchNormalization(), keras.layers.Dense(4, activation="softmax")], "that are not trained"),
         (
@@ -76,7 +76,7 @@ def test_data_that_is_not_where_it_was(run_dir, run_python, tmp_path):
     ],
     ids=["float16", "batch normalisation", "overflow"],
 )
-def test_another_model(parts, problem, run_dir, run_python, tmp_path):
+def test_a_model_that_cannot_be_used(parts, problem, run_dir, run_python, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")
     keras.Sequential([keras.Input((64,)), *parts]).save(folder / "model.keras")
     result = run_python("-m", "mnist_dist.evaluate", f"run_dir={folder}", "split=val")

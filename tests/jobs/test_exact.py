@@ -19,7 +19,7 @@ FEW_JOBS = [("mirrored", 3), ("horovod", 2)]
 
 
 class Bits(NamedTuple):
-    """What of a run must not differ from another in a single bit."""
+    """What must be the same, bit for bit, in two runs."""
 
     weights: list[str]
     """A digest for every epoch."""
@@ -41,7 +41,7 @@ def bits(job) -> Bits:
 
 
 def copies(job) -> set[tuple[str, ...]]:
-    """Digests of weights and optimizer slots at the end, of every replica of every process."""
+    """Digests of the final weights and optimizer slots, for every replica of every process."""
     return {
         replica for rank in job.ranks for replica in zip(rank["weights_sha256"], *rank["slots_sha256"], strict=True)
     }
@@ -49,13 +49,13 @@ def copies(job) -> set[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def recipe(mnist_path):
-    """Dropout 0.4, Adam, batches of 512; 49,500 examples leave 348 for the last one."""
+    """Dropout 0.4, Adam, batches of 512; with 49,500 examples the last one has 348."""
     return "data=mnist", f"data.path={mnist_path}", "trainer.epochs=2"
 
 
 @pytest.fixture(scope="module")
 def part_of_mnist(mnist_path, tmp_path_factory):
-    """An eighth of it, for what is slow; 4,950 examples, 10 batches, the last one of 342."""
+    """An eighth of it, for slow tests: 4,950 examples in 10 batches, the last one of 342."""
     path = tmp_path_factory.mktemp("part") / "mnist.npz"
     with np.load(mnist_path) as arrays:
         np.savez(path, **{name: array[: 6000 if "train" in name else 1000] for name, array in arrays.items()})
@@ -66,12 +66,12 @@ def part_of_mnist(mnist_path, tmp_path_factory):
 def test_the_recipe_gives_the_same_bits(job, train_with, recipe):
     single, other = train_with(*SINGLE, *recipe), train_with(*job, *recipe)
     assert bits(other) == bits(single)
-    assert len(set(bits(single).weights)) == 2  # it does train
+    assert len(set(bits(single).weights)) == 2  # it did train
 
 
 @pytest.mark.parametrize("job", LARGER_JOBS, ids=job_name)
 def test_a_part_of_mnist_gives_the_same_bits(job, train_with, part_of_mnist):
-    """The same steps, only fewer: batches of 512, and a short one at the end."""
+    """The same steps, only fewer: batches of 512 and a short one at the end."""
     recipe = *part_of_mnist, "trainer.epochs=3"
     single, other = train_with(*SINGLE, *recipe), train_with(*job, *recipe)
     assert bits(other) == bits(single)
@@ -85,13 +85,13 @@ def test_every_replica_ends_with_the_same_weights_and_slots(job, train_with, rec
     assert sum(len(rank["weights_sha256"]) for rank in other.ranks) == job[1]
     ((weights, *slots),) = copies(single)
     assert weights == single.summary["weights_sha256"]
-    assert len(set(slots)) == 2  # Adam's two, not alike
+    assert len(set(slots)) == 2  # Adam's two, which differ
     assert copies(other) == copies(single)
 
 
 @pytest.fixture(scope="module")
 def bits_of_shapes(run_python):
-    """What `bits_of_shapes.py` prints, on a machine that seems to have so many cores."""
+    """What `bits_of_shapes.py` prints on a machine that seems to have that many cores."""
 
     def run(num_cores, *args, env=None) -> dict[str, str]:
         result = run_python(HOOKS / "bits_of_shapes.py", *args, env={"NUM_CORES": num_cores, **(env or {})}, fresh=True)
@@ -106,7 +106,7 @@ def bits_of_shapes_on_one_thread(bits_of_shapes):
     return bits_of_shapes("1", "threads.intra_op=1")
 
 
-def test_threads_and_cores_change_the_speed_only(bits_of_shapes, bits_of_shapes_on_one_thread):
+def test_threads_and_cores_change_only_the_speed(bits_of_shapes, bits_of_shapes_on_one_thread):
     variables = {"OMP_NUM_THREADS": "3", "TF_NUM_INTRAOP_THREADS": "5", "TF_NUM_INTEROP_THREADS": "3"}
     found = bits_of_shapes("64", "threads.intra_op=7", env=variables)
     assert found == bits_of_shapes_on_one_thread
@@ -114,7 +114,7 @@ def test_threads_and_cores_change_the_speed_only(bits_of_shapes, bits_of_shapes_
 
 
 def test_other_threads_after_a_stop(train_with, part_of_mnist, run_python, tmp_path):
-    """512 rows of a shard, where 1 and 8 threads inside an operation would differ."""
+    """512 rows per shard, where 1 and 8 threads inside an operation would differ."""
     recipe = *part_of_mnist, "batch.global_size=4096", "strategy=single"
     whole = train_with(*SINGLE, *recipe, "trainer.epochs=2", "threads.intra_op=1")
     for epochs, threads in ((1, "8"), (2, "64")):
@@ -144,7 +144,7 @@ def test_convolutions(job, train_with, part_of_mnist):
 
 
 def test_another_number_of_shards_gives_other_bits(train_with, part_of_mnist):
-    """So the equality above is no accident: what differs by rounding alone is seen."""
+    """So the equality above is no accident: even a difference in rounding is noticed."""
     recipe = *part_of_mnist, "trainer.epochs=1"
     digests = [
         train_with(*SINGLE, *recipe, f"batch.num_shards={num_shards}").summary["weights_sha256"]

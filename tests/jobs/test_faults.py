@@ -1,6 +1,6 @@
-"""What can happen to a run folder while a run is going: one clear line, nothing saved is lost, and the run goes on.
+"""What can happen to a run folder during a run: one clear line, nothing saved is lost, and the run resumes.
 
-And at which moments a run can be killed: the moments are certain here, in `test_resume.py` they are random.
+Also kills at chosen moments; `test_kills.py` has random ones.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ LOG_LINES = ("Epoch ", "Data: ", "Strategy: ", "Run folder: ", "Model: ", "Devic
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, with their content."""
+    """All files below a folder, with their contents."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -32,7 +32,7 @@ def temporaries(folder: Path) -> list[Path]:
 
 
 def failure_of(job: Job) -> str:
-    """The one line that a run says beside its log when it cannot go on."""
+    """The one line that a run prints besides its log when it cannot continue."""
     codes, output = job.codes(), job.output()
     assert codes == [1], output
     (line,) = [line for line in output.splitlines() if not line.startswith(LOG_LINES)]
@@ -41,7 +41,7 @@ def failure_of(job: Job) -> str:
 
 
 def check_saved(folder: Path, before: dict[str, bytes]) -> None:
-    """All checkpoints are intact, and those of `before` that have not had to make room are the same."""
+    """All checkpoints are intact, and those from `before` that were not pruned are unchanged."""
     after = contents(folder)
     names = [name for name in after if name.startswith("checkpoints/epoch-")]
     assert names
@@ -51,7 +51,7 @@ def check_saved(folder: Path, before: dict[str, bytes]) -> None:
 
 
 def check_goes_on(train, folder: Path, uninterrupted: Path) -> None:
-    """The same command ends as if nothing had happened."""
+    """The same command then ends as if nothing had happened."""
     result = train(folder)
     assert result.returncode == 0, result.stderr
     assert "cannot be used" not in result.stdout
@@ -60,7 +60,7 @@ def check_goes_on(train, folder: Path, uninterrupted: Path) -> None:
 
 
 def mount(*args) -> None:
-    """Mount something, or skip the test where that is not allowed; but fail where nothing may be skipped (CI)."""
+    """Mount something; where that is not allowed, skip the test, or fail where skipping is not allowed (CI)."""
     mounted = subprocess.run(["mount", *map(str, args)], capture_output=True, text=True, check=False)
     if mounted.returncode != 0:
         reason = f"mount: {mounted.stderr.strip()}"
@@ -73,7 +73,7 @@ def unmount(folder: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 10 MB in memory, which takes the rights of root."""
+    """A 10 MB file system in memory, which only root can mount."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount("-t", "tmpfs", "-o", "size=10m", "tmpfs", folder)
@@ -130,9 +130,9 @@ def test_the_folder_is_moved_away(uninterrupted, train, start, args, tmp_path):
 
 
 def test_another_folder_takes_its_place(uninterrupted, train, start, args, tmp_path):
-    """As when the folder is removed and the run is begun anew, while the first job is still training."""
+    """As when the folder is removed and the run is started from scratch while the first job is still training."""
     folder = tmp_path / "run"
-    # Few checkpoints, so that none is just being made room for.
+    # Few checkpoints, so that none is just being pruned.
     process = start(SINGLE, *args, f"run_dir={folder}", "checkpoint.every_epochs=10")
     with stopped_after(process, folder, 11):
         folder.rename(tmp_path / "elsewhere")
@@ -148,7 +148,7 @@ def test_the_file_system_becomes_read_only(uninterrupted, train, start, args, tm
     process = start(SINGLE, *args, f"run_dir={folder}")
     with stopped_after(process, folder, 3):
         before = contents(folder)
-        # A mount of its own over it, since what is being written to cannot be remounted.
+        # A separate mount over it, since a mount that is being written to cannot be remounted.
         mount("--bind", folder, folder)
         try:
             mount("-o", "remount,bind,ro", folder)
@@ -169,9 +169,9 @@ def test_the_file_system_becomes_read_only(uninterrupted, train, start, args, tm
     assert len(summary_of(folder)["resumed_from_epochs"]) == 1
 
 
-def test_the_right_to_write_is_taken_away(uninterrupted, train, start, args, tmp_path):
+def test_write_permission_is_taken_away(uninterrupted, train, start, args, tmp_path):
     folder = tmp_path / "run"
-    # To root modes mean nothing, so root's run goes without what makes them mean nothing.
+    # Modes mean nothing to root, so root's run drops the capabilities that override them.
     prefix = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     process = start(SINGLE, *args, f"run_dir={folder}", prefix=prefix)
     with stopped_after(process, folder, 3):
@@ -194,7 +194,7 @@ def test_checkpoints_is_replaced_by_a_file(uninterrupted, train, start, args, tm
         (folder / "checkpoints").rename(tmp_path / "checkpoints")
         (folder / "checkpoints").write_bytes(b"not a folder")
     line = failure_of(process)
-    # The latter where the run was stopped when it had just written a checkpoint, which then is not there.
+    # The latter if the run was stopped when it had just written a checkpoint, which is then gone.
     reasons = "Not a directory|No such file or directory"
     assert re.match(rf"{re.escape(str(folder))}/checkpoints cannot be written \(({reasons})\); ", line)
     after = contents(folder)
@@ -210,7 +210,7 @@ def test_checkpoints_is_replaced_by_a_file(uninterrupted, train, start, args, tm
 
 
 def test_the_clock_goes_backwards(uninterrupted, train, start, args, tmp_path):
-    """In both parts of a run, and between them: the newer a checkpoint is, the older its file."""
+    """In both parts of a run and between them: the newer a checkpoint, the older its file."""
     folder = tmp_path / "run"
     more = ["checkpoint.every_epochs=1000", "checkpoint.every_s=0"]
     process = start(SINGLE, *args, *more, f"run_dir={folder}", script=BACKWARD_CLOCK, fresh=True)
@@ -229,19 +229,19 @@ def test_the_clock_goes_backwards(uninterrupted, train, start, args, tmp_path):
     assert min(summary_of(folder)["timing"].values()) > 0
 
 
-# The moment of a kill, and the epoch after which the next command resumes.
+# When the run is killed, and the epoch after which the next command resumes.
 KILLS = [
-    (WriteHook("config.yaml", 0.5), None),  # the first file of all
+    (WriteHook("config.yaml", 0.5), None),  # the very first file
     (WriteHook("history.csv", "renamed"), None),  # an epoch without a checkpoint
     (WriteHook("epoch-00005.ckpt", 0.5), 4),
     (WriteHook("epoch-00009.ckpt", "flushed"), 8),
     (WriteHook("epoch-00013.ckpt", "renamed"), 13),  # before older ones are removed
-    (WriteHook("history.csv", "renamed", number=4), 15),  # 13 again, 14, 15 and 16: it is ahead of the checkpoints
+    (WriteHook("history.csv", "renamed", number=4), 15),  # 13 again, 14, 15 and 16: ahead of the checkpoints
     (WriteHook("summary.json", "flushed"), NUM_EPOCHS),  # after the last checkpoint
 ]
 
 
-def test_killed_at_certain_moments(uninterrupted, train, tmp_path):
+def test_killed_at_chosen_moments(uninterrupted, train, tmp_path):
     """One run, killed again and again, until the plain command ends it."""
     folder, resumed = tmp_path / "run", []
     for hook, epoch in KILLS:
@@ -260,11 +260,11 @@ def test_killed_at_certain_moments(uninterrupted, train, tmp_path):
             epochs = [int(path.stem.removeprefix("epoch-")) for path in checkpoints_of(folder)]
             assert epochs[-4:] == [10, 11, 12, 13]
     check_goes_on(train, folder, uninterrupted)
-    assert summary_of(folder)["resumed_from_epochs"] == sorted(set(resumed))  # noted with each new checkpoint
+    assert summary_of(folder)["resumed_from_epochs"] == sorted(set(resumed))  # written with each new checkpoint
 
 
 def test_a_second_job_is_refused(uninterrupted, train, start, args, tmp_path):
-    """Before it changes anything; and as soon as the first is dead, even by kill -9, the folder is free."""
+    """Before it changes anything; once the first job is dead, even by kill -9, the folder is free."""
     folder = tmp_path / "run"
     line = f"error: run_dir={folder}: another job is training here (it holds the lock on train.log); stop it or wait"
     first = start(SINGLE, *args, f"run_dir={folder}")

@@ -22,7 +22,7 @@ def test_a_run_stops_at_a_flipped_bit(job, what, mode, named, run_job, small_npz
     ]  # fmt: skip
     results = run_job(
         job, *arguments, script=[HOOKS / "probe.py"], env=env
-    )  # which fails after five minutes if anybody hangs
+    )  # fails after five minutes if a process hangs
     for result in results:
         assert result.returncode == 1, result.stderr + result.stdout
     output = "".join(result.stdout + result.stderr for result in results)

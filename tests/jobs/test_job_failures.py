@@ -1,4 +1,4 @@
-"""What goes wrong with jobs of several processes, each tried for real: one clear line, exit code 2."""
+"""What goes wrong with jobs of several processes, each case for real: one clear line, exit code 2."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_more_replicas_than_shards(args, run_python, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_replicas_are_for_mirrored(args, run_python):
+def test_replicas_are_only_for_mirrored(args, run_python):
     check_line(
         run_python(*TRAIN, *args, "strategy=single", "strategy.num_replicas=2"), "strategy.num_replicas=2", "mirrored"
     )
@@ -77,7 +77,7 @@ def test_a_rank_that_cannot_take_part_is_named_to_all(args, run_job, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# A rank that has another machine than the others, as far as GPUs go.
+# A rank that sees other GPUs than the rest, as if on another machine.
 FEWER_GPUS = """
 from mnist_dist import train
 from mnist_dist.launch import gpus
@@ -106,7 +106,7 @@ def test_a_port_in_use_stops_all(args, run_job):
     check_line(results[1], f"127.0.0.1:{port}: cannot listen there", prefix="[rank 1/2] ")
 
 
-# Takes the port of this process's server in the last moment: the programs that this could happen to have no part in it.
+# Takes the port of this process's server at the last moment, from inside: other programs have no chance to.
 LOSE_PORT = """
 import contextlib, socket
 from mnist_dist import train
@@ -126,8 +126,8 @@ train.main()
 """
 
 
-def test_a_port_that_is_lost_in_the_last_moment(args, start, tmp_path):
-    """By none of the means that keep it: then it is one line for all that, though TensorFlow writes many."""
+def test_a_port_that_is_lost_at_the_last_moment(args, start, tmp_path):
+    """Despite everything that holds it: still only one line, though TensorFlow writes many."""
     results = start(("multiworker", 2), *args, script=["-c", LOSE_PORT]).wait(120)
     assert [result.returncode for result in results] == [2, 2]
     errors = [result.stderr for result in results]
@@ -149,7 +149,7 @@ while True:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nobody_gets_a_port_between_the_check_and_tensorflows_server(rank, args, start, start_python, tmp_path):
-    """A program that tries all the time; the job trains as if it were not there."""
+    """A program keeps trying to; the job trains as if it were not there."""
     port = free_ports(1)[0]
     start(("multiworker", 2), *args, "trainer.epochs=300", ports={rank: port})
     wait_until(lambda: is_in_use(port))
@@ -169,7 +169,7 @@ def is_in_use(port) -> bool:
 
 @pytest.fixture
 def start_ranks(start_python, args):
-    """Start ranks of a job at these addresses, one by one."""
+    """Start the ranks of a job at these addresses, one by one."""
 
     def begin(rank, addresses, *more) -> Job:
         return start_python(*TRAIN, "strategy=multiworker", *args, *more, env=tf_config(addresses)[rank])
@@ -179,7 +179,7 @@ def start_ranks(start_python, args):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_spare_process(rank, args, start_ranks, run_python, tmp_path):
-    """It ends at once, and does not wait for anybody; the job does not notice it."""
+    """It ends at once without waiting for anybody; the job does not notice it."""
     ports = free_ports(2)
     addresses = [f"127.0.0.1:{port}" for port in ports]
     job = [start_ranks(rank, addresses)]
@@ -203,7 +203,7 @@ def test_a_spare_process_while_the_job_trains(rank, args, start_ranks, run_pytho
 
 @pytest.fixture(scope="module")
 def alone(small_npz, run_job, tmp_path_factory):
-    """What the same training gives on one device."""
+    """What the same training run gives on one device."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     (result,) = run_job(SINGLE, "data=npz", f"data.path={small_npz}", "trainer.epochs=1", f"run_dir={folder}")
     assert result.returncode == 0, result.stderr
@@ -229,7 +229,7 @@ def test_a_job_over_ipv6(hosts, start_ranks, alone, tmp_path):
     ],
 )
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_variable_of_a_launcher_that_is_broken(command, variable, value, args, run_python):
+def test_a_broken_variable_of_a_launcher(command, variable, value, args, run_python):
     result = run_python("-m", f"mnist_dist.{command}", f"run_dir={args[-1].partition('=')[2]}", env={variable: value})
     check_line(result, f"{variable}={value[:1]}")
 
@@ -256,7 +256,7 @@ def test_empty_variables_of_launchers(args, run_python):
         ("HOROVOD_GLOO_IFACE", "nonsense"),
     ],
 )
-def test_settings_of_horovod_that_it_would_end_on(variable, value, args, run_python, tmp_path):
+def test_settings_of_horovod_that_would_make_it_fail(variable, value, args, run_python, tmp_path):
     horovodrun()
     check_line(run_python(*TRAIN, *args, "strategy=horovod", env={variable: value}), f"{variable}={value}: ")
     assert not (tmp_path / "run").exists()
@@ -275,17 +275,17 @@ def test_settings_of_horovod_that_do_not_matter(args, run_python):
 
 
 def test_a_refusal_ends_a_horovod_job(args, run_job, tmp_path):
-    """The chief refuses the folder; the other rank does not go on alone (horovodrun may end it before it says why)."""
+    """The chief refuses the folder; the other rank does not continue (horovodrun may end it before it says why)."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "somebody's file").touch()
     (result,) = run_job(("horovod", 2), *args)
-    assert result.returncode == 1  # horovodrun's own, whatever its processes end with
+    assert result.returncode == 1  # horovodrun's own, whatever exit codes its processes have
     output = result.stdout + result.stderr
     assert "error: run_dir=" in output
     assert "this folder is not empty" in output
 
 
-def test_a_bug_is_told_with_its_rank(args, run_python):
+def test_a_bug_is_reported_with_its_rank(args, run_python):
     code = "from mnist_dist import train; train.read_input = lambda *_: 1 / 0; train.main()"
     task = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 1}}
     result = run_python("-c", code, *args, env={"TF_CONFIG": json.dumps(task)})
@@ -320,7 +320,7 @@ def test_horovod_is_not_installed(args, run_python):
 
 
 def test_horovod_was_built_for_another_tensorflow(args, run_python, tmp_path):
-    """Its library asks for a symbol that the installed TensorFlow has not."""
+    """Its library needs a symbol that the installed TensorFlow lacks."""
     installed = Path(horovodrun()).parent.parent / "lib"
     (package,) = installed.glob("python*/site-packages/horovod")
     shutil.copytree(package, tmp_path / "horovod")

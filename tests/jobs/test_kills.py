@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment end as if nothing had happened; `soak.py` is the killer."""
+"""Runs that are killed at any moment end as if nothing had happened; `soak.py` does the killing."""
 
 import pytest
 from support import soak
@@ -7,7 +7,7 @@ from support.launchers import horovodrun
 from support.runs import result_of
 from support.soak import STAGES, Scenario
 
-# 24 kills, each with the seed that draws its moments.
+# 24 kills, with the seeds that draw their moments.
 CASES = {
     Scenario((SINGLE,)): (STAGES, 4),
     Scenario((MIRRORED,)): (("tracing", "epoch", "save", "results"), 22),
@@ -28,7 +28,7 @@ def test_kills(scenario, args, uninterrupted, tmp_path, record_property):
     print(*kills, soak.describe(kills), sep="\n")
     record_property("kills", "; ".join(map(str, kills)))
     assert len(kills) == len(stages)
-    # A file's writing waits for its kill, so these are certain.
+    # Writing a file waits for its kill, so these are certain to happen.
     assert {"config", "history", "save", "results"} & set(stages) <= {made.stage for made in kills}
     if not scenario.one_rank:
         assert any(".ckpt." in (made.temporary or "") for made in kills)

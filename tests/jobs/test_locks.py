@@ -38,7 +38,7 @@ def test_a_lock_ends_with_its_process(tmp_path, start_python):
     wait_until((tmp_path / "held").exists)
     process.kill()
     with file_lock(tmp_path / "lock"):
-        pass  # would wait for ever
+        pass  # would wait forever
 
 
 def test_a_started_program_does_not_inherit_the_lock(tmp_path, start_python):
@@ -84,7 +84,7 @@ print(load_dataset(config).sha256)
 """
 
 
-def test_processes_at_once_build_once(start_python, small_npz, tmp_path):
+def test_simultaneous_processes_build_once(start_python, small_npz, tmp_path):
     processes = [start_python("-c", BUILD, small_npz, number, cwd=tmp_path) for number in range(3)]
     (digest,) = {process.wait()[0].stdout for process in processes}
     assert len(digest.strip()) == 64

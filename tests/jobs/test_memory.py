@@ -1,4 +1,4 @@
-"""How much memory a training takes, and what happens when it runs out."""
+"""How much memory training takes, and what happens when it runs out."""
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ NETWORKS = [
 ]
 
 
-# Trains, and tells the most memory that it has used. Not by getrusage's ru_maxrss: a process inherits that number over
-# fork and exec, so it is never less than what the test process itself has taken.
+# Trains and reports its peak memory. Not getrusage's ru_maxrss: a process inherits that number across
+# fork and exec, so it is never less than what the test process itself has used.
 MEASURED = """
 import atexit, pathlib, re
 def tell():
@@ -49,7 +49,7 @@ def save(path, data):
 
 @pytest.fixture(scope="module")
 def peak_bytes(run_python, tmp_path_factory):
-    """The most memory that one epoch on `dataset` with these keys takes."""
+    """Peak memory of one epoch on `dataset` with these keys."""
 
     def peak(data, *overrides):
         folder = tmp_path_factory.mktemp("peak")
@@ -64,20 +64,20 @@ def peak_bytes(run_python, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base_bytes(peak_bytes):
-    """What Python and TensorFlow take."""
+    """The memory that Python and TensorFlow take."""
     return peak_bytes(dataset(4), "model.hidden_sizes=[8]")
 
 
 @pytest.mark.parametrize("overrides", NETWORKS, ids=" ".join)
-def test_a_network_takes_no_less_than_was_said(overrides, peak_bytes, base_bytes):
+def test_a_network_takes_no_less_than_estimated(overrides, peak_bytes, base_bytes):
     moments = training_moments(compose_config(*overrides), dataset(4), num_classes=4)
     expected = max(sum(moment.values()) for moment in moments)
-    assert expected > 200e6  # more than the base varies
+    assert expected > 200e6  # more than the base memory varies
     assert expected < peak_bytes(dataset(4), *overrides) - base_bytes
 
 
-def test_classes_take_no_less_than_was_said(peak_bytes, base_bytes):
-    """The one-hot labels of training images, and the confusion matrices."""
+def test_classes_take_no_less_than_estimated(peak_bytes, base_bytes):
+    """The one-hot labels of the training images, and the confusion matrices."""
     images, labels = np.zeros((30_000, 2, 2), np.uint8), np.arange(30_000) % 2_500
     data = ImageDataset("npz", images, labels, images[:2_500], labels[:2_500], sha256="")
     moments = training_moments(compose_config(), data, num_classes=2_500)

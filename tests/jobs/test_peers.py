@@ -1,4 +1,4 @@
-"""A process of a job is lost, or ends for a reason: all others end too, at once, and say which it was."""
+"""A process of a job is lost or ends for a reason: all others end at once as well, and say which it was."""
 
 import re
 import signal
@@ -14,7 +14,7 @@ from support.processes import is_alive
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
 
-# A rank that agrees, watches, and then does what its argument says; no TensorFlow.
+# A rank that agrees, watches, and then does what its argument says, without TensorFlow.
 PEER = """
 import json, os, signal, sys, time
 from mnist_dist.launch import peers
@@ -60,7 +60,7 @@ sys.exit(_guarded(main))
 
 @pytest.fixture
 def run_peers(start_python):
-    """Start one rank for each list of words and wait for those that end by themselves; (exit code, errors) of each."""
+    """Start one rank per list of words; returns (exit code, errors) of each one that ends by itself."""
 
     def run(*words, frozen=(), suspend_s=0):
         environments = tf_config(local_addresses(len(words)))
@@ -73,7 +73,7 @@ def run_peers(start_python):
             for job in jobs:
                 job.processes[0].resume()
         results = [job.wait(60)[0] for rank, job in enumerate(jobs) if rank not in frozen]
-        # The port is not part of what is compared.
+        # The port is not compared.
         return [(result.returncode, re.sub(r"(127\.0\.0\.1):\d+", r"\1", result.stderr)) for result in results]
 
     return run
@@ -87,7 +87,7 @@ def gone(rank: int, how: str = "its connection broke") -> tuple[int, str]:
     )
 
 
-def test_all_end_in_peace(run_peers):
+def test_all_end_normally(run_peers):
     assert run_peers([0.5], [1], [0]) == [(EXIT_OK, "")] * 3
 
 
@@ -114,7 +114,7 @@ def test_a_rank_is_lost_before_it_watches(lost, run_peers):
 
 
 def test_a_collective_fails_first(run_peers):
-    """The backend's own error comes before the connection is seen to break: still the lost rank is what is told."""
+    """The backend's own error comes before the broken connection is noticed: still the lost rank is reported."""
     assert run_peers(["wait"], [0.5, "kill"], [0.5, "raise"])[2] == gone(1)
 
 
@@ -130,13 +130,13 @@ def test_a_frozen_rank_is_lost_sooner_once_a_collective_fails(run_peers):
     assert ends == [gone(1, "silent for 2 s")]
 
 
-def test_a_job_that_is_suspended_as_a_whole_goes_on(run_peers):
-    """As `scontrol suspend` does it: nobody hears of anybody for a while."""
+def test_a_job_that_is_suspended_as_a_whole_continues(run_peers):
+    """The way `scontrol suspend` does it: no rank hears from any other for a while."""
     assert run_peers([12], [12], [12], suspend_s=5) == [(EXIT_OK, "")] * 3
 
 
 @pytest.mark.parametrize("failed", [0, 1])
-def test_a_rank_that_fails_tells_why(failed, run_peers):
+def test_a_rank_that_fails_says_why(failed, run_peers):
     words = [["wait"], ["wait"], ["wait"]]
     words[failed] = [0.5, "full"]
     ends = run_peers(*words)
@@ -144,12 +144,12 @@ def test_a_rank_that_fails_tells_why(failed, run_peers):
     assert ends == [(EXIT_FAILURE, f"error: rank {failed} (127.0.0.1) ended: run/history.csv cannot be written\n")] * 2
 
 
-def test_ranks_that_fail_together_each_say_it_themselves(run_peers):
+def test_ranks_that_fail_together_each_report_their_own_failure(run_peers):
     ends = run_peers([0.5, "user"], [1, "user"], [1.5, "user"])
     assert ends == [(EXIT_USER_ERROR, "error: data.path=x: no such file\n")] * 3
 
 
-def test_ctrl_c_in_one_is_an_interruption_of_all(run_peers):
+def test_ctrl_c_in_one_interrupts_all(run_peers):
     interrupted, other = run_peers([0.5, "interrupt"], ["wait"])
     assert interrupted == (EXIT_INTERRUPTED, "")
     assert other == (EXIT_INTERRUPTED, "error: rank 0 (127.0.0.1) ended: interrupted\n")
@@ -164,7 +164,7 @@ def test_a_bug_shows_its_traceback_and_ends_the_others(run_peers):
 
 @pytest.fixture
 def chief(python_environment):
-    """Rank 0 of two, which waits for the end of its input; with what rank 1 has to know: host, port and token."""
+    """Rank 0 of two, which waits for the end of its input, and what rank 1 needs to know: host, port and token."""
     code = """
 import sys
 from mnist_dist.launch.peers import PeerWatch
@@ -181,8 +181,8 @@ with chief.watching(chief.address):
         process.kill()
 
 
-def test_strangers_are_not_heard(chief):
-    """Whoever connects without the word of this job, and then leaves."""
+def test_strangers_are_ignored(chief):
+    """Programs that connect without this job's token and then leave."""
     process, address, _ = chief
     for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guess", "rank": 1, "host": ""}\n', b"[]\n", b"\xff\n"):
         with socket.create_connection(address) as connection:
@@ -193,7 +193,7 @@ def test_strangers_are_not_heard(chief):
     assert process.wait(timeout=30) == 0
 
 
-def test_a_stranger_who_drips_has_a_moment_only(chief):
+def test_a_stranger_who_drips_is_soon_cut_off(chief):
     process, address, _ = chief
     with socket.create_connection(address, timeout=20) as connection:
         connection.sendall(b"{")
@@ -201,7 +201,7 @@ def test_a_stranger_who_drips_has_a_moment_only(chief):
     assert process.poll() is None
 
 
-def test_a_stranger_whose_line_never_ends_is_not_heard_to_the_end(chief):
+def test_a_stranger_whose_line_never_ends_is_cut_off(chief):
     process, address, _ = chief
     with socket.create_connection(address, timeout=20) as connection, pytest.raises(ConnectionError):
         for _ in range(1000):
@@ -219,7 +219,7 @@ def test_a_stranger_whose_line_never_ends_is_not_heard_to_the_end(chief):
     ],
 )
 def test_what_comes_after_the_greeting(word, code, error, pause_s, chief):
-    """In the same chunk, and what is no message at all."""
+    """In the same chunk, and bytes that are not a message at all."""
     process, address, token = chief
     hello = f'{{"token": "{token}", "rank": 1, "host": "x"}}\n'.encode()
     with socket.create_connection(address) as connection:
@@ -231,7 +231,7 @@ def test_what_comes_after_the_greeting(word, code, error, pause_s, chief):
     assert process.stderr.read().startswith(f"error: {error}")
 
 
-def test_one_who_comes_and_is_done_at_once(chief):
+def test_a_rank_that_connects_and_is_done_at_once(chief):
     process, address, token = chief
     with socket.create_connection(address) as connection:
         connection.sendall(f'{{"token": "{token}", "rank": 1, "host": ""}}\n{{"done": true}}\n'.encode())
@@ -248,7 +248,7 @@ def test_one_who_comes_and_is_done_at_once(chief):
         ("multiworker", 2, None, 1),
     ],
 )  # fmt: skip
-def test_a_lost_rank_of_a_training(strategy, size, launcher, lost, small_npz, start, tmp_path):
+def test_a_lost_rank_in_training(strategy, size, launcher, lost, small_npz, start, tmp_path):
     folder = tmp_path / "run"
     arguments = ["data=npz", f"data.path={small_npz}", "trainer.epochs=100000", f"run_dir={folder}"]
     job = start((strategy, size), *arguments, launcher=launcher)
@@ -263,14 +263,14 @@ def test_a_lost_rank_of_a_training(strategy, size, launcher, lost, small_npz, st
     assert len(lines) == size - 1, output
     for line in lines:
         assert f"error: rank {lost} (" in line
-    # horovodrun has a traceback of its own, at its end.
+    # horovodrun ends with a traceback of its own.
     under_horovodrun = len(codes) == 1
     assert "Traceback" not in (output.partition("is gone")[0] if under_horovodrun else output)
     assert sorted(codes) == ([1] if under_horovodrun else [-signal.SIGKILL, *[EXIT_LOST_PEER] * (size - 1)])
     assert not any(map(is_alive, ranks.values()))
 
 
-# Trains, and takes a process that says nothing for 3 s for a lost one, but only once all have started.
+# Trains, and considers a process that is silent for 3 s lost, but only once all have started.
 IMPATIENT = """
 from mnist_dist import train
 from mnist_dist.launch import peers
@@ -280,8 +280,8 @@ train.main()
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_frozen_rank_of_a_training(frozen, small_npz, start, tmp_path):
-    """The long patience is for the start; once it trains, 3 s count, and not the 10 minutes of the start."""
+def test_a_frozen_rank_in_training(frozen, small_npz, start, tmp_path):
+    """The long timeout is only for the start-up; once training, 3 s count and not the 10 minutes of the start-up."""
     folder = tmp_path / "run"
     arguments = ["data=npz", f"data.path={small_npz}", "trainer.epochs=100000", f"run_dir={folder}"]
     job = start(("multiworker", 2), *arguments, "strategy.start_timeout_s=600", script=("-c", IMPATIENT))

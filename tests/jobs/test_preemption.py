@@ -1,4 +1,4 @@
-"""Signals: before the training they end the process, whatever it waits for; then they are requests."""
+"""Signals: before training they end the process, whatever it waits for; after that they are requests."""
 
 import fcntl
 import os
@@ -37,7 +37,7 @@ with request:
     time.sleep(0.1)
 """
 
-# A signal that comes when Python has put its own handlers back.
+# A signal that comes after Python has restored its own handlers.
 AT_THE_END = """
 import ctypes
 
@@ -48,12 +48,12 @@ class Late:
 ctypes.late = Late()
 """
 
-# What the main thread does meanwhile; `argv[1]` is a FIFO that nobody writes to.
+# What the main thread does in the meantime; `argv[1]` is a FIFO that nobody writes to.
 WAITS = {
     "sleep": "time.sleep(600)",
     "FIFO": "open(sys.argv[1])",
     "busy": "while True: pass",
-    # As on a network mount that is dead, and not to be woken by anything but the end of the process: it waits for a
+    # As on a dead network mount, where nothing but the end of the process can wake it: it waits for a
     # child that shares its memory (CLONE_VM, CLONE_VFORK and SIGCHLD) and does nothing.
     "uninterruptible": """
 import ctypes
@@ -76,8 +76,8 @@ def test_in_training_a_signal_is_a_request_and_a_second_one_changes_nothing(pyth
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_none_is_deadly_after_the_end(inside, python_environment):
-    """Python gives signals back their own meaning when it ends; the exit code must not become theirs."""
+def test_no_signal_is_deadly_after_the_end(inside, python_environment):
+    """Python restores the default handlers when it exits; the exit code must not become a signal's."""
     training = "with request:\n    request.training_begins()\n" if inside else ""
     program = SETUP + training + AT_THE_END + "raise SystemExit(75)\n"
     assert run(program, python_environment).returncode == (75 if inside else -signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_none_is_deadly_after_the_end(inside, python_environment):
     ids=lambda value: getattr(value, "name", None),
 )
 @pytest.mark.parametrize("wait", WAITS)
-def test_before_the_training_a_signal_ends_the_process(wait, number, code, python_environment, tmp_path):
+def test_before_training_a_signal_ends_the_process(wait, number, code, python_environment, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     children: list[psutil.Process] = []
     lines = [f"    {line}" for line in ["print('ready', flush=True)", *WAITS[wait].strip().splitlines()]]
@@ -109,7 +109,7 @@ def test_before_the_training_a_signal_ends_the_process(wait, number, code, pytho
         assert process.wait(timeout=30) == code
     finally:
         process.kill()
-        send(children, signal.SIGKILL)  # they hold the pipes, too
+        send(children, signal.SIGKILL)  # they hold the pipes as well
         printed, _ = process.communicate(timeout=30)
     reason = "interrupted" if number is signal.SIGINT else f"{number.name} before the training"
     assert printed == f"{reason} {code}\n"
@@ -147,7 +147,7 @@ def waits_for_lock(pid: int) -> bool:
     return any("->" in line and f" {pid} " in line for line in Path("/proc/locks").read_text().splitlines())
 
 
-# A rank that has met the others, and is about to load TensorFlow for a long time.
+# A rank that has met the others and is about to spend a long time loading TensorFlow.
 HELD = """
 import os, time
 from pathlib import Path

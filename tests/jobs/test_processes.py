@@ -11,7 +11,7 @@ from mnist_dist.launch.gpus import own_uuids, query_gpus
 from mnist_dist.launch.topology import HorovodRun, Topology
 
 
-def test_other_processes_compute_the_same(run_python):
+def test_other_processes_compute_the_same_results(run_python):
     code = (
         "from mnist_dist.engine.batches import BatchPlan\n"
         "print(*BatchPlan(10, 5).shuffled(seed=1, epoch=2).reshape(-1).tolist())"

@@ -1,4 +1,4 @@
-"""Stopping a run and going on with the same command: the same bits as if nothing had happened; kills: test_kills.py."""
+"""Stopping and resuming a run with the same command gives the same bits; kills are in test_kills.py."""
 
 import contextlib
 import os
@@ -25,12 +25,12 @@ from mnist_dist.base.errors import EXIT_LOST_PEER
     ids=lambda value: job_name(value) if isinstance(value, tuple) else " ".join(value),
 )
 def test_stopped_on_request(job, signals, args, uninterrupted, start, tmp_path):
-    """Of several processes only the last one is asked."""
+    """Only the last of several processes is asked."""
     folder = tmp_path / "run"
     more = [*args, f"run_dir={folder}", "checkpoint.every_epochs=1000"]
     process = start(job, *more)
     wait_for_epoch(process, folder, 2)
-    frozen = process.freeze()  # or it might come to its end in the meantime
+    frozen = process.freeze()  # or it might finish in the meantime
     last = process.ranks()[max(process.ranks())]
     for name in signals:
         last.send_signal(getattr(signal, name))
@@ -65,7 +65,7 @@ def test_ranks_of_horovod_that_are_stopped_and_continued(stopped, args, uninterr
 
 
 def test_a_rank_that_is_stopped_for_longer_than_its_backend_waits(args, uninterrupted, start, tmp_path):
-    """Nobody is lost, but Horovod has given up: after 30 s by itself, 10 days with us, and here 2 s."""
+    """No rank is lost, but Horovod has given up: after 30 s by default, 10 days in this package, and 2 s here."""
     more = [*args, f"run_dir={tmp_path / 'run'}"]
     process = start(HOROVOD, *more, env={"HOROVOD_GLOO_TIMEOUT_SECONDS": "2"}, launcher="srun")
     wait_for_epoch(process, tmp_path / "run", 2)
@@ -79,8 +79,8 @@ def test_a_rank_that_is_stopped_for_longer_than_its_backend_waits(args, uninterr
 
 
 @pytest.mark.parametrize("stream", ["stdout", "both"])
-def test_stopped_while_nobody_reads_any_more(stream, args, python_environment, tmp_path):
-    """Ctrl-C ends `| tee log` too, and then there is nobody to tell."""
+def test_stopped_when_nobody_reads_the_output_any_more(stream, args, python_environment, tmp_path):
+    """Ctrl-C ends `| tee log` as well, and then nobody reads the output."""
     folder = tmp_path / "run"
     stderr = subprocess.STDOUT if stream == "both" else subprocess.DEVNULL
     command = [sys.executable, *TRAIN, "strategy=single", *args, f"run_dir={folder}"]
@@ -98,7 +98,7 @@ def test_stopped_while_nobody_reads_any_more(stream, args, python_environment, t
 
 
 def copy_as_if_killed(uninterrupted: Path, folder: Path, *, epoch: int) -> Path:
-    """The state of a run that was killed after `epoch` of its last three."""
+    """A copy in the state of a run that was killed after `epoch`, one of its last three."""
     shutil.copytree(uninterrupted, folder)
     for name in ("summary.json", "model.keras"):
         (folder / name).unlink()
@@ -124,7 +124,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_checkpoint(damage, uninterrupted, train, tmp_path):
-    """And `history.csv` is ahead of the one that is used, as after a kill between the two."""
+    """`history.csv` is also ahead of the one that is used, as after a kill between the two."""
     folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS - 1)
     newest = checkpoints_of(folder)[-1]
     DAMAGES[damage](newest)
@@ -146,7 +146,7 @@ def test_no_checkpoint_is_left_of_an_unfinished_run(uninterrupted, train, tmp_pa
 
 
 def test_killed_after_the_last_epoch(uninterrupted, train, tmp_path):
-    """Only the results are made."""
+    """Only the results are written."""
     folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS)
     result = train(folder)
     assert result.returncode == 0, result.stderr
@@ -155,7 +155,7 @@ def test_killed_after_the_last_epoch(uninterrupted, train, tmp_path):
     assert result_of(folder) == result_of(uninterrupted)
 
 
-def test_more_epochs_train_a_finished_run_on(uninterrupted, train, tmp_path):
+def test_more_epochs_resume_a_finished_run(uninterrupted, train, tmp_path):
     folder = tmp_path / "run"
     for epochs in (3, 5, NUM_EPOCHS):
         result = train(folder, f"trainer.epochs={epochs}", "checkpoint.every_epochs=2", "checkpoint.keep=1")
@@ -187,7 +187,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(uninterrupted, 
         (["trainer.epochs=3"], ["trainer.epochs=3: ", f"already has {NUM_EPOCHS - 1}"]),
     ],
 )
-def test_what_does_not_go_on(more, fragments, uninterrupted, train, tmp_path):
+def test_what_does_not_resume(more, fragments, uninterrupted, train, tmp_path):
     folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS - 1)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     result = train(folder, *more)
@@ -199,7 +199,7 @@ def test_what_does_not_go_on(more, fragments, uninterrupted, train, tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_other_data_does_not_go_on(uninterrupted, small_arrays, train, tmp_path):
+def test_other_data_does_not_resume(uninterrupted, small_arrays, train, tmp_path):
     folder = copy_as_if_killed(uninterrupted, tmp_path / "run", epoch=NUM_EPOCHS - 1)
     np.savez(tmp_path / "other.npz", **{**small_arrays, "y_test": small_arrays["y_test"][::-1]})
     result = train(folder, f"data.path={tmp_path / 'other.npz'}")
@@ -211,10 +211,10 @@ def test_resume_never_in_a_new_folder(train, tmp_path):
     assert train(tmp_path / "run", "resume=never", "trainer.epochs=1").returncode == 0
 
 
-def test_fast_goes_on_with_another_number_of_replicas(args, train, run_job, tmp_path):
+def test_fast_resumes_with_another_number_of_replicas(args, train, run_job, tmp_path):
     folder = tmp_path / "run"
     assert train(folder, "reproducibility=fast", "trainer.epochs=2").returncode == 0
-    (result,) = run_job(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4")  # auto is what it was
+    (result,) = run_job(MIRRORED, *args, f"run_dir={folder}", "trainer.epochs=4")  # auto stays what it was
     assert result.returncode == 0, result.stderr
     assert "Resuming after epoch 2 of 4\nReplicas: 1 until now, 2 from now on" in result.stdout
     assert [row.epoch for row in history_of(folder).epochs] == [1, 2, 3, 4]
@@ -231,8 +231,8 @@ def test_weak_scaling_needs_the_same_number_of_replicas(args, train, run_job, tm
 @pytest.mark.parametrize(
     "more", [["optimizer=sgd", "optimizer.momentum=0.9"], ["precision=mixed_float16", "model=cnn"]], ids=str
 )
-def test_the_whole_state_goes_on(more, train, tmp_path):
-    """Momentum; the loss scale and its count of good steps, which grow in between."""
+def test_the_whole_state_resumes(more, train, tmp_path):
+    """Momentum, and the loss scale with its count of good steps, which grow in between."""
     growth = ["precision.loss_scale_growth_steps=11"]
     for name, epochs in (("whole", [4]), ("parts", [2, 4])):
         for number in epochs:
@@ -241,7 +241,7 @@ def test_the_whole_state_goes_on(more, train, tmp_path):
     assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
 
 
-def test_seconds_make_it_save_earlier_than_epochs(train, tmp_path):
+def test_seconds_save_earlier_than_epochs(train, tmp_path):
     more = ["trainer.epochs=3", "checkpoint.every_epochs=1000"]
     for every_s, epochs in ((0, [1, 2, 3]), (300, [3])):
         folder = tmp_path / f"every {every_s} s"

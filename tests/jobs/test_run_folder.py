@@ -1,4 +1,4 @@
-"""A finished run whose folder was tampered with: made again from the last checkpoint, or refused."""
+"""A finished run whose folder was tampered with: rebuilt from the last checkpoint, or refused."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ MADE_AGAIN = f": made again from the checkpoint of epoch {NUM_EPOCHS}"
 NO_CHECKPOINT = f"and no checkpoint of epoch {NUM_EPOCHS} to make that from is left"
 
 
-# What is done to a folder; each takes it.
+# What is done to a folder; each takes the folder.
 
 
 def write(name, content):
@@ -54,7 +54,7 @@ def flip(name):
 
 
 def in_place_of(name, make):
-    """`make` (`Path.mkdir`, `os.mkfifo`) something where `name` was."""
+    """`make` (`Path.mkdir`, `os.mkfifo`) something in place of `name`."""
 
     def damage(folder):
         remove(name)(folder)
@@ -64,7 +64,7 @@ def in_place_of(name, make):
 
 
 def summary_with(**changes):
-    """`...` leaves a key out."""
+    """`...` removes a key."""
 
     def damage(folder):
         values = {**summary_of(folder), **changes}
@@ -83,7 +83,7 @@ def history_of_epochs(number):
 
 
 def without_newest(number=1):
-    """So many of the newest checkpoints are gone."""
+    """That many of the newest checkpoints are gone."""
     return lambda folder: [path.unlink() for path in checkpoints_of(folder)[-number:]]
 
 
@@ -104,7 +104,7 @@ def folder(uninterrupted, tmp_path) -> Path:
 
 @pytest.fixture
 def look(args, monkeypatch):
-    """What training makes of a folder before TensorFlow is imported; None: it is finished."""
+    """What training finds in a folder before TensorFlow is imported; None if the run is finished."""
     monkeypatch.setattr("sys.argv", ["train"])
 
     def look(folder, *more) -> RunInput | None:
@@ -118,7 +118,7 @@ def look(args, monkeypatch):
 
 @pytest.fixture
 def refuse(look):
-    """The line with which training refuses a folder, which it leaves as it is."""
+    """The line with which training refuses a folder, which stays unchanged."""
 
     def refuse(folder, *more) -> str:
         before = content_of(folder)
@@ -127,7 +127,7 @@ def refuse(look):
         assert content_of(folder) == before
         line = str(error.value)
         del error
-        gc.collect()  # what it refers to has the lock
+        gc.collect()  # the folder it refers to has the lock
         return line
 
     return refuse
@@ -287,18 +287,18 @@ def test_refused(name, folder, refuse):
     assert problem in refuse(folder)
 
 
-def test_more_epochs_than_checkpoint_and_history_are_not_trained_on(folder, refuse):
+def test_more_epochs_than_checkpoint_and_history_do_not_resume(folder, refuse):
     summary_with(epochs_completed=99)(folder)
     line = refuse(folder, "trainer.epochs=100")
     assert f"summary.json has 99 epochs, history.csv {NUM_EPOCHS}, the newest checkpoint {NUM_EPOCHS}; put" in line
 
 
-def test_a_run_that_was_trained_on_and_killed(folder, look, refuse, logged):
-    """The summary is that of fewer epochs, whose checkpoint is there no more; its results are whole, or are not."""
+def test_a_run_that_was_extended_and_killed(folder, look, refuse, logged):
+    """The summary is of fewer epochs, whose checkpoint is gone; their results may be intact or not."""
     weights_sha256 = history_of(folder).epochs[2].weights_sha256
     summary_with(epochs_completed=3, weights_sha256=weights_sha256)(folder)
     assert look(folder, "trainer.epochs=3") is None
-    flip("model.keras")(folder)  # or the first of the later results, when it was killed
+    flip("model.keras")(folder)  # or the first of the later results, if it was killed then
     line = refuse(folder, "trainer.epochs=3")
     assert f"was since trained to epoch {NUM_EPOCHS}; give trainer.epochs={NUM_EPOCHS} for its results" in line
     assert look(folder).found.checkpoint.point.epoch == NUM_EPOCHS
@@ -343,8 +343,8 @@ def test_another_configuration(damage, folder, refuse):
     assert "holds a run of another configuration (batch.num_shards was 8, is now 4; optimizer.beta_1 was 0.9, " in line
 
 
-def test_a_checkpoint_of_the_same_run_with_more_epochs_goes_on(folder, train, look, logged):
-    """That of another folder, with times of its own."""
+def test_a_checkpoint_of_the_same_run_with_more_epochs_resumes(folder, train, look, logged):
+    """From another folder, with other times."""
     other = folder.with_name("other")
     assert train(other, f"trainer.epochs={NUM_EPOCHS + 2}").returncode == 0
     shutil.copy(checkpoints_of(other)[-1], folder / "checkpoints")
@@ -375,7 +375,7 @@ def damage_all(folder):
     write("summary.json", b"\xff")(folder)
 
 
-def test_all_is_made_again(folder, uninterrupted, train, logged):
+def test_everything_is_made_again(folder, uninterrupted, train, logged):
     damage_all(folder)
     result = train(folder)
     assert (result.returncode, result.stderr) == (0, "")
@@ -401,7 +401,7 @@ def test_fewer_epochs_than_it_has_make_all_of_them_again(folder, uninterrupted, 
 
 
 def test_several_processes(folder, uninterrupted, run_job, args):
-    """The chief decides: to make it again, that nothing is to do, that it cannot be done."""
+    """The chief decides whether to rebuild, that there is nothing to do, or that it cannot be done."""
     command = (("multiworker", 2), *args, f"run_dir={folder}")
     damage_all(folder)
     for message in (MADE_AGAIN, "finished: nothing to do"):

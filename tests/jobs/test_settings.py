@@ -1,4 +1,4 @@
-"""TensorFlow's settings, as a run makes them."""
+"""TensorFlow's settings, as a run sets them."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_run_is_given_the_configured_threads_and_a_graph_optimiser_that_keeps_
     assert settings == {"intra_op": 2, "inter_op": 3, "arithmetic_optimization": False, "tf32": False}
 
 
-def test_a_run_takes_all_cores_by_itself(settings_of_a_run):
+def test_a_run_uses_all_cores_by_default(settings_of_a_run):
     num_cores = len(os.sched_getaffinity(0))
     settings = settings_of_a_run("batch.num_shards=1", "reproducibility=fast")
     assert (settings["intra_op"], settings["inter_op"]) == (num_cores, num_cores)

@@ -1,4 +1,4 @@
-"""What a user's machine has around a run: variables, settings of libraries, streams, the working directory."""
+"""What surrounds a run on a user's machine: variables, library settings, streams, the working directory."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from support.job import TRAIN
 
 from mnist_dist.base.surroundings import arithmetic_variables
 
-# None of these may change anything, or show in what a run prints.
+# None of these may change anything or show up in a run's output.
 HARMLESS = {
     "KERAS_BACKEND": "torch",
     "PYTHONWARNINGS": "error",
@@ -49,7 +49,7 @@ def args(small_npz):
 
 @pytest.fixture(scope="module")
 def undisturbed(run_python, args, tmp_path_factory):
-    """The folder of a run with nothing around it."""
+    """The folder of a run in a clean environment."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     result = run_python(*TRAIN, *args, f"run_dir={folder}")
     assert result.returncode == 0, result.stderr
@@ -67,7 +67,7 @@ def pictures(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("settings", KERAS_SETTINGS.values(), ids=KERAS_SETTINGS.keys())
 def test_variables_and_settings_of_libraries_change_nothing(settings, run_python, args, undisturbed, tmp_path):
-    """Keras', Matplotlib's and Python's own, threads; and a text that the terminal cannot show."""
+    """Those of Keras, Matplotlib, Python and threads, and text that the terminal cannot show."""
     keras_home, folder = tmp_path / "keras", tmp_path / "ré"
     keras_home.mkdir()
     (keras_home / "keras.json").write_text(settings)
@@ -115,7 +115,7 @@ def test_a_matplotlibrc_that_cannot_be_read_is_named(kind, run_python, args, tmp
 
 
 def test_ranks_whose_libraries_compute_differently(run_job, args, tmp_path):
-    """Their sums would be the same everywhere, and not those of one process: nothing later would show it."""
+    """All would have the same sums, but not those of a single process, and no later check would notice."""
     code = (
         "import os; from mnist_dist import train; "
         "'\"index\": 1' in os.environ['TF_CONFIG'] and os.environ.update(ONEDNN_DEFAULT_FPMATH_MODE='BF16'); "
@@ -176,7 +176,7 @@ def test_data_through_a_redirected_stream(args, undisturbed, small_npz, python_e
 
 @pytest.fixture(scope="module")
 def as_a_user():
-    """What goes before a command so that it runs without root's right to read and write everything."""
+    """A command prefix that drops root's right to read and write everything."""
     if os.geteuid() != 0:
         return ""
     return "setpriv --bounding-set=-dac_override,-dac_read_search,-fowner "
@@ -184,7 +184,7 @@ def as_a_user():
 
 @pytest.mark.parametrize("umask", ["077", "000", "0777"])
 def test_any_umask(umask, args, undisturbed, as_a_user, python_environment, tmp_path):
-    """With 0777 a run's files can be read by nobody, so that only the start of one has a chance."""
+    """With 0777 nobody can read a run's files, so the run fails with one line."""
     command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
     epochs = "trainer.epochs=1" if umask != "000" else ""
     first = shell(f"umask {umask}; {as_a_user}{command} {epochs}", python_environment, tmp_path)
@@ -209,13 +209,13 @@ def test_a_home_folder_and_caches_that_cannot_be_written(args, undisturbed, as_a
     variables = f"HOME={tmp_path}/home KERAS_HOME={tmp_path}/keras"
     result = shell(f"{variables} {as_a_user}{command}", python_environment, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert not (tmp_path / "keras").exists()  # Keras would make its settings there
+    assert not (tmp_path / "keras").exists()  # Keras would write its settings there
     assert outcome(tmp_path / "run") == outcome(undisturbed)
     assert not any((tmp_path / "home").iterdir())
 
 
 def test_a_user_whom_the_machine_does_not_know(args, undisturbed, python_environment, tmp_path):
-    """As in a container that is given a number for a user."""
+    """As in a container that runs as a numeric user ID."""
     command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
     unknown = "unshare --user --map-user=54321 --map-group=54321 env -u HOME"
     result = shell(f"{unknown} {command}", python_environment, tmp_path)

@@ -34,7 +34,7 @@ def run(tmp_path_factory, small_npz, run_python):
 
 
 def train_again(run_python, folder, *args, **options):
-    """Start the run of `folder` once more, from its own config.yaml."""
+    """Start the run in `folder` again, from its own config.yaml."""
     return run_python(
         "-m", "mnist_dist.train", "--config-dir", str(folder), "--config-name", "config", *args, **options
     )
@@ -58,7 +58,7 @@ def test_output_is_plain_lines_and_the_log_holds_them(run):
     assert result.stderr == ""  # TensorFlow's chatter is silenced
 
 
-def test_tensorflow_speaks_when_asked(run, run_python, tmp_path):
+def test_tensorflow_prints_when_asked(run, run_python, tmp_path):
     result = train_again(run_python, run[1], f"run_dir={tmp_path}/x", "console.tensorflow_messages=true", fresh=True)
     assert result.returncode == 0
     assert "oneDNN" in result.stderr or "cuda" in result.stderr.lower()
@@ -127,7 +127,7 @@ def test_a_finished_run_is_left_alone(run, run_python):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_another_configuration_does_not_enter_the_folder(run, run_python):
+def test_another_configuration_does_not_use_the_folder(run, run_python):
     _, folder = run
     result = train_again(run_python, folder, "seed=1", "optimizer.learning_rate=0.5")
     assert result.returncode == 2

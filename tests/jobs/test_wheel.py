@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("wheel")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A fresh environment with the built wheel; everything else comes from the packages that are here already."""
+    """A fresh environment with the built wheel; everything else comes from the packages already installed here."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(CHECKOUT)]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
@@ -25,7 +25,7 @@ def installed(tmp_path_factory):
     purelib = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     ).strip()
-    # A plain path entry: the .pth files over there, an editable install's among them, are not read.
+    # A plain path entry: the .pth files there, such as an editable install's, are not read.
     (Path(purelib) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", str(wheel)]
     subprocess.run(install, check=True, timeout=300)

@@ -1,4 +1,4 @@
-"""What the tests share: jobs to start, kill and read, launchers, hooks, data, a Slurm cluster."""
+"""What the tests share: jobs to start, kill and inspect, launchers, hooks, data, a Slurm cluster."""
 
 from pathlib import Path
 

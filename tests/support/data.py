@@ -1,4 +1,4 @@
-"""A data set that trains in milliseconds. Without TensorFlow, for scripts too."""
+"""A data set that trains in milliseconds. Without TensorFlow, so that scripts can use it as well."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A device that computes wrongly, for the tests of who notices."""
+"""A device that computes wrongly, for testing who notices."""
 
 import numpy as np
 import tensorflow as tf

@@ -1,8 +1,8 @@
 """Forks Python programs off a process that has imported their libraries: `python forkserver.py MODULE ...`.
 
 Each line of input is a request (see `processes.ForkServer`), each line of output the process ID of the program. A
-program is a process as any other from its first line on: its own session, environment, folder, streams and exit. It has
-only no import of TensorFlow before it, which takes 3.5 s of a core.
+program is a process like any other from its first line on: its own session, environment, folder, streams and exit. It
+just skips the import of TensorFlow, which takes 3.5 s of a core.
 """
 
 import gc
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def serve() -> dict:
-    """Answer requests until nobody is left to ask; returns in the forked processes only, with what to run."""
+    """Answer requests until nobody is left to ask; returns only in the forked processes, with what to run."""
     for line in sys.stdin:
         reader, writer = os.pipe()
         middle = os.fork()
@@ -24,7 +24,7 @@ def serve() -> dict:
                 os.write(writer, str(child).encode())
                 os._exit(0)
             return json.loads(line)
-        os.waitpid(middle, 0)  # now the child is one of the tests' own (`processes.adopt_orphans`)
+        os.waitpid(middle, 0)  # now the tests' process adopts the child (see `ForkServer`)
         print(os.read(reader, 20).decode(), flush=True)
         os.close(reader)
         os.close(writer)
@@ -32,7 +32,7 @@ def serve() -> dict:
 
 
 def enter(request: dict) -> None:
-    """Become a process as `subprocess.Popen` makes it."""
+    """Become a process like one started by `subprocess.Popen`."""
     os.setsid()
     for descriptor, path in enumerate((os.devnull, *request["printed"])):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -46,7 +46,7 @@ def enter(request: dict) -> None:
 
 
 def run(words: list[str]) -> None:
-    """What `python *words` does."""
+    """Do what `python *words` does."""
     match words:
         case ["-m", module, *_]:
             sys.argv = words[1:]

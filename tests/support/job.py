@@ -1,4 +1,4 @@
-"""A job as a user starts it: to start, to wait for, to stop, to kill, and what it prints. Without TensorFlow."""
+"""A job as a user starts it: start it, wait for it, stop it, kill it, read its output. Without TensorFlow."""
 
 import contextlib
 import subprocess
@@ -23,33 +23,33 @@ SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
 
 
 def job_name(kind) -> str:
-    """How a kind of job, (strategy, processes or replicas), is called in the list of tests."""
+    """What a kind of job, (strategy, processes or replicas), is called in the list of tests."""
     return f"{kind[0]} x{kind[1]}"
 
 
 @dataclass
 class Job:
-    """The processes that a user starts for a job, and the two files of each that take what it prints."""
+    """The processes that a user starts for a job, and the two output files of each."""
 
     processes: list[psutil.Process]
     printed: list[tuple[Path, Path]]
 
     def is_running(self) -> bool:
-        """Whether none of the processes has ended."""
+        """Whether all processes are still running."""
         return all(map(is_alive, self.processes))
 
     def output(self) -> str:
-        """All that was printed so far, each process's standard output before its errors."""
+        """Everything printed so far, each process's standard output before its errors."""
         return "".join(path.read_text(errors="replace") for pair in self.printed for path in pair)
 
     def wait(self, timeout_s: float = 300) -> list[subprocess.CompletedProcess[str]]:
-        """Wait for the end of all; how each ended. Raises psutil.TimeoutExpired, with all still running."""
+        """Wait for all to end; returns how each ended. Raises psutil.TimeoutExpired and leaves them running."""
         codes = [process.wait(timeout_s) for process in self.processes]
         texts = [[path.read_text(errors="backslashreplace") for path in pair] for pair in self.printed]
         return [subprocess.CompletedProcess([], int(code), *text) for code, text in zip(codes, texts, strict=True)]
 
     def codes(self, timeout_s: float = 120) -> list[int]:
-        """Wait for the end of all; their exit codes."""
+        """Wait for all to end; returns their exit codes."""
         return [result.returncode for result in self.wait(timeout_s)]
 
     def kill(self) -> None:
@@ -58,16 +58,16 @@ class Job:
             kill(process)
 
     def freeze(self) -> list[psutil.Process]:
-        """Stop all of it; returns every process, in the order of their start."""
+        """Stop all of it; returns every process in the order they were started."""
         return [one for process in self.processes if is_alive(process) for one in freeze(process)]
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes that train, by rank; under horovodrun those that have been started already."""
+        """The processes that train, by rank; under horovodrun, those started so far."""
         if "-np" not in self.processes[0].cmdline():
             return dict(enumerate(self.processes))
         found = {}
         for process in family(self.processes[0]):
-            with contextlib.suppress(psutil.Error):  # it ends just now
+            with contextlib.suppress(psutil.Error):  # it is just ending
                 rank = process.environ().get("HOROVOD_RANK")
                 if rank is not None and process.cmdline()[:1] == [sys.executable]:
                     found[int(rank)] = process
@@ -80,10 +80,10 @@ def start(*words, printed_to: Path, env=None, cwd=None, prefix=(), fresh=False) 
     Args:
         words: what follows `python`.
         printed_to: a folder for the files that take what it prints.
-        env: environment variables besides those of `python_environment`.
+        env: environment variables in addition to those of `python_environment`.
         cwd: where it runs, by default in `printed_to`.
         prefix: words before the whole command.
-        fresh: start a new interpreter, for what imports must not have happened yet.
+        fresh: start a new interpreter, for programs that need to do their own imports.
     """
     environment = {**python_environment(), **(env or {})}
     folder = Path(tempfile.mkdtemp(prefix="printed-", dir=printed_to))
@@ -110,7 +110,7 @@ def start_job(
     kind, *args, printed_to: Path, launcher=None, script=TRAIN, env=None, per_rank=None, delays_s=None, ports=None,
     **options,
 ) -> Job:  # fmt: skip
-    """Start a training of a kind, (strategy, processes or replicas), as a user does.
+    """Start a training job of a kind, (strategy, processes or replicas), as a user does.
 
     Args:
         kind: for example ("horovod", 2).
@@ -119,9 +119,9 @@ def start_job(
         launcher: "srun" for Horovod and multiworker; by default horovodrun, and TF_CONFIG.
         script: what replaces `-m mnist_dist.train`.
         env: environment variables for all processes.
-        per_rank: more arguments for single ranks (not under horovodrun).
-        delays_s: how long single ranks start after the one before.
-        ports: of single ranks of multiworker.
+        per_rank: more arguments for individual ranks (not under horovodrun).
+        delays_s: how long after the previous rank individual ranks start.
+        ports: of individual ranks of multiworker.
         options: as for `start`.
     """
     strategy, size = kind

@@ -12,7 +12,7 @@ import pytest
 
 
 def horovodrun() -> str:
-    """The launcher; without Horovod the test is skipped, but fails where nothing may be skipped (CI)."""
+    """The launcher; without Horovod the test is skipped, or fails where skipping is not allowed (CI)."""
     path = Path(sys.executable).with_name("horovodrun")
     if not path.is_file():
         reason = "Horovod is not installed: make horovod"
@@ -21,26 +21,26 @@ def horovodrun() -> str:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on just now."""
+    """Ports that nobody is listening on."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
         return [server.getsockname()[1] for server in servers]
 
 
 def local_addresses(size: int, ports: dict[int, int] | None = None) -> list[str]:
-    """An address for each rank, at the port that `ports` names or at a free one."""
+    """An address for each rank, with the port given in `ports` or a free one."""
     return [f"127.0.0.1:{(ports or {}).get(rank, port)}" for rank, port in enumerate(free_ports(size))]
 
 
 def tf_config(addresses: list[str]) -> list[dict[str, str]]:
-    """Of each worker of these addresses."""
+    """The environment of each worker at these addresses."""
     cluster = {"worker": list(addresses)}
     tasks = [{"type": "worker", "index": index} for index in range(len(addresses))]
     return [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})} for task in tasks]
 
 
 def srun(size: int) -> list[dict[str, str]]:
-    """Of each task of a job step on this machine."""
+    """The environment of each task of a job step on this machine."""
     step = {
         "SLURM_JOB_ID": str(1 + secrets.randbelow(10**8)),
         "SLURM_STEP_ID": "0",

@@ -1,4 +1,4 @@
-"""Processes: to fork them ready, to stop them with all that they have started, to see them end. Without TensorFlow."""
+"""Processes: fork them off ready, stop them with their descendants, see them end. Without TensorFlow."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ import psutil
 
 from support import CHECKOUT
 
-# What a launcher or a batch job leaves in the environment would make one process of many of every run in here.
+# With a launcher's or batch job's variables, every run in here would take itself for one process of many.
 LAUNCHER_VARIABLES = ("SLURM_", "HOROVOD_", "OMPI_", "PMI", "TF_CONFIG", "CUDA_VISIBLE_DEVICES")
 LIGHT_LIBRARIES = (
     "hydra._internal.core_plugins.basic_sweeper", "mnist_dist.benchmark.report", "mnist_dist.benchmark.startup",
@@ -32,21 +32,21 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def python_environment() -> dict[str, str]:
-    """Environment variables with which `python -m mnist_dist...` runs from any folder, installed or not."""
+    """The environment in which `python -m mnist_dist...` runs from any folder, installed or not."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join(filter(None, [str(CHECKOUT), str(CHECKOUT / "tests"), os.environ.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path}
 
 
 class ForkServer:
-    """Starts Python programs in a moment: `forkserver.py` has imported their libraries."""
+    """Starts Python programs instantly: `forkserver.py` has imported their libraries."""
 
     def __init__(self, libraries: Iterable[str]) -> None:
-        # Orphans become our children, so that the programs can be waited for as if started here.
+        # We adopt orphans, so that the programs can be waited for as if started here.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("forkserver.py"), *libraries],
-            # As the package has it while it imports TensorFlow and Keras (`Console.tensorflow_start`).
+            # As in the package while it imports TensorFlow and Keras (`Console.tensorflow_start`).
             env={**python_environment(), "TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_HOME": os.devnull},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,7 +55,7 @@ class ForkServer:
         )
 
     def start(self, words, *, env: dict[str, str], cwd: Path, printed: tuple[Path, Path]) -> psutil.Process:
-        """Run `python *words`; what it prints goes to the two files `printed`."""
+        """Run `python *words`; its output goes to the two files `printed`."""
         request = {
             "words": [*map(str, words)],
             "env": env,
@@ -69,19 +69,19 @@ class ForkServer:
 
 @functools.cache
 def fork_server(libraries: tuple[str, ...] = LIBRARIES) -> ForkServer:
-    """The one that has imported these; it ends with this process."""
+    """The fork server that has imported these; it ends with this process."""
     return ForkServer(libraries)
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it has started, whatever session they are in (horovodrun gives each its own)."""
-    with contextlib.suppress(psutil.NoSuchProcess):  # it ends just now
+    """A process and all its descendants, whatever session they are in (horovodrun gives each its own)."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # it is just ending
         return [process, *process.children(recursive=True)]
     return [process]
 
 
 def freeze(process: psutil.Process) -> list[psutil.Process]:
-    """Stop a process and all that it has started, those too that are only just being started; returns all of them."""
+    """Stop a process and all its descendants, even those just being started; returns all of them."""
     frozen: set[psutil.Process] = set()
     while new := set(family(process)) - frozen:
         send(new, signal.SIGSTOP)
@@ -92,8 +92,8 @@ def freeze(process: psutil.Process) -> list[psutil.Process]:
 
 
 def may_start_processes(process: psutil.Process) -> bool:
-    """Whether a process that was told to stop still runs. If it waits in the kernel, it stops before it does more."""
-    with contextlib.suppress(OSError):  # it ends just now
+    """Whether a process that was told to stop still runs. If it waits in the kernel, it stops before doing more."""
+    with contextlib.suppress(OSError):  # it is just ending
         for path in Path(f"/proc/{process.pid}/task").glob("*/stat"):
             with contextlib.suppress(OSError):
                 if path.read_text().rpartition(")")[2].split()[0] in "RS":
@@ -108,14 +108,14 @@ def send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs, and is not only an exit code that nobody has asked for yet."""
+    """Whether it runs and is not a zombie."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     return False
 
 
 def kill(process: psutil.Process) -> None:
-    """kill -9 the process and all that it has started."""
+    """kill -9 the process and all its descendants."""
     if is_alive(process):
         frozen = freeze(process)
         send(frozen, signal.SIGKILL)
@@ -123,7 +123,7 @@ def kill(process: psutil.Process) -> None:
 
 
 def wait_until(condition, *, timeout_s: float = 120, every_s: float = 0.005):
-    """What `condition()` returns as soon as that is true; fails if it takes too long."""
+    """Wait until `condition()` is true and return its value; fails if it takes too long."""
     deadline = time.monotonic() + timeout_s
     while not (result := condition()):
         assert time.monotonic() < deadline, f"waited {timeout_s} s in vain"

@@ -1,7 +1,7 @@
-"""A Slurm cluster of two nodes with two pretended GPUs each, all on this machine, for any user.
+"""A Slurm cluster of two nodes with two fake GPUs each, all on this machine, for any user.
 
-It needs Debian's packages `slurm-wlm` and `munge` to be installed, and nothing of them configured or running: key,
-sockets, ports and state are the cluster's own, in a folder of its own, and what was started is what is stopped.
+It needs Debian's packages `slurm-wlm` and `munge` installed, but not configured or running: key,
+sockets, ports and state are the cluster's own, in its own folder, and it stops only what it started.
 
     python3 tests/support/slurm_cluster.py            # a shell in which sbatch, srun, squeue talk to the cluster
     python3 tests/support/slurm_cluster.py COMMAND    # or one command
@@ -65,27 +65,27 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE OverSubscribe=NO State=UP Priori
 
 
 def missing_programs() -> list[str]:
-    """What of Slurm and MUNGE is not installed."""
+    """The programs of Slurm and MUNGE that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
 
 
 @contextlib.contextmanager
 def run_cluster() -> Iterator[dict[str, str]]:
-    """Start the cluster; yields the environment variables for those who use it, and stops it afterwards."""
-    # A short path, as a socket's may have 107 characters only.
+    """Start the cluster, yield the environment variables for its users, and stop it afterwards."""
+    # A short path, as a socket's may have at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     processes: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
     for name in [name for name in environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
-        del environment[name]  # of a job in which this runs
+        del environment[name]  # of a job that this runs in
 
     def start(*command: object) -> None:
         log = (folder / f"{command[0]}.out").open("ab")
         program = shutil.which(str(command[0]), path=_PATH) or str(command[0])
-        # Should this process be killed, they end too.
+        # If this process is killed, they end as well.
         guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         arguments = [*guard, program, *map(str, command[1:])]
-        # In a session of its own, so that Ctrl-C at the terminal leaves the order of stopping to us.
+        # In its own session, so that after Ctrl-C at the terminal we stop things in the right order.
         processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log, start_new_session=True))
 
     try:
@@ -102,7 +102,7 @@ def run_cluster() -> Iterator[dict[str, str]]:
         _wait_for(lambda: _idle_nodes(environment) == len(NODES), "the nodes", folder)
         yield environment
     finally:
-        # Also a job that was submitted a moment ago.
+        # Including a job that was submitted a moment ago.
         deadline = time.monotonic() + 15
         while _num_jobs(environment) and time.monotonic() < deadline:
             subprocess.run(["scancel", f"--user={os.getuid()}"], env=environment, timeout=30, check=False)
@@ -115,7 +115,7 @@ def run_cluster() -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for pid in _users_of(environment["SLURM_CONF"]):  # what a job has left
+        for pid in _users_of(environment["SLURM_CONF"]):  # what a job has left behind
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,7 +130,7 @@ def _configure(folder: Path) -> None:
     ctld_port, *node_ports = _free_ports(1 + len(NODES))
     host = socket.gethostname()
     nodes = [
-        # More cores than a small machine has: two nodes, and jobs side by side. config_overrides allows it.
+        # More cores than a small machine has, for two nodes and jobs side by side; config_overrides allows it.
         f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port}"
         " CPUs=8 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
         for node, port in zip(NODES, node_ports, strict=True)
@@ -139,7 +139,7 @@ def _configure(folder: Path) -> None:
         host=host, user=os.getuid(), folder=folder, ctld_port=ctld_port, nodes="\n".join(nodes)
     )
     (folder / "slurm.conf").write_text(content)
-    # Two device files that are everywhere; nothing opens them.
+    # Two device files that exist everywhere; nothing opens them.
     gres = [f"NodeName={node} Name=gpu File={file}" for node in NODES for file in ("/dev/null", "/dev/zero")]
     (folder / "gres.conf").write_text("\n".join(gres) + "\n")
 
@@ -155,13 +155,13 @@ def _num_jobs(environment: dict[str, str]) -> int:
         return 0
     try:
         result = subprocess.run(["squeue", "--noheader"], env=environment, capture_output=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:  # no cluster that could say
+    except subprocess.TimeoutExpired:  # no cluster to ask
         return 0
     return len(result.stdout.splitlines())
 
 
 def _users_of(slurm_conf: str) -> list[int]:
-    """Processes of this user whose cluster is the one of this file; not this process, which never sets it."""
+    """This user's processes whose cluster is that of this file; not this process, which never sets it."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):

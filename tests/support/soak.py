@@ -1,6 +1,6 @@
 """Kills runs at random moments, repeats their command to the end, and compares the result with an undisturbed run's.
 
-`test_kills.py` does this with fixed seeds, `make soak` as often as one likes (`python tests/support/soak.py --help`).
+`test_kills.py` does this with fixed seeds, `make soak` as often as you like (`python tests/support/soak.py --help`).
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Difference(AssertionError):
 
 
 class Scenario(NamedTuple):
-    """Who is killed."""
+    """Which job and who in it is killed."""
 
     jobs: tuple[tuple[str, int], ...]
     """Each time the command is given it is for the next of these, and again from the first one."""
@@ -103,10 +103,10 @@ class Kill:
 
 
 class Attempt:
-    """The command, given once."""
+    """One execution of the command."""
 
     def __init__(self, kind, args, folder: Path, *, hook: WriteHook | None = None, fresh: bool = False) -> None:
-        """Start it; `fresh`: with imports of its own, and Horovod's ranks by horovodrun in place of srun."""
+        """Start it; `fresh`: with its own imports, and Horovod's ranks by horovodrun instead of srun."""
         self.kind, self.folder, self.hook = kind, folder, hook
         self._log_begin = log_size(folder)
         self._temporaries_before = temporaries(folder)
@@ -130,7 +130,7 @@ class Attempt:
 
     @property
     def is_running(self) -> bool:
-        """Whether any of its processes runs."""
+        """Whether any of its processes is running."""
         return any(map(is_alive, self._job.processes))
 
     @property
@@ -143,7 +143,7 @@ class Attempt:
 
     @property
     def resumed(self) -> int:
-        """The epoch after which it went on."""
+        """The epoch after which it resumed."""
         match = re.search(rf"^Resuming after epoch (\d+) of {NUM_EPOCHS}$", self.log, re.MULTILINE)
         return int(match[1]) if match else 0
 
@@ -156,18 +156,18 @@ class Attempt:
         return f"Epoch {NUM_EPOCHS}/" in self.log or self.resumed == NUM_EPOCHS
 
     def new_temporaries(self) -> list[str]:
-        """The half-written files that are not of an earlier attempt."""
+        """The half-written files that are not from an earlier attempt."""
         return sorted(path.name for path in temporaries(self.folder) - self._temporaries_before)
 
     @property
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes that train, by rank."""
-        with contextlib.suppress(psutil.Error):  # it ends just now
+        with contextlib.suppress(psutil.Error):  # it is just ending
             return self._job.ranks()
         return {}
 
     def wait_until(self, condition) -> None:
-        """Wait until it is true, or the job has ended; raises Difference."""
+        """Wait until it is true or the job has ended; raises Difference."""
         while self.is_running and not condition():
             if self.seconds > MAX_WAIT_S:
                 raise Difference(f"{job_name(self.kind)} hangs:\n{self._job.output()}")
@@ -188,7 +188,7 @@ class Attempt:
         return "epoch" if "Epoch " in self.log else "tracing"
 
     def kill(self, rank: int | None, *, after_s: float) -> Kill | None:
-        """Kill that rank (None: all), and see the others end; None if there was nothing left to kill.
+        """Kill that rank (None: all) and see the others end; returns None if there was nothing left to kill.
 
         Raises Difference if the job has failed before.
         """
@@ -214,7 +214,7 @@ class Attempt:
         send(frozen, signal.SIGCONT)
         while any(map(is_alive, frozen)) or self.is_running:
             if time.monotonic() - killed > MAX_END_S:
-                send(frozen, signal.SIGKILL)  # also those whose launcher has ended
+                send(frozen, signal.SIGKILL)  # including those whose launcher has ended
                 made.hangs = True
             time.sleep(0.005)
         if rank is not None and not made.hangs:
@@ -222,14 +222,14 @@ class Attempt:
         return made if victims else None
 
     def finish(self) -> None:
-        """Wait for the end; raises Difference unless it is a good one."""
+        """Wait for it to end; raises Difference unless it ended well."""
         self.wait_until(lambda: False)
         codes = self._job.codes()
         if any(codes):
             raise Difference(f"{job_name(self.kind)} ended with {codes}:\n{self._job.output()}")
 
     def check(self) -> None:
-        """Raise Difference unless this attempt went on after the newest checkpoint that was there."""
+        """Raise Difference unless this attempt resumed after the newest checkpoint that was there."""
         output = self._job.output()
         if "cannot be used" in output:
             raise Difference(f"a kill damaged a checkpoint:\n{output}")
@@ -238,12 +238,12 @@ class Attempt:
             raise Difference(f"went on after epoch {self.resumed}, not {self._epoch_before}:\n{output}")
 
     def close(self) -> None:
-        """Let nothing run on."""
+        """Leave nothing running."""
         self._job.kill()
 
 
 def stage_of_file(name: str) -> str:
-    """When a file of a run folder is written, told by how its name (or that of its temporary) begins."""
+    """The stage in which a file is written, given the start of its name (or its temporary file's name)."""
     begins = {file.partition("{")[0]: stage for stage, file in FILES.items()}
     return next((stage for begin, stage in begins.items() if name.startswith(begin)), "results")
 
@@ -258,7 +258,7 @@ def temporaries(folder: Path) -> set[Path]:
 
 
 def newest_epoch(folder: Path) -> int:
-    """That of the newest checkpoint."""
+    """The epoch of the newest checkpoint."""
     return max((int(path.stem.removeprefix("epoch-")) for path in folder.glob("checkpoints/epoch-*.ckpt")), default=0)
 
 
@@ -269,7 +269,7 @@ def has_tensorflow(process: psutil.Process | None) -> bool:
 
 
 class Target(NamedTuple):
-    """What to kill, and when; drawn before anything runs, so that a seed means the same on every machine."""
+    """What to kill and when; drawn before anything runs, so that a seed means the same on every machine."""
 
     stage: str
     rank: int | None
@@ -284,7 +284,7 @@ class Target(NamedTuple):
 
 
 def draw_stages(seed: int, number: int) -> list[str]:
-    """All stages, then any more, in random order; but what comes after the last epoch comes last."""
+    """All stages, then random ones, in random order; but what comes after the last epoch comes last."""
     generator = random.Random(seed)
     drawn = [*STAGES, *generator.choices(STAGES, k=max(0, number - len(STAGES)))]
     generator.shuffle(drawn)
@@ -292,7 +292,7 @@ def draw_stages(seed: int, number: int) -> list[str]:
 
 
 def draw_target(scenario: Scenario, stage: str, size: int, *, seed: str) -> Target:
-    """The moment in a stage, and who is killed, of so many processes."""
+    """The moment in a stage, and which of that many processes is killed."""
     generator = random.Random(seed)
     file = FILES.get(stage)
     if stage == "results" and generator.random() < 0.7:
@@ -321,14 +321,14 @@ def wait_for(attempt: Attempt, target: Target, *, epoch: int) -> float:
 
 
 def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, folder: Path) -> Iterator[Kill]:
-    """Give a run's command again and again, kill it at each of `stages`, and once not; raises Difference."""
+    """Repeat a run's command, kill it at each of `stages`, then let it finish; raises Difference."""
     for number, stage in enumerate([*stages, None]):
         job = scenario.jobs[number % len(scenario.jobs)]
         if stage is None:
             run_to_end(job, args, folder)
             break
         target = draw_target(scenario, stage, job[1], seed=f"{seed} {number}")
-        # Not so far ahead that nothing is left for the kills to come.
+        # Not so far ahead that nothing is left for later kills.
         num_ahead = sum(later in ("epoch", "save") for later in stages[number:])
         reached = newest_epoch(folder)
         epoch = reached + 1 + int(target.ahead * max(0, NUM_EPOCHS - 2 - reached) / max(1, num_ahead))
@@ -351,7 +351,7 @@ def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, 
 
 
 def run_to_end(job, args, folder: Path) -> Result:
-    """Give the command and leave it in peace; raises Difference."""
+    """Run the command undisturbed; raises Difference."""
     attempt = Attempt(job, args, folder)
     try:
         attempt.finish()
@@ -378,7 +378,7 @@ def resumed_after(folder: Path) -> list[int]:
 
 
 def describe(kills) -> str:
-    """How many kills hit which stage, in all and by scenario's job, and the longest end."""
+    """How many kills hit which stage, in total and per scenario's job, and the longest end."""
     rows: dict[str, list[Kill]] = {"all": kills}
     for made in kills:
         rows.setdefault(made.job + ("" if made.rank is None else ", one rank"), []).append(made)

@@ -1,4 +1,4 @@
-"""These tests start no program: `make test-quick` runs them all, often."""
+"""These tests start no programs: `make test-quick` runs all of them, often."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The batch plan: every example once an epoch, and nothing but (seed, epoch) decides the order."""
+"""The batch plan: every example once per epoch, in an order that depends only on (seed, epoch)."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_in_order():
 
 
 def test_wider_steps_hold_the_same_examples():
-    """As where the shards of a batch have more rows than it has examples."""
+    """As when the shards of a batch have more rows than it has examples."""
     for plan, rows in (
         (BatchPlan(5, 2, num_rows=3), [[0, 1, -1], [2, 3, -1], [4, -1, -1]]),
         (BatchPlan(3, 2), [[0, 1], [2, -1]]),
@@ -64,22 +64,22 @@ def test_the_batch_size_does_not_change_the_order():
     assert np.array_equal(orders[0], orders[2])
 
 
-def test_the_order_is_the_same_as_ever():
+def test_the_order_never_changes():
     """Resuming with a newer NumPy or on another machine must not reshuffle."""
     assert BatchPlan(10, 5).shuffled(seed=1, epoch=2).reshape(-1).tolist() == RECORDED
 
 
 def test_seeds_and_epochs_differ():
     plan = BatchPlan(1000, 64)
-    # (1, 2) and (2, 1) too: seed and epoch are not simply added up.
+    # Including (1, 2) and (2, 1): seed and epoch are not simply added.
     keys = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2**31 - 1, 0), (2**31 - 1, 1)]
     orders = {plan.shuffled(seed=seed, epoch=epoch).tobytes() for seed, epoch in keys}
     assert len(orders) == len(keys)
 
 
 def test_orders_look_random():
-    """The mean place of an example over many epochs is the middle."""
+    """The mean position of an example over many epochs is the middle."""
     plan = BatchPlan(20, 20)
     places = np.array([np.argsort(plan.shuffled(seed=0, epoch=epoch)[0]) for epoch in range(2000)])
-    # One place has standard deviation 5.77, a mean of 2000 places 0.13.
+    # One position has standard deviation 5.77, a mean of 2000 positions 0.13.
     assert np.abs(places.mean(axis=0) - 9.5).max() < 5 * 0.13

@@ -1,4 +1,4 @@
-"""The benchmark's parts: protocol, contenders' texts, report."""
+"""The benchmark's parts: protocol, contender strings, report."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from mnist_dist.benchmark.report import build_rows, build_targets, format_table
 
 @pytest.fixture
 def ends():
-    """Both sides of a connection; into the second one a test writes what it likes."""
+    """Both ends of a connection; a test writes what it likes into the second one."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Wire(ours), theirs
@@ -49,7 +49,7 @@ def test_a_child_ends_with_the_benchmark(last, ends):
         Turns(wire).wait()
 
 
-def test_default_contenders_can_all_be_read():
+def test_default_contenders_can_all_be_parsed():
     read = functools.cache(parse)
     for num_gpus in (0, 1, 4):
         texts = default_texts(num_gpus=num_gpus)
@@ -63,7 +63,7 @@ def test_pytorch_that_is_not_installed_is_refused(monkeypatch):
         parse("torch precision=float32")
 
 
-def test_bystanders_are_others_only():
+def test_bystanders_are_only_other_processes():
     bystanders = Bystanders()
     bystanders.look()
     sum(range(10_000_000))  # our own time does not count

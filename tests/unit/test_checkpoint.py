@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not used; which are kept; what is left when writing fails."""
+"""Checkpoint files: only intact ones are used; which are kept; what is left when writing fails."""
 
 import errno
 import os
@@ -99,7 +99,7 @@ def test_a_damaged_one_is_named_and_an_earlier_one_is_used(damage, folder, logge
     (line,) = logged()
     assert line.startswith(f"{newest} cannot be used: ")
     assert "\n" not in line
-    folder.save(make(3), keep=3)  # the run goes on
+    folder.save(make(3), keep=3)  # the run continues
     assert_same(folder.load_newest(), make(3))
     assert len(logged()) == 1
 
@@ -120,8 +120,8 @@ def test_a_pipe_is_not_waited_for(folder, logged):
     assert logged() == [f"{newest} cannot be used (Not a regular file); trying an earlier checkpoint"]
 
 
-def test_one_that_may_be_readable_tomorrow(folder, monkeypatch):
-    """Another user's, or of a server that is away: it is not trained once more, and so not removed."""
+def test_one_that_may_be_readable_later(folder, monkeypatch):
+    """Another user's, or on a server that is down: its epochs are not trained again, so it is not removed."""
 
     def read(path: Path) -> bytes:
         if path.name == "epoch-00003.ckpt":
@@ -140,13 +140,13 @@ def test_all_are_damaged(folder, logged):
     assert len(logged()) == 3
 
 
-def test_a_missing_one_is_no_news(folder, logged):
+def test_a_missing_one_is_not_reported(folder, logged):
     (folder.path / "epoch-00003.ckpt").unlink()
     assert_same(folder.load_newest(), make(2))
     assert logged() == []
 
 
-def test_damaged_ones_of_later_epochs_go_when_the_run_goes_on(folder):
+def test_damaged_ones_of_later_epochs_are_removed_when_the_run_resumes(folder):
     (folder.path / "epoch-00003.ckpt").write_bytes(b"")
     folder.save(make(2), keep=3)
     assert names(folder) == ["epoch-00001.ckpt", "epoch-00002.ckpt"]
@@ -175,7 +175,7 @@ def test_a_failure_while_saving_leaves_all_earlier_ones(function, folder, monkey
 
 
 def test_killed_at_any_moment_of_a_save(folder):
-    """The process ends before the n-th thing that a save does to the file system, for every n."""
+    """The process ends before the n-th file system operation of a save, for every n."""
     for moment in range(30):
         child = os.fork()
         if child == 0:
@@ -196,7 +196,7 @@ def test_killed_at_any_moment_of_a_save(folder):
             break
     assert moment > 5
     assert newest.point.epoch == 4
-    assert names(folder) == [f"epoch-0000{epoch}.ckpt" for epoch in (2, 3, 4)]  # no temporary file of any child
+    assert names(folder) == [f"epoch-0000{epoch}.ckpt" for epoch in (2, 3, 4)]  # no child's temporary file
 
 
 def test_the_folder_is_moved_away_while_it_is_written(folder, monkeypatch):
@@ -241,7 +241,7 @@ def periodic(folder, *, start_epoch=0, every_epochs=3, every_s=10.0, clock=lambd
 
 
 def test_by_epochs_and_by_seconds_whichever_is_first():
-    """And once more at the end, unless it has just been done."""
+    """And again at the end, unless one was just saved."""
     folder, now = FakeFolder(), [0.0]
     checkpoints = periodic(folder, clock=lambda: now[0])
     for epoch, now[0] in ((1, 0.0), (2, 1.0), (3, 2.0), (4, 9.0), (5, 13.0), (6, 14.0), (7, 15.0)):
@@ -256,6 +256,6 @@ def test_after_a_restart():
     folder = FakeFolder()
     checkpoints = periodic(folder, start_epoch=2, every_epochs=100, every_s=100.0)
     checkpoints.catch_up(history_of(2))
-    assert folder.saved == []  # that is where it started from
+    assert folder.saved == []  # that is where it resumed from
     checkpoints.catch_up(history_of(3))
     assert len(folder.saved) == 1

@@ -16,7 +16,7 @@ def test_the_defaults_are_the_original_recipe(name):
     assert (config.optimizer.name, config.optimizer.learning_rate, config.model.dropout) == ("adam", 0.001, 0.4)
 
 
-def test_the_command_line_is_stronger_than_an_experiment():
+def test_the_command_line_overrides_an_experiment():
     assert compose_config("experiment=debug").trainer.epochs == 3
     assert compose_config("experiment=debug", "trainer.epochs=7").trainer.epochs == 7
 
@@ -29,7 +29,7 @@ def test_out_of_range_names_key_value_and_rule():
 def test_ranges_are_those_of_float32():
     assert np.finfo(np.float32).max == FLOAT32_MAX
     assert np.finfo(np.float32).tiny == FLOAT32_TINY
-    below_1 = 1 - 2**-25  # half-way from the last float32 to 1, and rounded to 1
+    below_1 = 1 - 2**-25  # halfway from the last float32 to 1, so rounded to 1
     assert np.float32(below_1) == 1
     assert np.float32(np.nextafter(below_1, 0)) < 1
     for key in ("beta_1", "beta_2"):
@@ -38,7 +38,7 @@ def test_ranges_are_those_of_float32():
             compose_config(f"optimizer.{key}={below_1}")
 
 
-def test_the_table_of_keys_is_that_of_the_schema(monkeypatch):
+def test_the_table_of_keys_matches_the_schema(monkeypatch):
     """`python docs/make_configuration.py` writes it."""
     monkeypatch.syspath_prepend(CHECKOUT / "docs")
     import make_configuration
@@ -49,6 +49,6 @@ def test_the_table_of_keys_is_that_of_the_schema(monkeypatch):
     assert table == make_configuration.build_table()
 
 
-def test_every_key_has_a_meaning():
+def test_every_key_has_a_description():
     for key in describe_keys(compose(TRAIN, [])):
         assert key.meaning.endswith("."), key.name

@@ -33,7 +33,7 @@ def test_long_lines_are_not_wrapped(capsys):
     assert capsys.readouterr().out == "x" * 500 + "\n"
 
 
-def test_start_up_chatter_is_kept_back_for_whoever_looks_for_a_reason(capfd):
+def test_start_up_chatter_is_held_back_for_error_messages(capfd):
     console = Console()
     with console.tensorflow_start():
         os.write(2, b"chatter\n")
@@ -49,8 +49,8 @@ def test_start_up_chatter_is_kept_back_for_whoever_looks_for_a_reason(capfd):
     assert capfd.readouterr().err == "chatter\n"
 
 
-def test_errors_are_not_kept_back(capfd):
-    """The process may end before TensorFlow's start does."""
+def test_errors_are_not_held_back(capfd):
+    """The process may end before TensorFlow has started."""
     console = Console()
     with console, console.tensorflow_start():
         log.error("error: rank 1 is gone")
@@ -59,7 +59,7 @@ def test_errors_are_not_kept_back(capfd):
 
 
 def test_garbage_is_not_collected_while_tensorflow_is_imported(monkeypatch):
-    """What an import makes stays; to look through it costs a fifth of the start-up, and later of every collection."""
+    """What an import creates stays; scanning it costs a fifth of the start-up, and slows every later collection."""
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
     frozen = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The embedded digits: MNIST's layout, the recorded bytes, and test originals of other writers."""
+"""The embedded digits: MNIST's layout, the recorded bytes, and test originals by other writers."""
 
 import hashlib
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def test_progress_rises_to_all_images(generated: Generated) -> None:
 def test_labels_are_balanced_and_shuffled(generated: Generated, split: str) -> None:
     labels = generated.arrays[f"y_{split}"]
     assert np.all(np.abs(np.bincount(labels, minlength=10) / len(labels) - 0.1) < 0.005)
-    # Neighbours come from neighbouring originals as rarely as chance has it.
+    # Neighbours come from neighbouring originals only as often as by chance.
     steps = np.diff(digits.sources_of_images(split))
     assert np.mean(np.abs(steps) <= 1) < 0.02
 
@@ -91,7 +91,7 @@ def test_images_are_white_strokes_on_black(generated: Generated, split: str) -> 
     corners = images[:, [0, 1, 2, -3, -2, -1]][:, :, [0, 1, 2, -3, -2, -1]]
     assert corners.max() == 0
     assert np.mean(images.max((1, 2)) == 255) > 0.999
-    # MNIST: 13.1% mean, 19.1% of the pixels not zero.
+    # MNIST: 13.1% mean, 19.1% nonzero pixels.
     assert images.mean() / 255 == pytest.approx(0.131, abs=0.02)
     assert np.mean(images > 0) == pytest.approx(0.191, abs=0.02)
 
@@ -104,7 +104,7 @@ def test_centre_of_mass_is_in_the_middle(generated: Generated, split: str) -> No
     for axis in (1, 2):
         centre = (images.sum(axis) * index).sum(1) / mass
         assert np.mean(np.abs(centre - 14) < 0.51) > 0.99
-        assert np.all(np.abs(centre - 14) < 3)  # the deformed ink of a few is cut by the edge
+        assert np.all(np.abs(centre - 14) < 3)  # the edge cuts off the deformed ink of a few
 
 
 def test_no_two_images_are_the_same(generated: Generated) -> None:
@@ -113,7 +113,7 @@ def test_no_two_images_are_the_same(generated: Generated) -> None:
 
 
 def test_images_show_their_labels(generated: Generated) -> None:
-    # Nearest class mean: 82% right on MNIST, 10% where images and labels do not belong together.
+    # Nearest class mean: 82% right on MNIST, 10% if images and labels do not match.
     arrays = {name: array.astype(np.float64) for name, array in generated.arrays.items() if name.startswith("x")}
     means = np.stack([arrays["x_train"][generated.arrays["y_train"] == label].mean(0) for label in range(10)])
     distances = np.stack([((arrays["x_test"] - mean) ** 2).sum((1, 2)) for mean in means])
@@ -124,7 +124,7 @@ def test_enlarged_strokes_keep_the_ink_of_every_block() -> None:
     counts = load_digits().images[:200].astype(np.float64)
     ink = digits.enlarge(counts) > 0.5
     found = ink.reshape(200, 10, 4, 10, 4).sum((2, 4))[:, 1:-1, 1:-1]
-    assert np.abs(found - counts).mean() < 0.5  # ink pixels of 16; 0.75 without the back-projection
+    assert np.abs(found - counts).mean() < 0.5  # of 16 pixels with ink; 0.75 without the back-projection
 
 
 def test_draws_decide_the_image() -> None:

@@ -56,7 +56,7 @@ def test_inference_and_rate_zero_change_nothing():
     np.testing.assert_array_equal(PositionalDropout(0.0, seed=0, index=1)(x, training=True), x)
 
 
-def test_works_on_images_too():
+def test_works_on_images():
     with at_position(position(0, 0)):
         out = PositionalDropout(0.5, seed=0, index=1)(tf.ones([2, 5, 5, 3]), training=True)
     assert out.shape == (2, 5, 5, 3)

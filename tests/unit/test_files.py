@@ -26,8 +26,8 @@ def test_writes_and_replaces(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_new_file_outlasts_a_power_failure(tmp_path, monkeypatch):
-    """Its content is flushed before it gets its name, and the folder, which has the name, afterwards."""
+def test_a_new_file_survives_a_power_failure(tmp_path, monkeypatch):
+    """The content is flushed before the file gets its name; the folder, which has the name, is flushed afterwards."""
     steps = []
     fsync, replace = os.fsync, os.replace
 
@@ -53,7 +53,7 @@ def test_the_old_content_stays_while_the_new_is_written(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(files.os, "fsync", lambda _: seen.append(path.read_bytes()))
     write_atomically(path, b"new")
-    assert seen == [b"old", b"new"]  # the file before the old content went away, then the folder
+    assert seen == [b"old", b"new"]  # the file before the old content was replaced, then the folder
     assert path.read_bytes() == b"new"
 
 
@@ -127,7 +127,7 @@ def test_the_mode_follows_the_umask(umask, mode, tmp_path):
 @pytest.mark.parametrize("parent", ["a file", "/proc"])
 def test_unwritable_places_raise_oserror(parent, tmp_path):
     (tmp_path / "a file").write_bytes(b"")
-    folder = tmp_path / parent / "x"  # an absolute `parent` stands alone
+    folder = tmp_path / parent / "x"  # joining to an absolute `parent` gives just that
     for action in (lambda: write_atomically(folder / "y", b""), lambda: check_writable(folder)):
         with pytest.raises(OSError):
             action()

@@ -17,7 +17,7 @@ UUIDS = ["GPU-aa", "GPU-bb", "GPU-cc"]
         ("1", ["GPU-bb"]),
         ("2, 0", ["GPU-cc", "GPU-aa"]),
         ("GPU-cc", ["GPU-cc"]),
-        ("7", []),  # unknown: nothing is claimed
+        ("7", []),  # unknown, so it claims nothing
         ("", []),
     ],
 )
@@ -49,7 +49,7 @@ def test_fewer_gpus_than_asked_for(monkeypatch):
 
 
 def test_multiworker_tells_tensorflow_of_its_gpus():
-    """Without the number TensorFlow takes the CPU."""
+    """Without the number TensorFlow uses the CPU."""
     addresses = ("a:1", "b:1")
     topology = Topology(TFConfig(addresses), rank=1, world_size=2)
     resolvers = {num: create_resolver(topology, addresses, num_gpus=num) for num in (0, 2)}

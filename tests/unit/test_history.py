@@ -9,7 +9,7 @@ def metrics(epoch: int, val_accuracy: float = 0.5, weights_sha256: str | None = 
     return EpochMetrics(epoch, 0.1 + epoch / 3, 0.9, 0.2, val_accuracy, 0.001, 0.6, 1e5 / 3, weights_sha256)
 
 
-def test_columns_are_the_contract():
+def test_columns_are_as_documented():
     always = "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,epoch_s,images_per_s"
     assert ",".join(COLUMNS) == f"{always},weights_sha256"
     assert to_csv(History((metrics(1),))).splitlines()[0] == always
@@ -29,14 +29,14 @@ def test_epochs_have_no_gap_or_repeat(epochs):
         History(tuple(metrics(epoch) for epoch in epochs))
 
 
-def test_append_takes_the_next_epoch_only():
+def test_append_takes_only_the_next_epoch():
     history = History().append(metrics(1))
     assert len(history.epochs) == 1
     with pytest.raises(ValueError, match="without a gap"):
         history.append(metrics(3))
 
 
-def test_best_is_the_earliest_of_the_highest():
+def test_best_is_the_first_of_the_highest():
     history = History((metrics(1, 0.5), metrics(2, 0.9), metrics(3, 0.9)))
     assert history.best.epoch == 2
 

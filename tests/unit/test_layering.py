@@ -1,4 +1,4 @@
-"""What the import rule (`make check`) cannot say: who reads the environment, asks for backends and ranks, and sizes."""
+"""What the import rules cannot check: who reads the environment or asks for backends and ranks, and sizes."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ def test_few_read_the_environment(module):
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("strategy")])
-def test_backends_stay_in_their_room(module):
+def test_backends_stay_in_their_package(module):
     assert not re.search(r"tf\.distribute\.|==\s*[\"'](horovod|mirrored|multiworker)", MODULES[module].read_text())
 
 

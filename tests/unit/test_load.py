@@ -1,4 +1,4 @@
-"""Where images come from: every way to MNIST and back out of it, the digits' cache, the user's own files."""
+"""Where images come from: every way to get MNIST and how each fails, the digits' cache, the user's own files."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ IDX_NAMES = {
     "y_test": "t10k-labels-idx1-ubyte",
 }
 
-# The name of a test must be the same in every process, so its content must not have the time in it.
+# Test names must be the same in every process, so the content must not include the time.
 compress = functools.partial(gzip.compress, mtime=0)
 
 
@@ -54,7 +54,7 @@ def create_config(tmp_path):
 
 @pytest.fixture
 def fake_mnist(small_arrays, monkeypatch):
-    """Takes the small arrays for MNIST; returns them as the bytes of an .npz file."""
+    """Makes the small arrays pass for MNIST; returns them as the bytes of an .npz file."""
     monkeypatch.setattr(mnist, "MNIST_SHA256", array_digests(small_arrays))
     content = to_npz(small_arrays)
     monkeypatch.setattr(mnist, "MNIST_FILE_SHA256", hashlib.sha256(content).hexdigest())
@@ -63,7 +63,7 @@ def fake_mnist(small_arrays, monkeypatch):
 
 @pytest.fixture
 def fake_digits(small_arrays, monkeypatch):
-    """Takes the small arrays for the digits; returns a list that grows with every time they are built."""
+    """Makes the small arrays pass for the digits; returns a list that grows each time they are built."""
     built = []
 
     def generate_digits(on_progress=None):
@@ -79,7 +79,7 @@ def fake_digits(small_arrays, monkeypatch):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Make a local server the place to download MNIST from; `serve(handle)` answers by calling handle(request)."""
+    """Download MNIST from a local server; `serve(handle)` answers by calling handle(request)."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -107,7 +107,7 @@ def serve(monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """A port at which nobody listens."""
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -255,13 +255,13 @@ def test_download(fake_mnist, small_arrays, create_config, tmp_path, serve, logg
     path = tmp_path / "keras" / "datasets" / "mnist.npz"
     for _ in range(2):
         assert_arrays(load_dataset(create_config("mnist")), small_arrays)
-    assert requests == ["/mnist.npz"]  # the second time it is there
+    assert requests == ["/mnist.npz"]  # by the second time it is there
     assert path.read_bytes() == fake_mnist
     assert logged() == [f"downloading MNIST to {path}"]
     assert {p.name for p in path.parent.iterdir()} <= {"mnist.npz", "mnist.lock"}
 
 
-def test_many_at_once_download_once(fake_mnist, create_config, serve):
+def test_simultaneous_loads_download_once(fake_mnist, create_config, serve):
     requests = serve(lambda request: (time.sleep(0.2), send(fake_mnist)(request)))
     threads = [threading.Thread(target=load_dataset, args=(create_config("mnist"),)) for _ in range(4)]
     for thread in threads:
@@ -294,7 +294,7 @@ def talk_nonsense(request):
         (None, "Connection refused"),
     ],
 )
-def test_failed_download_names_the_ways_out(handle, reason, fake_mnist, create_config, tmp_path, serve, no_network):
+def test_failed_download_names_the_alternatives(handle, reason, fake_mnist, create_config, tmp_path, serve, no_network):
     if handle is not None:
         serve(handle)
     message = error_of(create_config("mnist"))
@@ -302,12 +302,12 @@ def test_failed_download_names_the_ways_out(handle, reason, fake_mnist, create_c
     assert message.startswith(f"data=mnist: MNIST is not here and cannot be downloaded ({reason}")
     for way_out in ("give data.path=mnist.npz", f"put mnist.npz at {path}", "give data=digits"):
         assert way_out in message
-    # Nothing half-written: the lock, and the note for those that wait for it.
+    # Nothing half-written: only the lock, and the note for those that wait for it.
     assert {p.name for p in path.parent.iterdir()} <= {"mnist.lock", "mnist.failed"}
 
 
 def test_a_failure_noted_by_a_clock_that_was_ahead(fake_mnist, small_arrays, create_config, tmp_path, serve):
-    """It is an old one all the same."""
+    """It is still an old one."""
     note = tmp_path / "keras" / "datasets" / "mnist.failed"
     note.parent.mkdir(parents=True)
     note.write_text("there was no network")
@@ -317,7 +317,7 @@ def test_a_failure_noted_by_a_clock_that_was_ahead(fake_mnist, small_arrays, cre
 
 
 @pytest.mark.parametrize("stage", ["before the answer", "within the answer"])
-def test_a_silent_server_is_given_up(stage, fake_mnist, create_config, serve, monkeypatch):
+def test_a_silent_server_times_out(stage, fake_mnist, create_config, serve, monkeypatch):
     """Without a time limit the handler would hold the test for minutes."""
     released = threading.Event()
 
@@ -339,8 +339,8 @@ def test_a_silent_server_is_given_up(stage, fake_mnist, create_config, serve, mo
     assert "timed out" in message or "no answer in" in message
 
 
-def test_a_silent_name_server_is_given_up(create_config, monkeypatch):
-    """Looking up a name knows no time limit."""
+def test_a_silent_name_server_times_out(create_config, monkeypatch):
+    """A name lookup has no time limit of its own."""
     released = threading.Event()
     monkeypatch.setattr(mnist, "CONNECT_TIMEOUT_S", 0.2)
     monkeypatch.setattr(mnist.urllib.request, "urlopen", lambda *_, **__: released.wait(120))
@@ -413,7 +413,7 @@ def test_damaged_digits_are_built_again(damage, fake_digits, small_arrays, creat
         "a pickle": pickle.dumps(small_arrays),
     }[damage]
     path.write_bytes(content)
-    for _ in range(2):  # the second time it is whole again
+    for _ in range(2):  # by the second time it is intact again
         assert_arrays(load_dataset(create_config("digits")), small_arrays)
     assert len(fake_digits) == 2
     assert [message for message in logged() if "damaged" in message] == [
@@ -458,7 +458,7 @@ def test_npz(save, small_arrays, create_config, tmp_path):
 
 
 def test_a_file_that_is_written_while_it_is_read(small_arrays, create_config, tmp_path):
-    """In place, again and again: what is read is whole, and the digest is that of what was read, or it is one line."""
+    """In place, over and over: what is read is intact and the digest matches it, or else there is one line."""
     path = tmp_path / "moving.npz"
     contents = []
     for shift in (0, 1):
@@ -577,7 +577,7 @@ def test_a_zip_of_something_else(member, create_config, tmp_path):
 
 
 def test_processes_that_wait_for_a_download_do_not_try_it_again(monkeypatch, tmp_path):
-    """Or each of many ranks on a machine without a network would cost the time-out once more."""
+    """Otherwise each of many ranks on a machine without a network would cost another time-out."""
     tries = []
 
     def fetch(url):

@@ -1,4 +1,4 @@
-"""Two jobs and one run folder: who has the lock."""
+"""Two jobs and one run folder: who gets the lock."""
 
 import pytest
 
@@ -8,12 +8,12 @@ from mnist_dist.run.folder import RunFolder
 
 
 def contents(folder) -> dict[str, bytes]:
-    """All files below a folder, with their content."""
+    """All files below a folder, with their contents."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_began_while_another_job_was_starting(tmp_path):
-    """That job has not seen how far the run has come, so it must not train there, even if nobody else does any more."""
+def test_a_run_that_started_while_another_job_was_starting(tmp_path):
+    """That job does not know how far the run has got, so it must not train there, even if nobody else does any more."""
     config = compose_config()
     late, early = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     for folder in (late, early):
@@ -29,7 +29,7 @@ def test_a_run_that_began_while_another_job_was_starting(tmp_path):
 
 
 def test_two_new_runs_of_the_same_second(tmp_path, monkeypatch):
-    """Each has a folder, and a lock, of its own."""
+    """Each has its own folder and lock."""
     monkeypatch.chdir(tmp_path)
     first, second = RunFolder.from_config(None), RunFolder.from_config(None)
     second.path = first.path

@@ -1,4 +1,4 @@
-"""How much memory there is, what a training needs at least, and what happens when it runs out."""
+"""How much memory there is, how much training needs at least, and what happens when it runs out."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ GB = 1024**3
 
 @pytest.fixture
 def machine(tmp_path):
-    """A machine of 8 GB and 1 GB of swap, as its files show it; call it with the group's line and limits."""
+    """A machine with 8 GB and 1 GB of swap, as its files show it; call it with the group's line and limits."""
 
     def build(
         line="", limits=None, meminfo=f"MemTotal: {8 * GB // 1024} kB\nMemFree: 3 kB\nSwapTotal: {GB // 1024} kB\n"
@@ -40,7 +40,7 @@ V1, V2 = "4:memory:/slurm/uid_0/job_7\n1:cpu:/\n", "0::/system.slice/job_7/step_
         (V2, {}, 9 * GB),
         (V2, {"system.slice/job_7/step_0/memory.max": "max\n", "system.slice/job_7/memory.max": f"{2 * GB}\n"}, 3 * GB),
         (V2, {"system.slice/job_7/step_0/memory.max": f"{GB}\n"}, 2 * GB),
-        (V2, {"memory.max": f"{4 * GB}\n"}, 5 * GB),  # in a container, which sees its group as the root
+        (V2, {"memory.max": f"{4 * GB}\n"}, 5 * GB),  # in a container, which sees its own group as the root
         (V2, {"unified/system.slice/memory.max": f"{4 * GB}\n"}, 5 * GB),
         (V1, {"memory/slurm/uid_0/job_7/memory.limit_in_bytes": f"{2 * GB}\n"}, 3 * GB),
         (V1, {"memory/slurm/memory.limit_in_bytes": f"{2 * GB}\n"}, 3 * GB),
@@ -52,7 +52,7 @@ def test_limits_of_groups(line, limits, expected, machine):
     assert machine(line, limits) == expected
 
 
-def test_where_nothing_can_be_told(tmp_path):
+def test_when_nothing_is_known(tmp_path):
     assert usable_memory(proc=tmp_path, cgroups=tmp_path) == np.inf
 
 
@@ -64,7 +64,7 @@ def test_bytes_in_words(number, text):
     assert describe_bytes(number) == text
 
 
-# What a training needs
+# What training needs
 
 
 def dataset(num_classes, *, size=16, dtype=np.uint8):
@@ -80,4 +80,4 @@ def test_what_is_counted_for_the_network():
         assert largest == expected * (16 * 16 + 1) * 4
 
 
-# When it runs out all the same
+# When it runs out anyway

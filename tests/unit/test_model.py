@@ -64,7 +64,7 @@ def test_layer_sizes_are_those_of_keras(overrides, shape):
 
 
 def test_deep_networks_begin_like_shallow_ones():
-    """Up to 64 layers each had its seed always; more layers change nothing in theirs."""
+    """The seeds of the first 64 layers are fixed; more layers do not change them."""
     sizes = {number: "model.hidden_sizes=[" + ",".join(["4"] * number) + "]" for number in (3, 63, 100)}
     kernels = {
         number: [layer.kernel.numpy() for layer in build(key, image_shape=(2, 2), num_classes=4).layers
@@ -77,7 +77,7 @@ def test_deep_networks_begin_like_shallow_ones():
     assert len({kernel.tobytes() for kernel in kernels[100]}) == 101  # all different
 
 
-def test_the_seeds_of_the_recipe_are_those_of_always():
+def test_the_seeds_of_the_recipe_never_change():
     seeds = np.random.SeedSequence(0).generate_state(64).tolist()
     for layer in (layer for layer in build().layers if hasattr(layer, "kernel")):
         assert layer.kernel_initializer.seed == seeds.pop()
@@ -103,7 +103,7 @@ def test_export_takes_the_weights_and_stays_plain_keras(tmp_path):
     assert {type(layer).__module__.split(".")[0] for layer in loaded.layers} == {"keras"}
 
 
-def test_dropout_acts_in_training_only_and_by_position():
+def test_dropout_acts_only_in_training_and_by_position():
     network = FlatModel(build())
     weights = network.split(tf.constant(network.get_weights()))
     images = tf.constant(np.random.default_rng(0).random((6, 784), np.float32))
@@ -128,12 +128,12 @@ def test_the_precision_policy_reaches_the_layers_that_compute(policy, dtype, nam
     layers = network._twin.layers
     assert {layer.compute_dtype for layer in layers} == {dtype}
     assert {layer.variable_dtype for layer in layers} == {"float32"}
-    assert {layer.compute_dtype for layer in model.layers} == {"float32"}  # what is saved stays plain
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}  # what is saved stays plain float32
     weights = network.split(tf.constant(network.get_weights()))
     assert network.logits(weights, tf.zeros([2, 784])).dtype == tf.float32
 
 
-def test_models_with_other_state_are_refused():
+def test_models_with_additional_state_are_refused():
     layers = [keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(2, activation="softmax")]
     with pytest.raises(ValueError, match="not trained"):
         FlatModel(keras.Sequential(layers))
@@ -243,7 +243,7 @@ def test_a_model_that_is_not_ours(name, tmp_path, capfd):
 @pytest.mark.parametrize(
     "parts", [(probabilities(),), (layers.Dense(4), layers.Activation("softmax"))], ids=["dense", "activation"]
 )
-def test_a_model_that_will_do(parts, tmp_path):
+def test_a_model_that_is_accepted(parts, tmp_path):
     model = sequential(*parts)
     model.save(tmp_path / "model.keras")
     network = load_flat_model(tmp_path / "model.keras", num_pixels=64, num_classes=4)

@@ -40,7 +40,7 @@ def test_equals_keras_over_many_steps(name):
             num_updates=tf.constant(step, tf.int64),
             learning_rate=tf.constant(0.01, tf.float32),
         )
-        # Adam divides by the root of a small number, which magnifies the last bit.
+        # Adam divides by the square root of a small number, which magnifies the last bit.
         np.testing.assert_allclose(weights.numpy(), reference.numpy(), rtol=1e-5, atol=5e-6)
     assert np.abs(weights.numpy() - start).mean() > 0.01  # it did move
 
@@ -52,7 +52,7 @@ def test_equals_keras_over_many_steps(name):
         ("linear", 0, 4, [0.4, 0.4, 0.4, 0.4]),
         ("sqrt", 0, 4, [0.2, 0.2, 0.2, 0.2]),
         ("linear", 1.5, 4, [0.2, 0.3, 0.4, 0.4]),  # three steps of warm-up, from 0.1
-        ("none", 1, 4, [0.05, 0.1, 0.1, 0.1]),  # nothing to rise from but 0
+        ("none", 1, 4, [0.05, 0.1, 0.1, 0.1]),  # nothing to warm up from but 0
     ],
 )
 def test_learning_rates(scaling, warmup, factor, expected):

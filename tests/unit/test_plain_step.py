@@ -1,6 +1,6 @@
-"""Every optimisation of the step at once, against the step as a textbook writes it, on real MNIST.
+"""All optimisations of the step at once, compared with the textbook step, on real MNIST.
 
-The plain step has the whole batch in one piece, Keras' layers and Keras' optimizer; only the dropout masks are ours.
+The plain step takes the whole batch in one piece, with Keras' layers and optimizer; only the dropout masks are ours.
 """
 
 import keras
@@ -30,7 +30,7 @@ def splits(mnist_path):
 
 @pytest.fixture(scope="module")
 def train(splits, mnist_path):
-    """Train some steps of epoch 1 of the recipe; returns the weights before and after, and the batches' indices."""
+    """Train a few steps of epoch 1 of the recipe; returns the weights before and after, and the batches' indices."""
 
     def run(optimizer: str, num_steps: int, mode: str, *overrides: str):
         config = compose_config(
@@ -78,7 +78,7 @@ def plain_steps(engine: Engine, splits, weights: np.ndarray, indices: np.ndarray
 
 @pytest.fixture(scope="module")
 def plain(splits):
-    """As `plain_steps`; both modes are compared with the same ones."""
+    """Like `plain_steps`; both modes are compared with the same ones."""
     done = {}
 
     def run(engine: Engine, before: np.ndarray, indices: np.ndarray, optimizer: str):
@@ -92,10 +92,10 @@ def plain(splits):
 
 
 def difference(train, plain, optimizer: str, num_steps: int, mode: str, *overrides: str):
-    """How far our weights are from the plain step's, and what the plain step's first gradient was."""
+    """How far our weights are from the plain step's, and the plain step's first gradient."""
     before, ours, indices, engine = train(optimizer, num_steps, mode, *overrides)
     weights, first_gradient = plain(engine, before, indices, optimizer)
-    assert np.abs(weights - before).max() > 5e-4  # they did move
+    assert np.abs(weights - before).max() > 5e-4  # they did change
     return np.abs(ours - weights), first_gradient
 
 
@@ -111,8 +111,8 @@ def test_one_step_equals_the_plain_one(train, plain, optimizer, mode):
 def test_an_epoch_equals_plain_steps(train, plain, optimizer, mode):
     """All 97 steps, with the short last batch, and an activation without a kink.
 
-    With ReLU a unit that is 0 but for rounding (1e-8 in step 66 of this seed) is on in one program and off in
-    the other; its gradient then differs by much more than rounding, and so do all weights after it.
+    With ReLU, a unit that is 0 up to rounding (1e-8 in step 66 of this seed) is on in one program and off in
+    the other; its gradient then differs by much more than rounding, and so do all later weights.
     """
     distance, gradient = difference(train, plain, optimizer, NUM_STEPS, mode, "model.activation=tanh")
     assert distance.max() <= 1e-5

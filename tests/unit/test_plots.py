@@ -1,4 +1,4 @@
-"""Plots: the texts and marks a reader needs, and the picture they end in."""
+"""Plots: the labels and markers a reader needs, and the resulting picture."""
 
 import io
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def create_history(val_accuracies: Sequence[float]) -> History:
 
 
 def create_original_history(num_epochs: int) -> History:
-    """The original run, its last epoch repeated where more are asked for."""
+    """The original run, with its last epoch repeated if more are asked for."""
     original = load_reference("original")
     assert original is not None
     rows = []
@@ -85,7 +85,7 @@ def test_history_of_a_run_is_a_reference(tmp_path: Path) -> None:
 
 
 def test_reference_from_a_spreadsheet(tmp_path: Path) -> None:
-    """Byte-order mark, CRLF, blanks after commas, other order, further columns, quotes."""
+    """Byte-order mark, CRLF, spaces after commas, other order, extra columns, quotes."""
     path = tmp_path / "sheet.csv"
     path.write_bytes(
         b"\xef\xbb\xbfval_accuracy, epoch, note, loss, accuracy, val_loss\r\n"
@@ -147,7 +147,7 @@ def test_curves_are_a_png_of_report_size(num_epochs: int, metric: Metric) -> Non
     assert pixels.shape == (1000, 1600, 3)
     for color in (TRAIN_COLOR, VALIDATION_COLOR):
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-        # More than the legend's two lines: the marks and curves in the axes themselves.
+        # More than the legend's two lines: the markers and curves in the axes themselves.
         assert np.all(pixels[:850] == rgb, axis=-1).sum() > 50, f"{color} is not in the picture"
 
 
@@ -262,7 +262,7 @@ def test_accuracy_ticks_stay_between_0_and_100_percent(value: float) -> None:
     assert max(ticks) <= 1 + 1e-9
 
 
-def test_loss_axis_is_logarithmic_only_where_that_helps() -> None:
+def test_loss_axis_is_logarithmic_only_when_that_helps() -> None:
     def get_scale(losses: Sequence[float]) -> str:
         rows = [EpochMetrics(i, x, 0.5, x, 0.5, 1e-3, 1.0, 1.0) for i, x in enumerate(losses, start=1)]
         figure = draw_curves(History(tuple(rows)), metric="loss", dataset="mnist", reference=None)
@@ -293,7 +293,7 @@ def test_same_input_gives_same_bytes_whatever_the_user_configured() -> None:
 
 
 def create_matrix(num_classes: int) -> np.ndarray:
-    """Shape (n, n): 100 right each, and class 0 taken for class 1 seven times."""
+    """Shape (n, n): 100 correct each, and class 0 taken for class 1 seven times."""
     matrix = np.diag(np.full(num_classes, 100))
     matrix[0, 1] = 7
     return matrix
@@ -318,7 +318,7 @@ def test_confusion_matrix_has_true_rows_predicted_columns_and_no_zeros() -> None
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "$^$"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "$^$"]
     texts = {text.get_position(): text.get_text() for text in axes.texts}
-    # A position is (x, y): x is the predicted class, y the true one.
+    # A position is (x, y): x is the predicted class, y the true class.
     assert texts == {(0, 0): "100", (1, 0): "7", (1, 1): "100", (2, 2): "100"}
     shares = axes.images[0].get_array()
     assert shares[0, :2].tolist() == pytest.approx([100 / 107, 7 / 107]), "shares of the true class"
@@ -372,6 +372,6 @@ def test_class_names_do_not_overlap(names: list[str]) -> None:
         assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
 
 
-def test_confusion_matrix_of_another_size_than_its_names_is_our_bug() -> None:
+def test_confusion_matrix_with_the_wrong_number_of_names_is_a_bug() -> None:
     with pytest.raises(AssertionError, match=r"\(3, 3\) for 2 class names"):
         draw_confusion_matrix(create_matrix(3), class_names=["a", "b"], title="")

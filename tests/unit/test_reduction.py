@@ -1,4 +1,4 @@
-"""The sum over shards, on real replicas, against additions in NumPy."""
+"""The sum over shards on real replicas, compared with additions in NumPy."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.strategy.base import SingleDevice
 from mnist_dist.strategy.mirrored import Mirrored
 
-NUM_VALUES = 1000  # no power of two, and enough for vectorised kernels to have a rest
+NUM_VALUES = 1000  # not a power of two, and large enough to leave vectorised kernels a remainder
 
 
 def wild(num_shards: int, *, seed: int = 0) -> np.ndarray:
-    """float32 numbers of either sign from 1e-12 to 1e12: their sum depends on the order nearly everywhere."""
+    """float32 numbers of either sign from 1e-12 to 1e12: nearly all their sums depend on the order."""
     rng = np.random.default_rng(seed)
     magnitudes = 10.0 ** rng.uniform(-12, 12, (num_shards, NUM_VALUES))
     close = rng.uniform(0.5, 2, (num_shards, NUM_VALUES))
@@ -22,7 +22,7 @@ def wild(num_shards: int, *, seed: int = 0) -> np.ndarray:
 
 
 def tree_sum(rows: np.ndarray) -> np.ndarray:
-    """The left part of every sum holds the largest power of two of shards that leaves something for the right one."""
+    """The left part of every sum has the largest power of two of shards that leaves some for the right part."""
     if len(rows) == 1:
         return rows[0]
     left = 1
@@ -74,7 +74,7 @@ def test_exact_is_the_tree_to_the_last_bit(num_shards, num_replicas, seed):
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 7])
-def test_fast_is_the_sum_to_rounding(num_replicas):
+def test_fast_is_the_sum_up_to_rounding(num_replicas):
     plan = ShardPlan(8, 4, num_replicas)
     values, strategy = wild(8), Mirrored(num_replicas=num_replicas)
     bound = 8 * np.finfo(np.float32).eps * np.abs(values).sum(axis=0, dtype=np.float64)

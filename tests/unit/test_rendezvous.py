@@ -24,7 +24,7 @@ def addresses(request) -> list[str]:
 
 @pytest.fixture
 def hold():
-    """Hold the port of a rank, as its process does; what is held when the test ends is let go."""
+    """Hold the port of a rank, as its process does; what is still held when the test ends is released."""
     with contextlib.ExitStack() as stack:
 
         def hold(rank, addresses, **kwargs) -> Rendezvous:
@@ -44,9 +44,9 @@ def rendezvous_of(rank, addresses, *, timeout_s=20.0) -> Rendezvous:
 
 
 def start(ranks, addresses, timeout_s, delays=None, *, chief=None):
-    """Let these ranks exchange their names; the outcome of each is what it got, or its error.
+    """Let these ranks exchange their names; the outcome of each is what it got or its error.
 
-    A spare process of rank 1 is 101. `chief` is rank 0's side, where it holds its port already.
+    101 is a spare process of rank 1. `chief` is rank 0's side if it already holds its port.
     """
     outcomes = {}
 
@@ -101,8 +101,8 @@ def test_a_missing_chief_is_named(addresses):
     ],
     ids=lambda words: repr(words[:20]),
 )
-def test_strangers_do_not_count(words, addresses, monkeypatch):
-    """Not even one that says nothing at all and stays."""
+def test_strangers_are_ignored(words, addresses, monkeypatch):
+    """Even one that says nothing at all and stays."""
     monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
     silent = []
 
@@ -119,7 +119,7 @@ def test_strangers_do_not_count(words, addresses, monkeypatch):
 
 @pytest.mark.parametrize(("words", "every_s"), [(b"x", 0.1), (b"x" * 2**20, 0)])
 def test_strangers_whose_lines_never_end(words, every_s, addresses, monkeypatch):
-    """They drip, or flood; neither keeps the ranks waiting, nor fills the memory."""
+    """They drip or flood; neither keeps the ranks waiting or fills the memory."""
     monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
     sent = []
 
@@ -135,11 +135,11 @@ def test_strangers_whose_lines_never_end(words, every_s, addresses, monkeypatch)
     assert start([0, 1, 2], addresses, 20, {1: 0.5, 2: 0.5}) == ALL
     stranger.join(30)
     assert not stranger.is_alive()
-    assert len(sent) < 50  # then it was not heard any more
+    assert len(sent) < 50  # by then nobody was reading it any more
 
 
 @pytest.mark.parametrize("host", ["", "127.0.0.1", "::1"])
-def test_a_port_in_use_is_an_answer(host, addresses, hold, monkeypatch):
+def test_a_port_in_use_is_reported(host, addresses, hold, monkeypatch):
     monkeypatch.setattr(visit, "_PATIENCE_S", 0.5)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with (
@@ -150,8 +150,8 @@ def test_a_port_in_use_is_an_answer(host, addresses, hold, monkeypatch):
     assert str(error.value).startswith(f"{addresses[0]}: cannot listen there (Address already in use)")
 
 
-def test_a_held_port_is_no_one_elses_but_the_servers_that_shares_it(addresses, hold):
-    """Not even for the moment in which TensorFlow's server takes over."""
+def test_a_held_port_is_available_only_to_the_server_that_shares_it(addresses, hold):
+    """Even at the moment when TensorFlow's server takes over."""
     chief = hold(0, addresses[:2])
     other = threading.Thread(target=meet, args=[rendezvous_of(1, addresses[:2]), addresses[1]])
     other.start()
@@ -179,7 +179,7 @@ def test_a_held_port_is_given_back(addresses):
     port = split_address(addresses[0])[1]
     with rendezvous_of(0, addresses) as own:
         own.hold_own_port()
-        own.hold_own_port()  # it has it already
+        own.hold_own_port()  # it has the port already
         with pytest.raises(OSError, match="in use"):
             listen(port)
     listen(port).close()
@@ -187,14 +187,14 @@ def test_a_held_port_is_given_back(addresses):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_spare_process_at_the_same_address(rank, addresses, hold):
-    """As long as the other waits, or loads what it needs, it says so itself."""
+    """While the other waits or loads what it needs, it reports this itself."""
     hold(rank, addresses)
     with pytest.raises(RankTaken, match=rf"^rank {rank} is taken: process \d+ on .+ has it; give each .* index in TF_"):
         hold(rank, addresses)
 
 
 def test_a_spare_process_elsewhere(addresses):
-    """Where its own address is free it hears from rank 0; the others do not notice it."""
+    """If its own address is free, it hears from rank 0; the others do not notice it."""
     outcomes = start([0, 1, 101, 2], addresses, 20, {101: 0.3, 2: 1.0})
     spare = outcomes.pop(101)
     assert spare.startswith("rank 1 is taken: process ")
@@ -209,7 +209,7 @@ def test_a_spare_process_that_comes_when_all_have_met(addresses, hold):
 
 
 def test_a_spare_process_that_comes_when_tensorflow_serves(addresses, hold, monkeypatch):
-    """A real server of TensorFlow, which takes 30 s of `timeout_s` otherwise, and is waited for if it ends."""
+    """A real TensorFlow server, which otherwise takes 30 s of `timeout_s`, and is waited for if it ends."""
     import tensorflow as tf
 
     monkeypatch.setattr(visit, "_ENDING_S", 0.5)
@@ -235,7 +235,7 @@ def test_a_process_of_a_job_of_another_size(addresses, hold):
 
 @pytest.mark.parametrize("last", [1, 2])
 def test_a_process_that_is_started_again_while_the_others_wait(last, addresses, hold):
-    """Whether it comes again before the last of the others or after: one that has gone is not counted."""
+    """Whether it returns before or after the last of the others: a process that has gone is not counted."""
     chief = hold(0, addresses)
     wire = visit.knock(addresses[0], "I was 1", topology_of(1, addresses), topic="start")
     assert "is taken" in start([1], addresses, 20)[1]
@@ -249,7 +249,7 @@ def rendezvous_under_slurm(rank, hosts, meeting_addresses, *, job="7", timeout_s
 
 
 def start_under_slurm(num_ranks, meeting_addresses, *, job="7"):
-    """Let so many ranks exchange their names twice, and their addresses in between."""
+    """Let that many ranks exchange their names twice, and their addresses in between."""
     outcomes = {}
 
     def one(rank):
@@ -299,7 +299,7 @@ def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
 
 
 def test_a_chief_that_ends_while_the_others_wait(addresses):
-    """It is not waited for any longer."""
+    """The others stop waiting for it."""
     with listen(split_address(addresses[0])[1]) as server:
         threading.Thread(target=greet_and_end, args=[server]).start()
         with pytest.raises(
@@ -309,7 +309,7 @@ def test_a_chief_that_ends_while_the_others_wait(addresses):
 
 
 def test_what_the_chief_says_may_come_in_one_chunk(addresses):
-    """Its greeting, and what all have handed in."""
+    """Its greeting, and what all have sent."""
     with listen(split_address(addresses[0])[1]) as server:
         answer = {"texts": {"0": "I am 0", "1": "x"}}
         threading.Thread(target=greet_and_end, args=[server, answer]).start()
@@ -317,7 +317,7 @@ def test_what_the_chief_says_may_come_in_one_chunk(addresses):
 
 
 def greet_and_end(server, *answers) -> None:
-    """What rank 0 does, in one breath."""
+    """Do what rank 0 does, all in one chunk."""
     connection, _ = server.accept()
     with connection, connection.makefile("rb") as stream:
         greeting = {"job": json.loads(stream.readline())["job"]}
@@ -330,7 +330,7 @@ def test_a_missing_rank_of_slurm_is_named_with_its_node(addresses):
         chief.exchange("x")
 
 
-def test_a_port_is_given_back_where_the_others_do_not_come(addresses, monkeypatch):
+def test_a_port_is_given_back_when_the_others_do_not_come(addresses, monkeypatch):
     held = hold_free_port()
     monkeypatch.setattr(rendezvous, "hold_free_port", lambda: held)
     chief = rendezvous_under_slurm(0, ["127.0.0.1", "far"], addresses[:1], timeout_s=0.3)
@@ -349,7 +349,7 @@ def test_a_free_port_is_held_and_given_back():
 @pytest.fixture
 def store_port():
     """The real store, as horovodrun serves it."""
-    horovodrun()  # where it is missing: skips, or fails in CI
+    horovodrun()  # if it is missing: skips, or fails in CI
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     from horovod.runner.http import http_server
 

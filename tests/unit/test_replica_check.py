@@ -1,4 +1,4 @@
-"""A replica that goes its own way by a single bit is named, and the run stops."""
+"""A replica that deviates by a single bit is named, and the run stops."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_several_replicas_are_named():
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3])
-def test_no_two_alike(num_replicas):
+def test_all_replicas_differ(num_replicas):
     strategy, state, check = make_check(num_replicas)
     for replica in range(1, num_replicas):
         flip_bit_of_replica(strategy, state.slots[1], replica, element=replica)

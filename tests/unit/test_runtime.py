@@ -1,4 +1,4 @@
-"""TensorFlow's settings: computed, and as a run makes them."""
+"""TensorFlow's settings: how they are computed, and how a run applies them."""
 
 import os
 
@@ -39,7 +39,7 @@ def test_what_is_configured_is_taken(config, expected):
 @pytest.mark.parametrize("num_cores", [1, 2, 64])
 @pytest.mark.parametrize("num_shards", [1, 8])
 def test_exact_has_one_thread_inside_an_operation(intra_op, num_cores, num_shards):
-    """Kernels that add over rows cut them by the number of threads."""
+    """Kernels that sum over rows split them by the number of threads."""
     config = ThreadsConfig(intra_op, "auto")
     assert choose_threads(config, num_cores=num_cores, num_shards=num_shards, exact=True) == (1, num_cores)
 
@@ -55,5 +55,5 @@ def test_slurm_says_how_many_cores_a_task_has():
         f"HOROVOD_{name}": "1" for name in ("SIZE", "LOCAL_SIZE")
     }
     assert own_cores(read_topology({**horovod, "SLURM_CPUS_PER_TASK": "37"})) == 37
-    # A shell inside of an allocation is no task: what its jobs may use, the machine says.
+    # A shell inside an allocation is not a task: the machine says what it may use.
     assert own_cores(read_topology({"SLURM_CPUS_PER_TASK": "37"})) == len(os.sched_getaffinity(0))

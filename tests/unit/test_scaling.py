@@ -1,4 +1,4 @@
-"""The scaling model: its formulas, the fits, and that docs/scaling.md has the numbers that the code gives."""
+"""The scaling model: its formulas, the fits, and whether docs/scaling.md has the numbers that the code gives."""
 
 import importlib.util
 import itertools
@@ -56,7 +56,7 @@ def test_formulas_by_hand() -> None:
     ring = ring_all_reduce_s(Link(3, 5), num_bytes=8, num_replicas=4)
     assert ring == 2 * 3 * 3 + 2 * 3 / 4 * 8 * 5
     assert tree_all_reduce_s(Link(3, 5), num_bytes=8, num_replicas=5) == 2 * 3 * 3 + 2 * 8 * 5
-    # Two nodes of 4: 3 steps each way inside, then the quarters between two.
+    # Two nodes of 4: 3 steps each way inside, then the quarters between the two.
     inside = 2 * 3 * (1 + 8 / 4 * 2)
     between = 2 * (3 + 1 * 5)
     found = hierarchical_all_reduce_s(Link(1, 2), between=Link(3, 5), num_bytes=8, num_replicas=8, replicas_per_node=4)
@@ -64,7 +64,7 @@ def test_formulas_by_hand() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_one_replica_sends_nothing_and_none_is_refused(algorithm: Collective) -> None:
+def test_one_replica_sends_nothing_and_zero_replicas_are_refused(algorithm: Collective) -> None:
     assert algorithm(LINK, num_bytes=SIZE, num_replicas=1) == 0
     assert exact_reduction_s(LINK, num_bytes=SIZE, num_replicas=1, num_shards=8) == 0
     assert Interconnect("nodes", LINK, inside=FAST_LINK).all_reduce_s(SIZE, num_replicas=1) == 0
@@ -89,7 +89,7 @@ def test_trees_are_for_small_messages_and_rings_for_large_ones() -> None:
         assert best == algorithm(LINK, num_bytes=size, num_replicas=64)
 
 
-def test_nodes_are_their_inside_alone_and_better_than_the_interconnect_between_them_alone() -> None:
+def test_one_node_uses_only_its_own_links_and_several_beat_the_interconnect_alone() -> None:
     nodes = Interconnect("nodes", LINK, inside=FAST_LINK, replicas_per_node=8)
     for n in (2, 8):
         assert nodes.all_reduce_s(SIZE, num_replicas=n) == all_reduce_s(FAST_LINK, num_bytes=SIZE, num_replicas=n)
@@ -197,11 +197,11 @@ def test_fit_finds_the_link(algorithm: Collective, link: Link, noise: float) -> 
 def test_fit_leaves_out_single_replicas_and_never_goes_below_zero() -> None:
     rows = rows_of(LINK, ring_all_reduce_s, noise=0)
     assert fit_link([*rows, {"bytes": 8, "seconds": 1.0, "num_replicas": 1}]) == fit_link(rows)
-    # Larger messages were faster, as noise may have it: no negative time per byte.
+    # Larger messages were faster, as noise may cause: no negative time per byte.
     falling = [{"bytes": size, "seconds": 1e-3 - size * 1e-9, "num_replicas": 2} for size in (10, 1e3, 1e5)]
     assert fit_link(falling).beta_s_per_byte == 0
     assert fit_link(falling).alpha_s == pytest.approx(0.5e-3, rel=0.1)
-    # Faster than in proportion to its size: no negative latency.
+    # Faster than proportional to its size: no negative latency.
     rising = [{"bytes": size, "seconds": size**1.5 * 1e-9, "num_replicas": 2} for size in (1e3, 1e4)]
     assert fit_link(rising).alpha_s == 0
 
@@ -254,7 +254,7 @@ def test_page_has_the_numbers_of_the_code() -> None:
 
 
 def test_what_the_page_concludes() -> None:
-    """In words there; if an assumption changes, the words must too."""
+    """It says so in words; if an assumption changes, the words must change as well."""
     script = load_script()
     for interconnect in script.INTERCONNECTS:
         strong = script.epochs(script.ASSUMED_GPU, interconnect, "strong")

@@ -1,4 +1,4 @@
-"""The tree of virtual shards, for every small number of shards and replicas."""
+"""The tree of virtual shards, for all small numbers of shards and replicas."""
 
 import pytest
 
@@ -8,7 +8,7 @@ PLANS = [ShardPlan(shards, 4, replicas) for shards in range(1, 18) for replicas 
 
 
 def leaves(node: Node) -> list[int]:
-    """The shards below a node, from left to right, by its children alone."""
+    """The shards below a node, from left to right, found only through its children."""
     if node.last - node.first == 1:
         return [node.first]
     return [shard for child in node.children() for shard in leaves(child)]
@@ -39,7 +39,7 @@ def test_subtrees_are_the_replicas_shards():
 
 
 def test_no_two_subtrees_of_a_replica_are_halves_of_one():
-    """Otherwise it would send two tensors where one will do."""
+    """Otherwise it would send two tensors when one will do."""
     for plan in PLANS:
         for replica in range(plan.num_replicas):
             nodes = plan.subtrees_of(replica)
@@ -55,14 +55,14 @@ def all_nodes(node: Node) -> list[Node]:
 
 
 def test_all_replicas_together_add_as_often_as_one():
-    """One addition less than shards, wherever they are made: the same tree, so each of its nodes once."""
+    """One addition fewer than shards, wherever they are done: it is the same tree, with each node computed once."""
     for plan in PLANS:
         subtrees = [node for replica in range(plan.num_replicas) for node in plan.subtrees_of(replica)]
         above = len(subtrees) - 1
         assert sum(additions_within(node) for node in subtrees) + above == plan.num_shards - 1, plan
 
 
-def test_the_tree_depends_on_the_number_of_shards_alone():
+def test_the_tree_depends_only_on_the_number_of_shards():
     for plan in PLANS:
         assert plan.root == Node(0, plan.num_shards)
         nodes = set(all_nodes(plan.root))

@@ -1,4 +1,4 @@
-"""The recipe's preprocessing, against plain scikit-learn calls: the same arrays, index for index."""
+"""The recipe's preprocessing, compared with plain scikit-learn calls: the same arrays, index for index."""
 
 import numpy as np
 import pytest

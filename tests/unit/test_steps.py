@@ -1,4 +1,4 @@
-"""The compiled programs against the same arithmetic in plain NumPy and Keras, step by step."""
+"""The compiled programs, compared step by step with the same arithmetic in plain NumPy and Keras."""
 
 import keras
 import numpy as np
@@ -109,7 +109,7 @@ def test_dropout_differs_from_step_to_step():
     split = make_split(16)
     program, *_ = make_program(split, "optimizer=sgd")
     indices = np.repeat(BatchPlan(16, 16).in_order(), 2, axis=0)
-    losses = program.run_epoch(indices, learning_rates=rates(indices, 1e-30)).losses  # the weights stay
+    losses = program.run_epoch(indices, learning_rates=rates(indices, 1e-30)).losses  # the weights stay the same
     assert losses[0] != losses[1]
 
 
@@ -133,7 +133,7 @@ def test_evaluation_counts_every_example_once(num_examples):
 
 
 class CountingDevice(SingleDevice):
-    """Counts the reductions that a compiled program holds."""
+    """Counts the reductions in a compiled program."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ class CountingDevice(SingleDevice):
         return super().all_reduce_sum(bucket)
 
 
-def test_one_reduction_a_step_with_gradients_and_metrics_in_it():
+def test_one_reduction_per_step_with_gradients_and_metrics_in_it():
     strategy = CountingDevice()
     split = make_split(70)
     program, state, network, _ = make_program(split, strategy=strategy)
@@ -172,11 +172,11 @@ def mirrored(request) -> Mirrored:
     return Mirrored(num_replicas=request.param)
 
 
-def test_every_example_once_an_epoch_through_the_real_path(mirrored):
-    """With rate 1, no bias and logits that do not depend on the weights' values, each example leaves a trace.
+def test_every_example_once_per_epoch_through_the_real_path(mirrored):
+    """With learning rate 1, no bias and logits independent of the weights' values, each example leaves a trace.
 
-    Pixel i of example i is 1 and all else is 0: in a network without hidden layers, row i of the kernel moves by the
-    gradient of example i alone, divided by the size of its batch.
+    Pixel i of example i is 1 and the rest are 0: in a network without hidden layers, row i of the kernel moves by the
+    gradient of example i alone, divided by its batch size.
     """
     num_examples = NUM_PIXELS
     labels = np.eye(NUM_CLASSES, dtype=np.float32)[np.arange(num_examples) % NUM_CLASSES]
@@ -225,7 +225,7 @@ def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
     indirect=["mirrored"],
 )  # fmt: skip
 def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy):
-    """Seven shards of three rows for batches of 20, so a row of padding in every batch; the last batch has 10."""
+    """Seven shards of three rows for batches of 20, so one row of padding in every batch; the last batch has 10."""
     split = make_split(70)
     indices = BatchPlan(70, 20, num_rows=21).shuffled(seed=0, epoch=1)
     results = []
@@ -276,7 +276,7 @@ def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_exampl
 
 
 def test_an_overflow_on_one_replica_skips_the_step_on_all():
-    """Example 0, which one replica of two sees, has large pixels and a wrong label: its gradient leaves float16."""
+    """Example 0, seen by one of two replicas, has large pixels and a wrong label: its gradient overflows float16."""
     strategy = Mirrored(num_replicas=2)
     split = make_split(16)
     split.images[0] = 500
@@ -286,7 +286,7 @@ def test_an_overflow_on_one_replica_skips_the_step_on_all():
     program, state, network, _ = make_program(split, *overrides, strategy=strategy)
     indices = plan_for(strategy, 16, 8).in_order()
     sums = program.run_epoch(indices[:1], learning_rates=rates(indices[:1], 0.01))
-    assert np.isfinite(sums.losses).all()  # the loss itself is fine, so training goes on
+    assert np.isfinite(sums.losses).all()  # the loss itself is fine, so training continues
     for copy in strategy._strategy.experimental_local_results(state.weights):
         np.testing.assert_array_equal(copy.numpy(), network.get_weights())
     assert strategy.read(state.loss_scale) == 8192
@@ -321,4 +321,4 @@ def test_mixed_precision_stays_near_float32(policy):
         weights.append(state.weights.numpy())
         assert state.weights.dtype == tf.float32
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.03)
-    assert not np.array_equal(weights[0], weights[1])  # it did compute in another precision
+    assert not np.array_equal(weights[0], weights[1])  # it did compute in a different precision

@@ -67,8 +67,8 @@ def test_what_does_not_fit_is_refused(name, topology, fragments):
         assert fragment in str(error.value)
 
 
-def test_what_horovod_is_told_under_slurm():
-    """Three nodes with 2, 1 and 2 processes: the second ones of a node are two in number."""
+def test_what_horovod_is_given_under_slurm():
+    """Three nodes with 2, 1 and 2 processes: two nodes have a second process."""
     hosts = ("a", "a", "b", "c", "c")
     launcher = SlurmStep(hosts, ("a:1",), "7.0.0")
     topologies = [Topology.of_hosts(launcher, hosts, rank=rank) for rank in range(5)]

@@ -76,7 +76,7 @@ def read_slurm_step(**changed) -> SlurmStep:
 def test_slurm():
     topology = read_topology(SLURM)
     assert (topology.rank, topology.world_size, topology.local_rank, topology.local_size) == (4, 5, 0, 1)
-    assert read_slurm_step().hosts == ("n1", "n1", "n2", "n2", "login")  # ports are chosen when they are needed
+    assert read_slurm_step().hosts == ("n1", "n1", "n2", "n2", "login")  # ports are chosen when needed
     assert topology.slurm == SlurmJob("77", "n[1-2],login")
 
 
@@ -87,15 +87,15 @@ def test_all_ranks_of_a_slurm_step_know_where_to_meet():
     assert {address.split(":")[0] for address in first.meeting_addresses} == {"n1"}
 
 
-def test_jobs_that_run_at_one_time_have_meeting_addresses_of_their_own():
-    """Of any thousand jobs after each other, and of the steps of one."""
+def test_jobs_that_run_at_the_same_time_have_their_own_meeting_addresses():
+    """Those of any thousand consecutive jobs, and of the steps of one job."""
     launchers = [read_slurm_step(SLURM_JOB_ID=str(job)) for job in range(5000, 5300)]
     launchers += [read_slurm_step(SLURM_STEP_ID=str(step)) for step in range(20)]
     firsts = [launcher.meeting_addresses[0] for launcher in launchers]
     assert len(set(firsts)) == len(firsts)
 
 
-def test_a_requeued_job_does_not_mix_with_what_is_left_of_itself():
+def test_a_requeued_job_does_not_mix_with_what_is_left_of_its_last_start():
     again = read_topology({**SLURM, "SLURM_RESTART_COUNT": "2"})
     assert read_slurm_step(SLURM_RESTART_COUNT="2").step_id != read_slurm_step().step_id
     assert again.slurm is not None
@@ -186,7 +186,7 @@ NUMBERS = (
 
 @pytest.mark.parametrize("value", ["abc", "-1", "1.5", "1e3", "1_0", "\u0663", "99999999999", "9" * 100_000, "1\n2"])
 @pytest.mark.parametrize(("base", "name"), NUMBERS)
-def test_a_number_that_is_none_is_named(base, name, value):
+def test_a_bad_number_is_named(base, name, value):
     with pytest.raises(UserError, match=f"^{name}=.*: must be a whole number from") as error:
         read_topology({**base, name: value})
     assert len(str(error.value)) < 400
@@ -222,7 +222,7 @@ def test_empty_is_not_set(value):
         (["b:1"], "not host:port"),
     ],
 )
-def test_an_address_that_is_none_is_named_wherever_it_stands(address, reason):
+def test_a_bad_address_is_named_wherever_it_is(address, reason):
     for addresses, index in itertools.product([("ok:1", address), (address, "ok:1")], (0, 1)):
         with pytest.raises(UserError, match=r"^TF_CONFIG=") as error:
             read_topology(tf_config(*addresses, index=index))
@@ -242,7 +242,7 @@ def test_an_address_that_is_none_is_named_wherever_it_stands(address, reason):
         *itertools.combinations(["localhost:1", "127.0.0.1:1", "127.0.0.2:1", "[::1]:1", "0.0.0.0:1"], 2),
     ],
 )
-def test_one_port_under_two_spellings(first, second):
+def test_one_port_spelled_two_ways(first, second):
     with pytest.raises(UserError, match="is not unique"):
         read_topology(tf_config(first, second))
 
@@ -297,7 +297,7 @@ def test_ipv6():
         ),
     ],
 )
-def test_what_would_be_a_huge_job_is_refused_in_a_moment(name, value):
+def test_what_would_be_a_huge_job_is_refused_at_once(name, value):
     tracemalloc.start()
     started = time.monotonic()
     with pytest.raises(UserError, match=rf"{name}=") as error:

@@ -11,7 +11,7 @@ PLAN = BatchPlan(10, 4)
 
 
 class FakePrograms:
-    """Stands for the compiled programs; remembers what it was asked."""
+    """Stands in for the compiled programs; remembers what it was asked."""
 
     def __init__(self, losses=(4.0, 4.0, 1.0), agree_to_stop=lambda epoch: False):
         self.losses = losses
@@ -63,12 +63,12 @@ def test_actions_run_between_epochs_with_all_epochs_so_far():
 
 
 @pytest.mark.parametrize(("bad", "shown"), [(np.nan, "nan"), (np.inf, "inf")])
-def test_a_loss_that_is_no_number_stops_the_run(bad, shown):
+def test_a_loss_that_is_not_a_number_stops_the_run(bad, shown):
     seen = []
     trainer = make_trainer(FakePrograms(losses=(1.0, bad, bad)), actions=[seen.append])
     with pytest.raises(TrainingFailed, match=f"became {shown} at epoch 1, step 2 of 3"):
         trainer.fit(num_epochs=2)
-    assert seen == []  # nothing was saved of the bad epoch
+    assert seen == []  # nothing from the bad epoch was saved
 
 
 def test_a_request_stops_after_the_epoch_and_the_rest_can_follow():
@@ -99,7 +99,7 @@ def test_a_request_from_before_stops_before_the_next_epoch(epoch):
     assert len(programs.indices) == epoch
 
 
-def test_log_line_has_the_recipes_form(logged):
+def test_log_line_has_the_recipes_format(logged):
     LogEpoch(num_epochs=150)(make_trainer(FakePrograms()).fit(num_epochs=1))
     assert logged() == [
         "Epoch 1/150 - 0.0s - loss: 0.9000 - accuracy: 0.7000 - val_loss: 0.5000 - val_accuracy: 0.7000"

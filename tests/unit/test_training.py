@@ -1,4 +1,4 @@
-"""How a global batch is cut, and whether for exact or for fast."""
+"""How a global batch is split, and whether for exact or fast."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_mode(asked, topology, num_gpus, mode):
         ([], None),
     ],
 )
-def test_what_has_no_effect_is_said(overrides, warned, logged):
+def test_settings_without_effect_are_reported(overrides, warned, logged):
     choose_mode(compose_config(*overrides), ONE_PROCESS, num_gpus=0)
     assert len(logged()) == (warned is not None)
     assert all(line.startswith(warned) for line in logged())
@@ -55,7 +55,7 @@ def test_what_has_no_effect_is_said(overrides, warned, logged):
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_exact_cuts_alike_for_any_number_of_replicas(num_replicas, on_gpu):
+def test_exact_splits_the_same_for_any_number_of_replicas(num_replicas, on_gpu):
     config = compose_config("reproducibility=exact")
     plan = plan_shards(config, 500, num_replicas=num_replicas, on_gpu=on_gpu)
     assert plan == ShardPlan(8, 63, num_replicas)  # 504 rows; four are padding
@@ -64,7 +64,7 @@ def test_exact_cuts_alike_for_any_number_of_replicas(num_replicas, on_gpu):
 @pytest.mark.parametrize("global_batch_size", [1, 7, 100, 511, 512, 4096])
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_the_shards_hold_the_batch_and_little_more(global_batch_size, num_replicas, mode):
+def test_the_shards_hold_the_batch_and_little_else(global_batch_size, num_replicas, mode):
     config = compose_config(f"reproducibility={mode}")
     plan = plan_shards(config, global_batch_size, num_replicas=num_replicas, on_gpu=False)
     assert global_batch_size <= plan.num_rows < global_batch_size + plan.num_shards

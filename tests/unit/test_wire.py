@@ -1,4 +1,4 @@
-"""Messages over a connection, whole or in pieces, and what is none."""
+"""Messages over a connection, whole or in pieces, and what is not a message."""
 
 import json
 import socket
@@ -12,14 +12,14 @@ from mnist_dist.base.wire import Garbled, Wire
 
 @pytest.fixture
 def ends():
-    """Both sides: one reads, into the other a test writes what it likes."""
+    """Both ends: one reads, a test writes what it likes into the other."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Wire(ours), theirs
 
 
 def drip(connection, content: bytes, *, every_s: float) -> threading.Thread:
-    """Write byte by byte, until the other side does not listen any more."""
+    """Write byte by byte until the other side stops listening."""
 
     def write():
         for byte in content:
@@ -49,8 +49,8 @@ def test_a_message_that_drips_arrives_whole(ends):
     writer.join()
 
 
-def test_however_it_drips_it_has_its_time_only(ends):
-    """Each byte comes in time; the message does not."""
+def test_a_message_that_drips_has_only_its_time(ends):
+    """Each byte arrives in time; the message does not."""
     wire, theirs = ends
     writer = drip(theirs, b" " * 1000, every_s=0.02)
     began = time.monotonic()
@@ -73,7 +73,7 @@ def test_what_came_before_the_time_was_up_is_kept(ends):
 @pytest.mark.parametrize("own", [None, 7.0])
 @pytest.mark.parametrize("content", [b"{}\n", b"{", b"x\n"])
 def test_receiving_leaves_the_timeout_of_sends_alone(content, own, ends):
-    """What was left for a message that came late would hardly do for the answer."""
+    """The time left after a late message would hardly be enough for the answer."""
     wire, theirs = ends
     wire.connection.settimeout(own)
     theirs.sendall(content)
@@ -96,7 +96,7 @@ def test_two_messages_in_one_chunk(ends):
     assert [wire.receive(), wire.receive()] == [{"e": 5}, {"f": 6}]
 
 
-def test_what_is_ready_may_be_no_whole_message(ends):
+def test_what_is_ready_may_be_an_incomplete_message(ends):
     wire, theirs = ends
     theirs.sendall(b'{"a"')
     assert wire.receive_ready() == []
@@ -139,7 +139,7 @@ def test_an_end_within_a_line(receive, ends):
     ],
     ids=lambda line: repr(line[:12]),
 )
-def test_what_is_no_message_is_told_in_short(line, ends):
+def test_what_is_not_a_message_is_shown_shortened(line, ends):
     wire, theirs = ends
     threading.Thread(target=theirs.sendall, args=[line + b"\n" + b"{}\n"]).start()
     with pytest.raises(Garbled) as error:
@@ -150,7 +150,7 @@ def test_what_is_no_message_is_told_in_short(line, ends):
 
 
 def test_a_broken_connection():
-    """Reset, not closed: what lies unread at the other side tells the system to."""
+    """Reset, not closed: the system does so because the other side has unread data."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
         theirs, _ = server.accept()
         wire = Wire(ours)
@@ -184,8 +184,8 @@ def send_until_closed(connection) -> None:
         pass
 
 
-def test_a_long_message_takes_no_longer_for_its_length(ends):
-    """As of a job of very many ranks; reading it over and over would take minutes."""
+def test_a_long_message_takes_linear_time(ends):
+    """As in a job of very many ranks; rescanning it with each chunk would take minutes."""
     wire, theirs = ends
     message = {"texts": ["x" * 1000] * 100_000}
     writer = threading.Thread(target=Wire(theirs).send, args=[message])

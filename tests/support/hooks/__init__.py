@@ -10,7 +10,7 @@ WRITE_HOOK = (HOOKS / "write_hook.py",)
 
 @dataclasses.dataclass(frozen=True)
 class WriteHook:
-    """A moment in the writing of a file at which a process is killed, or held until it is let go."""
+    """A moment in the writing of a file at which a process is killed, or held until it is released."""
 
     file: str
     moment: float | str

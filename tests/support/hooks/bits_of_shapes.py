@@ -16,8 +16,8 @@ from mnist_dist.engine.build import build_engine
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
-# Network, precision, rows of a shard, shards, side of the images. Each has been seen to differ for some number of
-# threads where operations have several.
+# Network, precision, rows per shard, shards, side of the images. Each was seen to differ for some number of
+# threads when operations have several.
 SHAPES = [
     ("mlp", "float32", 512, 8, 28),
     ("mlp", "float32", 6188, 8, 28),
@@ -38,7 +38,7 @@ def create_split(num_examples: int, side: int, generator: np.random.Generator) -
 
 
 def digest(model: str, precision: str, num_rows: int, num_shards: int, side: int, overrides: list[str]) -> str:
-    """Of weights, losses and counts after a step on as many examples as the shards have rows."""
+    """A digest of weights, losses and counts after a step on as many examples as the shards have rows."""
     generator = np.random.default_rng(0)
     splits = Splits(
         train=create_split(num_rows * num_shards, side, generator),

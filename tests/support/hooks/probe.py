@@ -1,9 +1,9 @@
-"""Runs `mnist_dist.train` as usual and, when it is over, tells what this process did.
+"""Runs `mnist_dist.train` as usual and, when it is over, reports what this process did.
 
-Writes to the folder `PROBE_DIR` a file `rank-N.json` with the digests of this process's trained weights and of the
-optimizer's slots, for each of its replicas, and with the files that it opened for writing below its run folder.
+Writes a file `rank-N.json` to the folder `PROBE_DIR`, with the digests of this process's trained weights and of the
+optimizer's slots for each of its replicas, and the files that it opened for writing below its run folder.
 
-`PROBE_FLIP=2:1:weights` or `2:1:slot` plays a faulty device: after epoch 2, before the replicas are compared, one bit
+`PROBE_FLIP=2:1:weights` or `2:1:slot` simulates a faulty device: after epoch 2, before replicas are compared, one bit
 of replica 1's weights or of its last optimizer slot changes.
 """
 
@@ -30,7 +30,7 @@ def watch(event: str, args: tuple) -> None:
 
 sys.addaudithook(watch)
 
-from mnist_dist import train  # noqa: E402  (only now: imports are watched too)
+from mnist_dist import train  # noqa: E402  (only now: imports are watched as well)
 from mnist_dist.launch.environment import read_topology  # noqa: E402
 from mnist_dist.results.sums import weights_digest  # noqa: E402
 
@@ -39,7 +39,7 @@ engines = []
 
 
 def catch(*arguments):
-    """Get hold of the engine when it is built, as nobody else hands it to us."""
+    """Get hold of the engine when it is built; there is no other way."""
     engines.append(build(*arguments))
     if fault := os.environ.get("PROBE_FLIP"):
         epoch, replica, what = fault.split(":")
@@ -49,7 +49,7 @@ def catch(*arguments):
 
 def flip_a_bit(in_epoch: int, replica: int, *, what: str) -> None:
     from mnist_dist.engine.programs.replica_check import ReplicaCheck
-    from support.faulty_device import flip_bit_of_replica  # not before TensorFlow is to start
+    from support.faulty_device import flip_bit_of_replica  # not before TensorFlow may start
 
     check = ReplicaCheck.run
 
