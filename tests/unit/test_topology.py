@@ -1,6 +1,5 @@
 import itertools
 import json
-import time
 import tracemalloc
 
 import pytest
@@ -297,21 +296,19 @@ def test_ipv6():
         ),
     ],
 )
+@pytest.mark.timeout(60)  # expanding the list would take far longer
 def test_what_would_be_a_huge_job_is_refused_at_once(name, value):
     tracemalloc.start()
-    started = time.monotonic()
     with pytest.raises(UserError, match=rf"{name}=") as error:
         read_topology({**SLURM, name: value})
-    assert time.monotonic() - started < 5
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.timeout(60)  # comparing each with each would take far longer
 def test_as_many_processes_as_a_variable_can_name():
-    started = time.monotonic()
     assert read_topology(tf_config(*[f"h{number}:1" for number in range(10_000)])).world_size == 10_000
-    assert time.monotonic() - started < 5
 
 
 def test_a_rank_is_described_by_its_place():
