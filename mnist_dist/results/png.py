@@ -28,11 +28,11 @@ def to_png(draw: Callable[[], Figure]) -> bytes:
     """PNG bytes of the figure that `draw` makes."""
     # The user's own matplotlibrc must not change (or, with LaTeX switched on, break) the pictures.
     with style.context("default"):
-        figure = draw()
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(draw())
         buffer = io.BytesIO()
-        # By default the file names the version of Matplotlib; equal pictures should be equal files.
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        # Not `savefig`, which would draw everything twice. By default the file names the version of Matplotlib; equal
+        # pictures should be equal files.
+        canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
