@@ -4,7 +4,7 @@ import platform
 import sys
 from importlib import metadata
 
-PACKAGES = ("mnist-dist", "tensorflow", "keras", "numpy", "scikit-learn", "hydra-core", "horovod", "torch")
+PACKAGES = ("mnist-dist", "tensorflow", "keras", "numpy", "scikit-learn", "hydra-core", "horovod", "torch", "jax")
 _SUMMARY = ("mnist_dist", "tensorflow", "keras", "numpy", "sklearn", "hydra")
 
 

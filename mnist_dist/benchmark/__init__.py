@@ -1,1 +1,1 @@
-"""How fast an epoch is, against Keras, PyTorch and the bare matrix products: `python -m mnist_dist.benchmark`."""
+"""How fast an epoch is, against Keras, PyTorch, JAX and the bare matrix products: `python -m mnist_dist.benchmark`."""

@@ -17,8 +17,16 @@ from mnist_dist.benchmark.config import BenchmarkConfig
 from mnist_dist.benchmark.entries import Contender, default_texts, parse
 from mnist_dist.benchmark.guard import Guard
 from mnist_dist.benchmark.machine import Bystanders, describe_machine
-from mnist_dist.benchmark.referee import MESSAGES, Entry, Referee, rounds
-from mnist_dist.benchmark.report import build_all_reduce, build_jobs, build_rows, build_targets, format_table
+from mnist_dist.benchmark.referee import MESSAGES, PROFILE, Entry, Referee, rounds
+from mnist_dist.benchmark.report import (
+    build_all_reduce,
+    build_jobs,
+    build_profiles,
+    build_rows,
+    build_targets,
+    format_profile,
+    format_table,
+)
 from mnist_dist.benchmark.startup import CommandFailed, check_cold, measure_startup
 from mnist_dist.cli.main import run
 from mnist_dist.config.compose import Command
@@ -78,6 +86,7 @@ def benchmark(config: BenchmarkConfig, topology: Topology, console: Console) -> 
         "rows": rows,
         "jobs": jobs,
         "all_reduce": build_all_reduce(measured.entries),
+        "profile": build_profiles(measured.entries),
         "startup": measured.startup,
         "targets": [target.to_dict() for target in targets],
     }
@@ -153,6 +162,9 @@ def run_group(
         for entry in jobs.values():
             if MESSAGES in entry.parts:
                 referee.let_run(entry, MESSAGES)
+        for entry in entries:
+            if config.profile and entry.is_running and PROFILE in entry.parts:
+                referee.let_run(entry, PROFILE)
         look()
     return entries
 
@@ -179,7 +191,7 @@ def log_report(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     log.info("* the fastest Keras; /keras: ratio to Keras as published, /best: to it at its best, /floor: to the floor")
     for row in rows:
         threads = [row["facts"].get(f"{kind}_op_threads") for kind in ("intra", "inter")]
-        if row["part"] == "epoch" and row["status"] == "ok":
+        if row["part"] == "epoch" and row["status"] == "ok" and "intra_op_threads" in row["facts"]:
             log.info("Threads of %s, %s: %s per operation, %s operations in parallel (0: the default)", row["name"],
                      row["precision"], *threads)  # fmt: skip
     for job in report["jobs"]:
@@ -197,10 +209,24 @@ def log_report(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
                 *(times[key] for key in ("median_to_first_epoch_s", "median_bare_import_s", "ratio")),
                 times["first_minus_second_epoch_s"],
             )
+    log_profiles(report["profile"])
     load = report["load_average"]
     log.info("Load average before %.2f, after %.2f (including our own load)", load["before"], load["after"])
     for process in report["other_processes"]:
         log.info("Also ran: %.1f s of CPU time by %s (pid %d)", process["cpu_s"], process["command"], process["pid"])
+
+
+def log_profiles(profiles: Sequence[Mapping[str, Any]]) -> None:
+    """Log where the time of a step goes."""
+    for profile in profiles:
+        log.info(
+            "Profile of %s, %s: time of %d threads; a step took %.2f ms while traced, %.2f ms before",
+            *(profile[key] for key in ("name", "precision", "threads", "step_ms", "untraced_step_ms")),
+        )
+        for line in format_profile(profile):
+            log.info("%s", line)
+    if profiles:
+        log.info("executor: in TensorFlow's executor, with operations too short to be traced; idle: all other time")
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ class BenchmarkConfig(Checked):
     """Epochs that count, per contender."""
     warmup_epochs: int = between(0, MAX_INT32)
     """Epochs before them that do not count."""
+    profile: bool = MISSING
+    """Also trace one epoch of each training of one process: where the time of a step goes, by operation."""
     targets: bool = MISSING
     """Report whether each target was reached."""
     timeout_s: float = timeout_s()

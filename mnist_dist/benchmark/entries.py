@@ -1,12 +1,14 @@
 """The contenders: from a text like `strategy=mirrored strategy.num_replicas=2 precision=float32` to a command.
 
 A text is a command line of `mnist_dist.train`, with `processes=N` for a job of several; or it begins with the name of
-a rival (`keras`, `floor` or `torch`), followed by the rival's own options.
+a rival (`keras`, `floor`, `torch` or `jax`), followed by the rival's own options.
 """
 
 import importlib.util
 import json
+import os
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -27,8 +29,11 @@ _PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 _RIVAL_OPTIONS = {
     "keras": ("precision", "jit_compile", "steps_per_execution"),
     "floor": ("precision",),
-    "torch": ("precision",),
+    "torch": ("precision", "compile"),
+    "jax": ("precision",),
 }
+# Rivals that may be missing, with their names.
+_OPTIONAL = {"torch": "PyTorch", "jax": "JAX"}
 # Keys that are in the name of a contender, and keys that belong to the whole benchmark.
 _NAMED_KEYS = ("strategy", "strategy.num_replicas", "reproducibility", "precision")
 _SHARED_KEYS = ("data", "run_dir", "trainer", "plots", "console", "experiment")
@@ -40,7 +45,7 @@ class Contender:
 
     text: str
     kind: str
-    """ours | keras | floor | torch."""
+    """ours | keras | floor | torch | jax."""
     name: str
     precision: str
     overrides: tuple[str, ...] = ()
@@ -57,8 +62,8 @@ class Contender:
 
     def commands(self, child: Sequence[str]) -> list[list[str]]:
         """The commands that start it; each ends with the words of `child`."""
-        # By default the first process allocates all memory of a GPU, and nothing is left for others.
-        plain = ["env", "TF_FORCE_GPU_ALLOW_GROWTH=true"]
+        # By default the first process allocates most memory of a GPU, and nothing is left for others.
+        plain = ["env", "TF_FORCE_GPU_ALLOW_GROWTH=true", "XLA_PYTHON_CLIENT_PREALLOCATE=false"]
         return _LAUNCHERS[self.launcher](plain, child, self.processes)
 
 
@@ -114,17 +119,25 @@ def _parse_rival(text: str, kind: str, words: Sequence[str]) -> Contender:
     unknown = sorted(set(options) - set(_RIVAL_OPTIONS[kind]))
     if unknown:
         raise UserError(f"contenders: {text}: {unknown[0]}: {kind} has the options {', '.join(_RIVAL_OPTIONS[kind])}")
-    for key, choices in (("precision", _PRECISIONS), ("jit_compile", ("true", "false"))):
+    switch = ("true", "false")
+    for key, choices in (("precision", _PRECISIONS), ("jit_compile", switch), ("compile", switch)):
         if options.get(key, choices[0]) not in choices:
             raise UserError(f"contenders: {text}: {key} must be one of {', '.join(choices)}")
     steps = options.get("steps_per_execution", "epoch")
     if steps != "epoch" and _whole_number(steps) is None:
         raise UserError(f"contenders: {text}: steps_per_execution must be a number from 1 to 1024, or epoch")
-    if kind == "torch" and importlib.util.find_spec("torch") is None:
-        raise UserError(f"contenders: {text}: PyTorch is not installed (pip install torch)")
+    if kind in _OPTIONAL and importlib.util.find_spec(kind) is None:
+        raise UserError(f"contenders: {text}: {_OPTIONAL[kind]} is not installed (pip install {kind})")
+    if options.get("compile") == "true" and not _has_compiler():
+        raise UserError(f"contenders: {text}: torch.compile needs a C++ compiler, g++ or what CXX names")
     precision = options.pop("precision", "float32")
     extra = "".join(f" {key}={value}" for key, value in options.items())
     return Contender(text, kind=kind, name=kind + extra, precision=precision, options=options)
+
+
+def _has_compiler() -> bool:
+    """Whether `torch.compile` finds the compiler that it looks for."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _whole_number(text: str) -> int | None:
@@ -178,6 +191,7 @@ def default_texts(*, num_gpus: int) -> list[str]:
         places += [f"strategy=multiworker processes={replicas}"]
     jobs = [f"{place} reproducibility={mode}" for place in places for mode in ("exact", "fast")]
     jobs += ["keras"] + [f"keras jit_compile={jit} steps_per_execution=epoch" for jit in ("false", "true")]
-    jobs += ["floor"] + (["torch"] if importlib.util.find_spec("torch") else [])
+    jobs += ["floor", *(kind for kind in _OPTIONAL if importlib.util.find_spec(kind))]
+    jobs += ["torch compile=true"] if "torch" in jobs and _has_compiler() else []
     precisions = _PRECISIONS if num_gpus else _PRECISIONS[:2]
     return [f"{job} precision={precision}" for precision in precisions for job in jobs]

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 EPOCH = "epoch"
 MESSAGES = "message_sizes"
+PROFILE = "profile"
+ONCE = (MESSAGES, PROFILE)
+"""Parts that are measured once, after the rounds."""
 _TAIL_LINES = 15
 _EXIT_S = 10.0
 
@@ -200,6 +203,6 @@ def rounds(referee: Referee, entries: list[Entry], *, warmup: int, epochs: int) 
     for number in range(1, warmup + epochs + 1):
         for entry in entries:
             for part in entry.parts:
-                if entry.is_running and part != MESSAGES:
+                if entry.is_running and part not in ONCE:
                     referee.let_run(entry, part)
         yield number

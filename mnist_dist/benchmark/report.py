@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_dist.benchmark.entries import OURS
-from mnist_dist.benchmark.referee import EPOCH, MESSAGES, Entry
+from mnist_dist.benchmark.referee import EPOCH, MESSAGES, ONCE, PROFILE, Entry
 
 Row = dict[str, Any]
 RATIOS = ("keras_published", "keras_best", "floor")
@@ -46,7 +46,7 @@ def _rows_of(entry: Entry, *, warmup: int) -> Iterator[Row]:
         yield {**common, "part": EPOCH, "status": "failed", "error": entry.error}
         return
     for part, answers in entry.measured.items():
-        if part == MESSAGES:
+        if part in ONCE:
             continue
         seconds = [answer["seconds"] for answer in answers]
         counted = seconds[warmup:]
@@ -87,6 +87,15 @@ def build_all_reduce(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         for entry in entries
         for answer in entry.measured.get(MESSAGES, [])
         for point in answer["all_reduce"]
+    ]
+
+
+def build_profiles(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Where the time of a step goes (see `profile.summarize`), for each contender that was traced."""
+    return [
+        {"name": entry.contender.name, "precision": entry.facts["precision"], **answer["profile"]}
+        for entry in entries
+        for answer in entry.measured.get(PROFILE, [])
     ]
 
 
@@ -155,13 +164,25 @@ def format_table(rows: Sequence[Row]) -> list[str]:
         ratios = [f"{value:.2f}" if (value := row.get("ratios", {}).get(key)) else "" for key in RATIOS]
         accuracy = f"{row['val_accuracy']:.4f}" if "val_accuracy" in row else ""
         cells.append([name, row["precision"], *times, *ratios, accuracy])
+    return _align(cells, num_words=2)
+
+
+def format_profile(profile: Mapping[str, Any], *, num_rows: int = 20) -> list[str]:
+    """The `num_rows` largest parts of a step as lines of text."""
+    cells = [["operation", "ms a step", "share", "per step"]]
+    for row in profile["operations"][:num_rows]:
+        number = f"{row['count']:.1f}" if row["count"] else ""
+        cells.append([row["operation"], f"{row['ms']:.3f}", f"{row['share']:.1%}", number])
+    return _align(cells, num_words=1)
+
+
+def _align(cells: Sequence[Sequence[str]], *, num_words: int) -> list[str]:
+    """Lines of a table: the first `num_words` columns to the left, the others, numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(_align(line, widths)).rstrip() for line in cells]
-
-
-def _align(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Words to the left, numbers to the right."""
     return [
-        cell.ljust(width) if number < 2 else cell.rjust(width)
-        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        "  ".join(
+            cell.ljust(width) if column < num_words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
     ]

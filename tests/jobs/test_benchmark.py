@@ -32,7 +32,7 @@ def report(small_npz, run_python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark") / "run"
     result = run_python(
         *MODULE, "data=npz", f"data.path={small_npz}", f"run_dir={folder}", *SHORT, "targets=true",
-        "startup.repeats=1", "startup.cold=none",
+        "startup.repeats=1", "startup.cold=none", "profile=true",
         contenders(
             "strategy=single reproducibility=exact precision=float32",
             "keras",
@@ -76,6 +76,17 @@ def test_failed_contender_is_marked_and_the_rest_run(report):
     assert content["rows"][-1]["status"] == "failed"
     assert "TrainingFailed" in result.stdout
     assert "failed" in result.stdout
+
+
+def test_profile_says_where_the_time_of_a_step_goes(report):
+    result, _, content = report
+    (profile,) = content["profile"]  # only our own training can be traced, and one of them failed
+    assert (profile["name"], profile["precision"]) == ("single exact", "float32")
+    shares = {row["operation"]: row["share"] for row in profile["operations"]}
+    assert any("MatMul" in operation for operation in shares)
+    assert {"executor", "idle"} <= set(shares)
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert "Profile of single exact, float32" in result.stdout
 
 
 def test_startup_and_targets_are_reported(report):
@@ -151,6 +162,7 @@ def test_job_of_several_processes_and_its_parts(small_npz, run_python, tmp_path)
         ([contenders("strategy=nowhere")], "strategy=nowhere"),
         ([contenders("strategy=single processes=2")], "several processes need"),
         ([contenders("keras batch=3")], "batch"),
+        ([contenders("torch compile=maybe")], "compile must be one of"),
         ([contenders("floor precision=float64")], "precision must be one of"),
         ([contenders("strategy=single data=mnist")], "not a key of a contender"),
         (["data=npz", "data.path=nowhere.npz", contenders("floor")], "nowhere.npz"),

@@ -10,8 +10,9 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.base.wire import Wire
 from mnist_dist.benchmark.entries import default_texts, parse
 from mnist_dist.benchmark.machine import Bystanders
+from mnist_dist.benchmark.profile import summarize
 from mnist_dist.benchmark.protocol import Lost, Turns, receive_all
-from mnist_dist.benchmark.report import build_rows, build_targets, format_table
+from mnist_dist.benchmark.report import build_rows, build_targets, format_profile, format_table
 
 
 @pytest.fixture
@@ -49,18 +50,57 @@ def test_a_child_ends_with_the_benchmark(last, ends):
         Turns(wire).wait()
 
 
-def test_default_contenders_can_all_be_parsed():
+@pytest.mark.parametrize("has_rivals", [True, False])
+def test_default_contenders_can_all_be_parsed(has_rivals, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if has_rivals else None)
+    monkeypatch.setattr("shutil.which", lambda name: name)
     read = functools.cache(parse)
     for num_gpus in (0, 1, 4):
         texts = default_texts(num_gpus=num_gpus)
         assert len({(read(text).name, read(text).precision) for text in texts}) == len(texts)
         assert any("mixed_float16" in text for text in texts) == (num_gpus > 0)
+        rivals = {read(text).name for text in texts} & {"torch", "torch compile=true", "jax"}
+        assert len(rivals) == (3 if has_rivals else 0)
 
 
-def test_pytorch_that_is_not_installed_is_refused(monkeypatch):
+def test_rivals_that_are_not_installed_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="PyTorch is not installed"):
-        parse("torch precision=float32")
+    for text, named in (("torch precision=float32", "PyTorch"), ("torch compile=true", "PyTorch"), ("jax", "JAX")):
+        with pytest.raises(UserError, match=f"{named} is not installed"):
+            parse(text)
+
+
+def test_torch_compile_is_offered_only_with_a_compiler(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert any(text.startswith("torch ") for text in default_texts(num_gpus=0))
+    assert not any("compile=true" in text for text in default_texts(num_gpus=0) if text.startswith("torch"))
+    assert parse("torch compile=false").options == {"compile": "false"}
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        parse("torch compile=true")
+
+
+def test_profile_gives_each_operation_the_time_that_is_not_spent_within():
+    ms = 10**9  # picoseconds
+    process = "ExecutorState::Process"
+    first = [
+        (0, 10 * ms, process),
+        (1 * ms, 4 * ms, "a:MatMul"),
+        (1 * ms, 1 * ms, "a/b:Cast"),  # begins with the operation that it is part of
+        (5 * ms, 2 * ms, "c/d:MatMul"),  # begins as the one before ends
+        (8 * ms, 1 * ms, "Session: run"),  # not an operation: time of what it is part of
+    ]
+    second = [(20 * ms, 4 * ms, process), (21 * ms, 2 * ms, "e:Cast")]
+    python = [(0, 90 * ms, "FunctionRun")]
+    profile = summarize([first, reversed(second), python], num_steps=2, seconds=0.02)
+    assert (profile["threads"], profile["steps"], profile["step_ms"]) == (2, 2, 10)
+    rows = [(row["operation"], row["ms"], row["share"], row["count"]) for row in profile["operations"]]
+    assert rows == [("idle", 13, 0.65, 0), ("executor", 3, 0.15, 1), ("MatMul", 2.5, 0.125, 1), ("Cast", 1.5, 0.075, 1)]
+    assert format_profile(profile, num_rows=2) == [
+        "operation  ms a step  share  per step",
+        "idle          13.000  65.0%",
+        "executor       3.000  15.0%       1.0",
+    ]
 
 
 def test_bystanders_are_only_other_processes():

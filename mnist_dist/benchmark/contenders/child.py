@@ -46,7 +46,11 @@ def main() -> None:
     elif kind == "torch":
         from mnist_dist.benchmark.contenders import pytorch
 
-        pytorch.take_part(turns, splits, precision=precision)
+        pytorch.take_part(turns, splits, precision=precision, options=options)
+    elif kind == "jax":
+        from mnist_dist.benchmark.contenders import jax_scan
+
+        jax_scan.take_part(turns, splits, precision=precision)
     else:
         with settings_of_keras():
             from mnist_dist.benchmark.contenders import ours

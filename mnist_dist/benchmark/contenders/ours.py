@@ -1,19 +1,30 @@
-"""Our own epoch and, for a job of several processes, its parts: the computing alone and the all-reduces alone."""
+"""Our own epoch, and its parts.
+
+For a job of several processes: the computing alone and the all-reduces alone; for one
+process: the operations of a step.
+"""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+# TensorFlow's own module for the files of its profiler, generated from xplane.proto; there is no public name for it.
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
 from mnist_dist.base.array import Array
 from mnist_dist.benchmark.contenders.keras_fit import describe_tensorflow
+from mnist_dist.benchmark.profile import summarize
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import Splits
 from mnist_dist.engine.build import Engine, Programs, build_engine
+from mnist_dist.engine.trainer import Programs as AnyPrograms
 from mnist_dist.engine.trainer import Trainer
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.strategy.base import SingleDevice, Strategy
@@ -28,12 +39,15 @@ def take_part(turns: Turns, splits: Splits, *, config: TrainConfig, rendezvous: 
     """Train, or measure the part that is asked for, until the benchmark has enough."""
     topology = rendezvous.topology
     engine = build_engine(config, rendezvous, splits, num_gpus=len(list_gpus()))
-    parts: dict[str, Callable[[], dict[str, Any]]] = {"epoch": _epochs(engine.create_trainer())}
+    trainer = engine.create_trainer()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {"epoch": _epochs(trainer)}
     if topology.world_size > 1:
         if len(engine.strategy.devices()) == 1:
             parts["compute"] = _share_of_epochs(engine, index=topology.rank)
         parts["all_reduces"] = _all_reduces(engine)
         parts["message_sizes"] = lambda: _measure_messages(engine.strategy)
+    elif engine.strategy.compute_capability() is None:  # a GPU's operations are not computed by threads
+        parts["profile"] = lambda: _profile(engine, trainer.programs)
     facts = {
         **describe_tensorflow(),
         "precision": engine.config.precision.name,
@@ -98,13 +112,40 @@ def _share_of_epochs(engine: Engine, *, index: int) -> Callable[[], dict[str, An
         nonlocal epoch
         epoch += 1
         start = time.perf_counter()
-        indices = engine.plan.shuffled(seed=engine.config.seed, epoch=epoch)
-        steps = np.arange(len(indices)) + (epoch - 1) * len(indices)
-        programs.train_epoch(indices, learning_rates=engine.learning_rate.at(steps))
+        _train(engine, programs, epoch=epoch)
         programs.validate()
         return {"seconds": time.perf_counter() - start}
 
     return run
+
+
+def _train(engine: Engine, programs: AnyPrograms, *, epoch: int) -> float:
+    """Train one epoch without its validation; returns the seconds it took."""
+    start = time.perf_counter()
+    indices = engine.plan.shuffled(seed=engine.config.seed, epoch=epoch)
+    steps = np.arange(len(indices)) + (epoch - 1) * len(indices)
+    programs.train_epoch(indices, learning_rates=engine.learning_rate.at(steps))
+    return time.perf_counter() - start
+
+
+def _profile(engine: Engine, programs: AnyPrograms) -> dict[str, Any]:
+    """Train an epoch twice, the second time with TensorFlow's profiler; see `profile.summarize`."""
+    untraced_s = _train(engine, programs, epoch=1)
+    with tempfile.TemporaryDirectory(prefix="mnist_dist_benchmark_") as folder:
+        # No options: TensorFlow 2.21 ignores them ("host_tracer_level expects an i value" in its log).
+        with tf.profiler.experimental.Profile(folder):
+            seconds = _train(engine, programs, epoch=1)
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        traced = xplane_pb2.XSpace.FromString(file.read_bytes())
+    threads = [
+        [(event.offset_ps, event.duration_ps, plane.event_metadata[event.metadata_id].name) for event in line.events]
+        for plane in traced.planes
+        if plane.name == "/host:CPU"
+        for line in plane.lines
+    ]
+    num_steps = engine.plan.steps_per_epoch
+    summary = summarize(threads, num_steps=num_steps, seconds=seconds)
+    return {"seconds": seconds, "profile": {**summary, "untraced_step_ms": 1e3 * untraced_s / num_steps}}
 
 
 def _all_reduces(engine: Engine) -> Callable[[], dict[str, Any]]:

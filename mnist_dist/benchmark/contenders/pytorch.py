@@ -1,7 +1,8 @@
-"""The other rival: PyTorch's eager loop, with the data in memory."""
+"""A rival in PyTorch: its eager loop with the data in memory, or the same with `torch.compile`."""
 
 import itertools
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -12,11 +13,12 @@ BATCH_SIZE = 512
 _TYPES = {"float32": "float32", "mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 
 
-def take_part(turns: Turns, splits: Splits, *, precision: str) -> None:
+def take_part(turns: Turns, splits: Splits, *, precision: str, options: Mapping[str, str]) -> None:
     """Train until the benchmark has enough."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = _EagerTrainer(splits, device=device, dtype=getattr(torch, _TYPES[precision]))
+    compiled = options.get("compile") == "true"
+    trainer = _Trainer(splits, device=device, dtype=getattr(torch, _TYPES[precision]), compiled=compiled)
     turns.ready(
         {
             "framework": f"torch {torch.__version__}",
@@ -33,10 +35,10 @@ def take_part(turns: Turns, splits: Splits, *, precision: str) -> None:
         turns.done(seconds=time.perf_counter() - start, loss=loss, val_accuracy=val_accuracy)
 
 
-class _EagerTrainer:
+class _Trainer:
     """The recipe: two hidden layers with dropout, Adam, batches of 512, a validation after each epoch."""
 
-    def __init__(self, splits: Splits, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, splits: Splits, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
         self._device, self._dtype = device, dtype
         self._images, self._val_images = (
             torch.from_numpy(split.images).to(device) for split in (splits.train, splits.val)
@@ -52,7 +54,11 @@ class _EagerTrainer:
             torch.nn.init.zeros_(layer.bias)
             layers += [layer, torch.nn.ReLU(), torch.nn.Dropout(0.4)]
         self._model = torch.nn.Sequential(*layers, torch.nn.Linear(256, splits.num_classes)).to(device)
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-3, eps=1e-7)
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-3, eps=1e-7, fused=compiled or None)
+        self._loss, self._num_correct = self._eager_loss, self._eager_num_correct
+        if compiled:  # with a program of its own for the last, smaller batch
+            self._loss = torch.compile(self._eager_loss, dynamic=False)
+            self._num_correct = torch.compile(self._eager_num_correct, dynamic=False)
         # Scales the loss for float16; does nothing otherwise.
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
@@ -61,19 +67,23 @@ class _EagerTrainer:
         total = torch.zeros((), device=self._device)
         self._model.train()
         for rows in torch.randperm(len(self._images), device=self._device).split(BATCH_SIZE):
-            labels = self._labels[rows]
             self._optimizer.zero_grad(set_to_none=True)
-            loss = torch.nn.functional.cross_entropy(self._logits(self._images[rows]), labels)
+            loss = self._loss(rows)
             self._scaler.scale(loss).backward()
             self._scaler.step(self._optimizer)
             self._scaler.update()
             total += loss.detach() * len(rows)
         self._model.eval()
         with torch.inference_mode():
-            predicted = self._logits(self._val_images).argmax(dim=1)
-            num_correct = (predicted == self._val_labels).sum()
+            num_correct = self._num_correct()
         # Reading a number waits for the device, so that the time includes all work.
         return total.item() / len(self._images), num_correct.item() / len(self._val_images)
+
+    def _eager_loss(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self._logits(self._images[rows]), self._labels[rows])
+
+    def _eager_num_correct(self) -> torch.Tensor:
+        return (self._logits(self._val_images).argmax(dim=1) == self._val_labels).sum()
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not torch.float32):
