@@ -96,9 +96,8 @@ def benchmark(config: BenchmarkConfig, topology: Topology, console: Console) -> 
     title = f"{described['name']} on {machine['cpu']}, {machine['cores']} cores"
     write_atomically(run_folder.path / "benchmark.png", plot_benchmark(rows, title=title))
     log_report(report, rows)
-    if config.targets:
-        for target in targets:
-            log.info("%s", target)
+    for target in targets if config.targets else ():
+        log.info("%s", target)
     log.info("Results: %s (benchmark.json, benchmark.png)", run_folder.path)
     return EXIT_FAILURE if measured.has_failures else EXIT_OK
 

@@ -6,7 +6,6 @@ a rival (`keras`, `floor`, `torch` or `jax`), followed by the rival's own option
 
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import socket
@@ -129,15 +128,15 @@ def _parse_rival(text: str, kind: str, words: Sequence[str]) -> Contender:
     if kind in _OPTIONAL and importlib.util.find_spec(kind) is None:
         raise UserError(f"contenders: {text}: {_OPTIONAL[kind]} is not installed (pip install {kind})")
     if options.get("compile") == "true" and not _has_compiler():
-        raise UserError(f"contenders: {text}: torch.compile needs a C++ compiler, g++ or what CXX names")
+        raise UserError(f"contenders: {text}: torch.compile needs a C++ compiler, and g++ is not installed")
     precision = options.pop("precision", "float32")
     extra = "".join(f" {key}={value}" for key, value in options.items())
     return Contender(text, kind=kind, name=kind + extra, precision=precision, options=options)
 
 
 def _has_compiler() -> bool:
-    """Whether `torch.compile` finds the compiler that it looks for."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether there is the compiler that `torch.compile` uses by default."""
+    return shutil.which("g++") is not None
 
 
 def _whole_number(text: str) -> int | None:

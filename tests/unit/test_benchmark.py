@@ -88,7 +88,7 @@ def test_profile_gives_each_operation_the_time_that_is_not_spent_within():
         (1 * ms, 4 * ms, "a:MatMul"),
         (1 * ms, 1 * ms, "a/b:Cast"),  # begins with the operation that it is part of
         (5 * ms, 2 * ms, "c/d:MatMul"),  # begins as the one before ends
-        (8 * ms, 1 * ms, "Session: run"),  # not an operation: time of what it is part of
+        (8 * ms, 1 * ms, "ThreadpoolListener::Region"),  # not an operation: time of what it is part of
     ]
     second = [(20 * ms, 4 * ms, process), (21 * ms, 2 * ms, "e:Cast")]
     python = [(0, 90 * ms, "FunctionRun")]
