@@ -12,7 +12,7 @@ from mnist_dist.config.compose import compose_config
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.engine.build import Engine, Programs, build_engine
-from mnist_dist.engine.layers.dropout import BatchPosition, random_uint16
+from mnist_dist.engine.layers.dropout import drop_thresholds, keep_masks
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
@@ -48,10 +48,8 @@ def train(splits, mnist_path):
 
 
 def masks(step: int, layer: int, num_rows: int) -> np.ndarray:
-    position = BatchPosition(tf.constant(step, tf.int64), tf.constant(0, tf.int64))
-    random = random_uint16((SEED << 32) | layer, position, num_rows=512, num_units=256).numpy()[:num_rows]
-    threshold = round(RATE * 2**16)
-    return (random >= threshold).astype(np.float32) * np.float32(2**16 / (2**16 - threshold))
+    position, thresholds = tf.constant([0, step], tf.int64), drop_thresholds(RATE, 256)
+    return keep_masks((SEED << 32) | layer, position, num_rows=512, thresholds=thresholds).numpy()[:num_rows]
 
 
 def plain_steps(engine: Engine, splits, weights: np.ndarray, indices: np.ndarray, optimizer: keras.Optimizer):

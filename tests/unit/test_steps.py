@@ -46,7 +46,6 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     program = TrainProgram(
         flat_model,
         state,
-        strategy=strategy,
         split=place_split(split, strategy, dtype=flat_model.compute_dtype),
         shards=shards or shards_for(strategy, 16),
         reduction=(reduction or FastSum)(strategy),
