@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 import numpy.typing as npt
+import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
@@ -162,6 +163,10 @@ class Programs:
     def train_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, each with its learning rate (see `TrainProgram.run_epoch`)."""
         return self._train.run_epoch(indices, learning_rates=learning_rates)
+
+    def trace_step(self) -> tf.types.experimental.ConcreteFunction:
+        """One training step by itself, to be examined."""
+        return self._train.trace_step()
 
     def validate(self) -> EvaluationSums:
         """Evaluate the current weights on the validation split."""

@@ -34,5 +34,8 @@ def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> st
 
 
 def choose_compiler(name: str) -> str:
-    """The compiler, none or xla. `auto` is none: on CPUs XLA is slower (docs/performance.md), on GPUs nothing was measured yet."""
+    """The compiler: none or xla.
+
+    `auto` is none: on CPUs XLA is slower (docs/performance.md), and on GPUs nothing was measured yet.
+    """
     return "none" if name == "auto" else name

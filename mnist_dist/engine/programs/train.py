@@ -81,6 +81,19 @@ class TrainProgram:
             factors=self._state.optimizer_factors(num_steps),
         )
 
+    def trace_step(self) -> tf.types.experimental.ConcreteFunction:
+        """One step by itself, to be examined."""
+        scalar, rows = tf.TensorSpec([]), tf.TensorSpec([self._shards.num_rows])
+        inputs = StepInputs(
+            rows=Rows(tf.TensorSpec(rows.shape, tf.int64), rows),
+            loss_weights=rows,
+            global_step=tf.TensorSpec([], tf.int64),
+            learning_rate=scalar,
+            factors=tuple(scalar for _ in self._state.optimizer_factors(1)),
+        )
+        step = tf.function(lambda inputs: self._strategy.run(self.train_step, self._arrays, inputs), autograph=False)
+        return step.get_concrete_function(inputs)
+
     def _train_epoch(self, steps: StepInputs) -> tuple[tf.Tensor, tf.Tensor]:
         def run(step: StepInputs) -> tf.Tensor:
             return self._strategy.run(self.train_step, self._arrays, step)
