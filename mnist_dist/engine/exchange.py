@@ -12,8 +12,8 @@ import numpy.typing as npt
 from mnist_dist.engine.shards import Node, ShardPlan
 
 Way = Literal["all_reduce", "gather", "scatter"]
-"""all_reduce: of just two partial sums. gather: every replica gets all of them and adds. scatter: replica j gets slice j
-of all of them and adds; then the slices of the sum are gathered."""
+"""all_reduce: of just two partial sums. gather: every replica gets all partial sums, and adds. scatter: replica j gets
+slice j of all of them, and adds; then the slices of the sum are gathered."""
 
 # What a link could move in the time of one more message, and of one more call of a collective (Horovod negotiates each
 # one). Round numbers, since every replica must choose alike: 5 µs at 13 GB/s, 1 ms at 1 GB/s.

@@ -43,8 +43,8 @@ class Emulation(SingleDevice):
         results: list[np.ndarray] = []
         while len(results) < self.num_replicas:
             sent = []
-            for self._index in range(self.num_replicas):
-                self._collectives = itertools.count()
+            for index in range(self.num_replicas):
+                self._index, self._collectives = index, itertools.count()
                 try:
                     results.append(function().numpy())
                 except WaitsForOthers as wait:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from support.sums import wild
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.config.devices import ThreadsConfig
@@ -18,6 +17,7 @@ from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.launch.environment import read_topology
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.strategy.choose import create_strategy
+from support.sums import wild
 
 # 8 shards as in training: 1.2 MB, for which the cheaper way is chosen as there. And a tree with many loose ends.
 CASES = [(8, 300_001), (11, 1001)]
