@@ -106,6 +106,14 @@ def test_a_step_has_few_operations(policy, most):
     assert eight["ResourceApplyAdam"] == one["ResourceApplyAdam"] == 1
 
 
+@pytest.mark.parametrize(("compiler", "num_programs"), [("none", 0), ("auto", 0), ("xla", 1)])
+def test_shards_are_compiled_by_xla_if_configured(compiler, num_programs):
+    """Once for all shards, so that they have the same bits."""
+    step = Programs(build("strategy=single", *SMALL["exact"], f"compile={compiler}")).trace_step()
+    functions = step.graph.as_graph_def().library.function
+    assert sum(function.attr["_XlaMustCompile"].b for function in functions) == num_programs
+
+
 def count_step(policy: str, *, parts: int, mode: str) -> Counter[str]:
     engine = build("strategy=single", f"reproducibility={mode}", f"precision={policy}", parts=parts)
     return examine(Programs(engine).trace_step()).device

@@ -97,22 +97,24 @@ def difference(train, plain, optimizer: str, num_steps: int, mode: str, *overrid
     return np.abs(ours - weights), first_gradient
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(("mode", "compiler"), [("exact", "none"), ("fast", "none"), ("exact", "xla"), ("fast", "xla")])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_one_step_equals_the_plain_one(train, plain, optimizer, mode):
-    distance, _ = difference(train, plain, optimizer, 1, mode)
+def test_one_step_equals_the_plain_one(train, plain, optimizer, mode, compiler):
+    distance, _ = difference(train, plain, optimizer, 1, mode, f"compile={compiler}")
     assert distance.max() <= 1e-6
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(("mode", "compiler"), [("exact", "none"), ("fast", "none"), ("exact", "xla")])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_an_epoch_equals_plain_steps(train, plain, optimizer, mode):
+def test_an_epoch_equals_plain_steps(train, plain, optimizer, mode, compiler):
     """All 97 steps, with the short last batch, and an activation without a kink.
 
     With ReLU, a unit that is 0 up to rounding (1e-8 in step 66 of this seed) is on in one program and off in
     the other; its gradient then differs by much more than rounding, and so do all later weights.
     """
-    distance, gradient = difference(train, plain, optimizer, NUM_STEPS, mode, "model.activation=tanh")
+    distance, gradient = difference(
+        train, plain, optimizer, NUM_STEPS, mode, "model.activation=tanh", f"compile={compiler}"
+    )
     assert distance.max() <= 1e-5
     # Adam divides a gradient by its own size, so where it is almost zero, rounding moves the update most.
     assert distance[np.abs(gradient) > 1e-5].max() <= (1e-5 if optimizer == "sgd" else 1e-6)
