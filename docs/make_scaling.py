@@ -5,6 +5,7 @@ What was measured is read from docs/scaling_measured.json; what is assumed is in
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from mnist_dist.benchmark.cost_model import (
     Mode,
     Prediction,
     Workload,
-    all_reduce_s,
     amdahl_limit,
     doublings,
     efficiency,
@@ -32,6 +32,7 @@ from mnist_dist.benchmark.cost_model import (
     predict,
     ring_all_reduce_s,
     speed_up,
+    tree_all_reduce_s,
 )
 from mnist_dist.results.png import add_grid, to_png
 
@@ -55,6 +56,7 @@ ASSUMED_GPU = Device(
 BANDWIDTH_SHARE = 0.8
 NVLINK = Link(alpha_s=2e-6, beta_s_per_byte=1 / (BANDWIDTH_SHARE * 450e9))
 ETHERNET_ALPHA_S = 5e-6
+BYTES = Link(alpha_s=0, beta_s_per_byte=1)  # on this link the formulas give bytes in place of seconds
 
 
 def ethernet(gigabits_per_s: float) -> Link:
@@ -141,17 +143,18 @@ def limits_table() -> str:
 
 
 def exact_table() -> str:
-    """Microseconds of the reduction with reproducibility=fast and =exact."""
-    rows = []
-    for interconnect in INTERCONNECTS[:-1]:
-        row = [interconnect.name]
-        for number in (2, 4, 8):
-            size = RECIPE.message_bytes
-            fast = all_reduce_s(interconnect.link, num_bytes=size, num_replicas=number)
-            exact = exact_reduction_s(interconnect.link, num_bytes=size, num_replicas=number, num_shards=8)
-            row.append(f"{fast * 1e6:,.0f} / {exact * 1e6:,.0f}")
+    """What the reduction sends and how long it takes, with reproducibility=fast and =exact."""
+    size, rows = RECIPE.message_bytes, []
+    for number in NUMBERS[1:]:
+        exact = partial(exact_reduction_s, num_bytes=size, num_replicas=number, num_shards=NUMBERS[-1])
+        fast = [partial(way, num_bytes=size, num_replicas=number) for way in (ring_all_reduce_s, tree_all_reduce_s)]
+        sent = [fast[0](BYTES), exact(BYTES), exact(BYTES, has_all_to_all=False)]
+        row = [f"{number:,}", *(f"{num_bytes / 1e6:,.2f}" for num_bytes in sent), f"{sent[1] / sent[0]:.2f}"]
+        for interconnect in INTERCONNECTS[:-1]:
+            row.append(" / ".join(f"{way(interconnect.link) * 1e6:,.0f}" for way in (*fast, exact)))
         rows.append(row)
-    return table(["fast / exact", "2 replicas", "4 replicas", "8 replicas"], rows)
+    header = ["replicas", "MB sent: fast", "exact", "exact, gather only", "exact to fast"]
+    return table([*header, *(f"{interconnect.name}, µs" for interconnect in INTERCONNECTS[:-1])], rows)
 
 
 def assumptions() -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist_dist.engine.exchange import choose_way
 from mnist_dist.engine.shards import ShardPlan
 
 Mode = Literal["strong", "weak"]
@@ -94,23 +95,32 @@ def hierarchical_all_reduce_s(
     )
 
 
-def exact_reduction_s(link: Link, *, num_bytes: float, num_replicas: int, num_shards: int) -> float:
-    """What `reproducibility=exact` sends: a gather of every replica's whole subtrees, (N-1) (alpha + k m beta).
+def exact_reduction_s(
+    link: Link, *, num_bytes: int, num_replicas: int, num_shards: int, has_all_to_all: bool = True
+) -> float:
+    """What `reproducibility=exact` sends, in the way that the program chooses (`engine.exchange`).
 
-    k is the largest number of subtrees that a replica holds, 1 where each replica's shards are one subtree (8 shards
-    over 2, 4 or 8). Two such replicas need no gather: their two sums are all-reduced (see `reduction.ExactSum`).
+    gather:  (N-1) (alpha + k m beta), every replica's whole subtrees to all others.
+    scatter: (N-1) (2 alpha + (k+1)/N m beta), a slice of them to each other replica, and the slices' sums back.
+
+    k is the largest number of subtrees that a replica holds, 1 where each replica's shards are one subtree, as with
+    powers of two. Two such replicas all-reduce their sums.
 
     Args:
         link: between any two replicas.
         num_bytes: of one sum over shards.
         num_replicas: at most `num_shards`, otherwise ValueError.
         num_shards: virtual shards of the global batch.
+        has_all_to_all: of the strategy; without, it is always a gather.
     """
     plan = ShardPlan(num_shards, rows_per_shard=1, num_replicas=_checked(num_replicas))
-    most = max(len(plan.subtrees_of(replica)) for replica in range(num_replicas))
-    if num_replicas == 2 and most == 1:
+    way = choose_way(plan, num_bytes=num_bytes, has_all_to_all=has_all_to_all)
+    if way == "all_reduce":
         return all_reduce_s(link, num_bytes=num_bytes, num_replicas=num_replicas)
-    return (num_replicas - 1) * (link.alpha_s + most * num_bytes * link.beta_s_per_byte)
+    if way == "gather":
+        return (num_replicas - 1) * (link.alpha_s + plan.most_subtrees * num_bytes * link.beta_s_per_byte)
+    slices = (plan.most_subtrees + 1) * num_bytes / num_replicas
+    return (num_replicas - 1) * (2 * link.alpha_s + slices * link.beta_s_per_byte)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any
 # Keys that may differ between processes of one job.
 _FREE_IN_A_JOB = ("run_dir", "plots.", "console.", "threads.", "data.path", "data.cache_dir", "data.keras_home")
 
-
 # Keys that may differ between commands of one run: they do not change what an epoch does to the weights.
 _FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.epochs", "checkpoint.", "resume")
+IMPLIED = {"compile": "none"}
+"""Keys that runs of earlier versions do not have, and what these versions did."""
 
 
 def job_keys(tree: Mapping[str, Any]) -> dict[str, str]:
@@ -18,7 +19,7 @@ def job_keys(tree: Mapping[str, Any]) -> dict[str, str]:
 
 def training_keys(tree: Mapping[str, Any]) -> dict[str, str]:
     """The keys of a configuration (as nested mappings) that its training depends on, dotted."""
-    return _select(tree, without=_FREE_IN_A_RUN)
+    return _select({**IMPLIED, **tree} if tree else {}, without=_FREE_IN_A_RUN)
 
 
 def _select(tree: Mapping[str, Any], *, without: tuple[str, ...]) -> dict[str, str]:

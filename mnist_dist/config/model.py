@@ -43,7 +43,7 @@ class ModelConfig(Checked):
 
     name: str = MISSING
     dropout: float = between(0, 0.9999)
-    """Share of units dropped after each hidden layer, to within 1/65536."""
+    """Share of units dropped after each hidden layer, on average over the layer's units."""
     activation: str = one_of(*ACTIVATIONS)
     """Activation of the hidden layers."""
     kernel_initializer: str = one_of(*INITIALIZERS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 import numpy.typing as npt
+import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
@@ -15,7 +16,7 @@ from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
-from mnist_dist.engine.mode import choose_mode
+from mnist_dist.engine.mode import choose_compiler, choose_mode
 from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -105,7 +106,12 @@ class Engine:
         if (job := self.topology.slurm) is not None:
             log.info("Slurm: job %s on %s, restarted %d time(s)", job.job_id, job.node_list, job.restart_count)
         log.info("Model: %s, %s parameters", self.config.model.name, f"{self.flat_model.num_parameters:,}")
-        log.info("Devices: %s; precision %s", ", ".join(self.strategy.devices()), placement.precision)
+        log.info(
+            "Devices: %s; precision %s%s",
+            ", ".join(self.strategy.devices()),
+            placement.precision,
+            "; compiled by XLA" if self.config.compile == "xla" else "",
+        )
         log.info(
             "Batch: %d over %d replica(s) in %d process(es), %d each; %d steps an epoch; learning rate %s",
             placement.global_batch_size,
@@ -144,10 +150,10 @@ class Programs:
         self._train = TrainProgram(
             engine.flat_model,
             engine.state,
-            strategy=strategy,
             split=place_split(engine.splits.train, strategy, dtype=dtype),
             shards=engine.shards,
             reduction=ExactSum(strategy, engine.shards) if engine.is_exact else FastSum(strategy),
+            xla=engine.config.compile == "xla",
         )
         self._validate = EvaluateProgram(
             engine.flat_model, strategy=strategy, split=place_split(engine.splits.val, strategy, dtype=dtype)
@@ -157,6 +163,10 @@ class Programs:
     def train_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, each with its learning rate (see `TrainProgram.run_epoch`)."""
         return self._train.run_epoch(indices, learning_rates=learning_rates)
+
+    def trace_step(self) -> tf.types.experimental.ConcreteFunction:
+        """One training step by itself, to be examined."""
+        return self._train.trace_step()
 
     def validate(self) -> EvaluationSums:
         """Evaluate the current weights on the validation split."""
@@ -196,7 +206,12 @@ def build_engine(
     )
     strategy = create_strategy(config.strategy, rendezvous, num_gpus=num_gpus)
     policy = choose_precision(config.precision.name, strategy.compute_capability())
-    config = replace(config, precision=replace(config.precision, name=policy), reproducibility=mode)
+    config = replace(
+        config,
+        precision=replace(config.precision, name=policy),
+        reproducibility=mode,
+        compile=choose_compiler(config.compile),
+    )
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
     global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
     shards = plan_shards(config, global_batch_size, num_replicas=strategy.num_replicas, on_gpu=num_gpus > 0)

@@ -63,10 +63,11 @@ class FlatModel:
         if {variable.dtype for variable in model.weights} != {"float32"}:
             raise ValueError(f"model {model.name} must have weights, all float32")
         self._model = model
-        self._twin = _twin(model, seed=seed, policy=policy)
+        self.compute_dtype = tf.as_dtype(keras.DTypePolicy(policy).compute_dtype)
+        # It is called with weights in the type that it computes in; a mixed policy would cast each to float32 and back.
+        self._twin = _twin(model, seed=seed, policy=self.compute_dtype.name)
         if state := [variable.path for variable in self._twin.non_trainable_variables]:
             raise ValueError(f"model {model.name} has weights that are not trained: {', '.join(state)}")
-        self.compute_dtype = tf.as_dtype(keras.DTypePolicy(policy).compute_dtype)
         self._shapes = [tuple(variable.shape) for variable in model.trainable_variables]
         self._sizes = [int(np.prod(shape)) for shape in self._shapes]
 
@@ -90,11 +91,9 @@ class FlatModel:
         """The vector as the layers' tensors, in the type that they compute in."""
         starts = np.cumsum([0, *self._sizes])
         # Slices, because unlike the pieces of `tf.split` they share the vector's memory.
-        pieces = [tf.slice(weights, [start], [size]) for start, size in zip(starts[:-1], self._sizes, strict=True)]
-        return [
-            tf.cast(tf.reshape(piece, shape), self.compute_dtype)
-            for piece, shape in zip(pieces, self._shapes, strict=True)
-        ]
+        vector = tf.cast(weights, self.compute_dtype)
+        pieces = [tf.slice(vector, [start], [size]) for start, size in zip(starts[:-1], self._sizes, strict=True)]
+        return [tf.reshape(piece, shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
     def logits(self, weights: list[tf.Tensor], images: tf.Tensor) -> tf.Tensor:
         """Inference: (rows, pixels) -> (rows, num_classes) float32."""

@@ -84,19 +84,20 @@ def training_moments(
     data = {IMAGES: images, LABELS: (2 * len(train) + len(test)) * label}
     layers = config.model.layer_sizes(train.shape[1:], num_classes)
     vectors = 1 + config.optimizer.num_slots  # like the weights
-    parameters = sum(layer.num_weights for layer in layers) * _FLOAT32
+    num_weights = sum(layer.num_weights for layer in layers)
+    parameters = num_weights * _FLOAT32
+    bytes_each = 2 if "16" in config.precision.name else _FLOAT32
     # Always: the model, its twin, `TrainState`, and the 64-bit factors of `ReplicaCheck`.
-    network = {NETWORK: parameters * (2 + vectors + 2 * vectors)}
-    # At the end: the training images placed once more; the confusion matrices of three splits, or their copies.
+    network = {NETWORK: parameters * (1 + vectors + 2 * vectors) + num_weights * bytes_each}
+    # At the end: the confusion matrices of three splits, or their copies.
     num_placed = len(train) - math.ceil(config.data.val_fraction * len(train))
-    evaluated = {LABELS: data[LABELS] + num_placed * label, CONFUSION: 4 * num_classes**2 * 8}
+    evaluated = {CONFUSION: 4 * num_classes**2 * 8}
     # Outputs of layers: one layer's in evaluation, always float32; all layers' in a shard's step, for backpropagation.
     outputs = [layer.num_outputs for layer in layers]
     evaluated_rows = BatchPlan.for_evaluation(len(test)).global_batch_size
     batch, shards = min(config.batch.global_size, num_placed), config.batch.num_shards
     is_exact = max(world_size, config.strategy.num_replicas or 1) <= shards and config.reproducibility != "fast"
     shard_rows = -(-batch // shards) if is_exact else 0
-    bytes_each = 2 if "16" in config.precision.name else _FLOAT32
     return [
         data_moment(dataset, num_classes=num_classes),
         # `ReplicaCheck`: all vectors joined, and as 64-bit words.

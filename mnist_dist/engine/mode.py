@@ -1,4 +1,4 @@
-"""Exact or fast: whether the bits must not depend on the number of replicas."""
+"""How the training is computed, where the configuration leaves it open."""
 
 from mnist_dist.base.console import job_log
 from mnist_dist.config.train import TrainConfig
@@ -31,3 +31,11 @@ def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> st
             config.threads.intra_op,
         )
     return mode
+
+
+def choose_compiler(name: str) -> str:
+    """The compiler: none or xla.
+
+    `auto` is none: on CPUs XLA is slower (docs/performance.md), and on GPUs nothing was measured yet.
+    """
+    return "none" if name == "auto" else name

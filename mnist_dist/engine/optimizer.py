@@ -22,6 +22,11 @@ class Optimizer(ABC):
 
     slot_names: tuple[str, ...]
 
+    def factors(self, num_updates: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """What changes from update to update besides the learning rate; `num_updates` were made before, int64."""
+        del num_updates  # usually the same rule at every step
+        return ()
+
     @abstractmethod
     def apply(
         self,
@@ -29,10 +34,10 @@ class Optimizer(ABC):
         slots: Sequence[tf.Variable],
         gradient: tf.Tensor,
         *,
-        num_updates: tf.Tensor,
         learning_rate: tf.Tensor,
+        factors: Sequence[tf.Tensor],
     ) -> None:
-        """Update weights and slots in place; `num_updates` counts the updates made before this one."""
+        """Update weights and slots in place; `factors` are those of this update."""
 
 
 class Adam(Optimizer):
@@ -43,24 +48,29 @@ class Adam(Optimizer):
     def __init__(self, config: AdamConfig) -> None:
         self._config = config
 
+    def factors(self, num_updates: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Each beta to the power of the update's number."""
+        this_update = tf.cast(num_updates + 1, tf.float64)
+        betas = (self._config.beta_1, self._config.beta_2)
+        return tuple(tf.cast(tf.pow(tf.constant(beta, tf.float64), this_update), tf.float32) for beta in betas)
+
     def apply(
         self,
         weights: tf.Variable,
         slots: Sequence[tf.Variable],
         gradient: tf.Tensor,
         *,
-        num_updates: tf.Tensor,
         learning_rate: tf.Tensor,
+        factors: Sequence[tf.Tensor],
     ) -> None:
         """Update weights and slots in place."""
-        config, (momentum, velocity) = self._config, slots
-        this_update = tf.cast(num_updates + 1, tf.float32)
+        config, (momentum, velocity), (beta_1_power, beta_2_power) = self._config, slots, factors
         tf.raw_ops.ResourceApplyAdam(
             var=weights.handle,
             m=momentum.handle,
             v=velocity.handle,
-            beta1_power=tf.pow(config.beta_1, this_update),
-            beta2_power=tf.pow(config.beta_2, this_update),
+            beta1_power=beta_1_power,
+            beta2_power=beta_2_power,
             lr=learning_rate,
             beta1=config.beta_1,
             beta2=config.beta_2,
@@ -82,11 +92,11 @@ class SGD(Optimizer):
         slots: Sequence[tf.Variable],
         gradient: tf.Tensor,
         *,
-        num_updates: tf.Tensor,
         learning_rate: tf.Tensor,
+        factors: Sequence[tf.Tensor],
     ) -> None:
         """Update weights and slots in place."""
-        del num_updates  # the same rule at every step
+        del factors
         if not slots:
             tf.raw_ops.ResourceApplyGradientDescent(var=weights.handle, alpha=learning_rate, delta=gradient)
             return

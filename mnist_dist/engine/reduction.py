@@ -4,8 +4,10 @@
 `ExactSum` sums in the order of the shards' tree (`engine.shards`), so they do not:
 
 - Each node of the tree is one addition of two float32 numbers, which IEEE 754 rounds the same way everywhere.
-- A replica sums its whole subtrees; these partial sums are gathered, without any rounding, and every replica sums the
-  rest of the tree. So the additions are the same for any number of replicas, only in different places.
+- A replica sums its whole subtrees; these partial sums travel without any rounding, and the rest of the tree is summed
+  where they arrive. So the additions are the same for any number of replicas, only in different places.
+- Either every replica gets all partial sums, or each one gets and sums a slice of them, as in a reduce-scatter, and the
+  slices of the sum are gathered: no more bytes than an all-reduce in a ring moves (`engine.exchange`).
 - If there are just two partial sums, as with two replicas, their sum is the root; and since a + b = b + a, an
   all-reduce may compute it.
 """
@@ -15,6 +17,7 @@ from typing import Protocol
 
 import tensorflow as tf
 
+from mnist_dist.engine.exchange import Way, choose_way, levels_above
 from mnist_dist.engine.shards import Node, ShardPlan
 from mnist_dist.strategy.base import Strategy
 
@@ -44,30 +47,48 @@ class FastSum:
 class ExactSum:
     """In the order of the tree, whatever the number of replicas."""
 
-    def __init__(self, strategy: Strategy, plan: ShardPlan) -> None:
+    def __init__(self, strategy: Strategy, plan: ShardPlan, *, way: Way | None = None) -> None:
+        """Reduce in the cheapest way for the size of the sums, or in this one."""
         self._strategy = strategy
         self._plan = plan
+        self._way = way
+        self._most = plan.most_subtrees
+        self._levels = levels_above(plan)
 
     def __call__(self, sums: Sequence[Sums]) -> tf.Tensor:
         """The sum over all shards."""
-        plan, replica = self._plan, self._strategy.replica_index()
+        plan, strategy, replica = self._plan, self._strategy, self._strategy.replica_index()
         leaves = _leaves(sums, first=plan.shards_of(replica).start)
         own = [_flat(_add_up(node, leaves)) for node in plan.subtrees_of(replica)]
-        everywhere = [plan.subtrees_of(index) for index in range(plan.num_replicas)]
-        if everywhere == [[plan.root]]:
+        if plan.num_replicas == 1:
             return own[0]
-        if [len(nodes) for nodes in everywhere] == [1, 1]:
-            return self._strategy.all_reduce_sum(own[0])
+        num_bytes = own[0].shape.num_elements() * own[0].dtype.size
+        way = self._way or choose_way(plan, num_bytes=num_bytes, has_all_to_all=strategy.has_all_to_all)
+        if way == "all_reduce":
+            return strategy.all_reduce_sum(own[0])
         # All send the same number of partial sums, padded with zeros that are not read.
-        most = max(len(nodes) for nodes in everywhere)
-        own += [tf.zeros_like(own[0])] * (most - len(own))
-        gathered = tf.unstack(self._strategy.all_gather(tf.stack(own)), num=most * plan.num_replicas)
-        partial = {
-            node: [gathered[index * most + number]]
-            for index, nodes in enumerate(everywhere)
-            for number, node in enumerate(nodes)
-        }
-        return _add_up(plan.root, partial)[0]
+        rows = tf.stack(own + [tf.zeros_like(own[0])] * (self._most - len(own)))
+        return self._gather(rows) if way == "gather" else self._scatter(rows)
+
+    def _gather(self, rows: tf.Tensor) -> tf.Tensor:
+        """Every replica adds everything."""
+        return self._add_levels(self._strategy.all_gather(rows))
+
+    def _scatter(self, rows: tf.Tensor) -> tf.Tensor:
+        """Replica j adds slice j; an addition of vectors has the same bits in slices."""
+        num_replicas, num_values = self._plan.num_replicas, rows.shape[1]
+        num_each = -(-num_values // num_replicas)
+        padded = tf.pad(rows, [[0, 0], [0, num_each * num_replicas - num_values]])
+        by_receiver = tf.transpose(tf.reshape(padded, [-1, num_replicas, num_each]), [1, 0, 2])
+        received = self._strategy.all_to_all(tf.reshape(by_receiver, [-1, num_each]))
+        return self._strategy.all_gather(self._add_levels(received))[:num_values]
+
+    def _add_levels(self, rows: tf.Tensor) -> tf.Tensor:
+        """The tree's root, from the partial sums of all replicas."""
+        for level in self._levels:
+            sums = tf.gather(rows, level.left) + tf.gather(rows, level.right)
+            rows = tf.concat([sums, tf.gather(rows, level.kept)], axis=0) if len(level.kept) else sums
+        return rows[0]
 
 
 def _leaves(sums: Sequence[Sums], *, first: int) -> dict[Node, Sums]:

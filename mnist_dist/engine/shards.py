@@ -8,8 +8,6 @@ replica's shards are contiguous, so it can sum the subtrees that it holds entire
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.train import TrainConfig
 
@@ -50,8 +48,9 @@ class ShardPlan:
 
     def shards_of(self, replica: int) -> range:
         """A replica's shards; the first ones have one more if the number does not divide evenly (8 over 3: 3, 3, 2)."""
-        pieces = np.array_split(np.arange(self.num_shards), self.num_replicas)
-        return range(int(pieces[replica][0]), int(pieces[replica][-1]) + 1)
+        each, more = divmod(self.num_shards, self.num_replicas)
+        first = replica * each + min(replica, more)
+        return range(first, first + each + (replica < more))
 
     def subtrees_of(self, replica: int) -> list[Node]:
         """The largest subtrees that a replica holds entirely, from left to right."""
@@ -65,6 +64,11 @@ class ShardPlan:
             return [found for child in node.children() for found in inside(child)]
 
         return inside(self.root)
+
+    @property
+    def most_subtrees(self) -> int:
+        """The largest number of subtrees that a replica holds; 1 for powers of two."""
+        return max(len(self.subtrees_of(replica)) for replica in range(self.num_replicas))
 
 
 _FAST_ROWS = 128

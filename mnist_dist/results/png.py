@@ -32,7 +32,7 @@ def to_png(draw: Callable[[], Figure]) -> bytes:
         buffer = io.BytesIO()
         # Not `savefig`, which would draw everything twice. By default the file names the version of Matplotlib; equal
         # pictures should be equal files.
-        canvas.print_png(buffer, metadata={"Software": None})
+        canvas.print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 

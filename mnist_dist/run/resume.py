@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.config.compare import training_keys
+from mnist_dist.config.compare import IMPLIED, training_keys
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History
 from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, ResumePoint
@@ -52,14 +52,14 @@ def settle(config: TrainConfig, point: ResumePoint | None) -> TrainConfig:
     """
     if point is None:
         return config
-    mode, precision = config.reproducibility, config.precision.name
+    mode, precision, compiler = config.reproducibility, config.precision.name, config.compile
+    saved = {**IMPLIED, **point.fingerprint}
     return replace(
         config,
         trainer=replace(config.trainer, epochs=max(config.trainer.epochs, point.epoch)),
-        reproducibility=point.fingerprint["reproducibility"] if mode == "auto" else mode,
-        precision=replace(
-            config.precision, name=point.fingerprint["precision.name"] if precision == "auto" else precision
-        ),
+        reproducibility=saved["reproducibility"] if mode == "auto" else mode,
+        precision=replace(config.precision, name=saved["precision.name"] if precision == "auto" else precision),
+        compile=saved["compile"] if compiler == "auto" else compiler,
     )
 
 
@@ -109,7 +109,7 @@ def _check_same_training(
     """Raise UserError if the folder, or its checkpoint `point`, belongs to another training; names the keys."""
     path, found = run_folder.path, Inspection(run_folder.path)
     ours = training_keys(asdict(config))
-    saved = point.fingerprint if point else {}
+    saved = {**IMPLIED, **point.fingerprint} if point else {}
     recorded = found.read_training_keys(ours.keys())
     if not recorded and not saved:
         raise UserError(

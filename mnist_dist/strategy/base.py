@@ -23,6 +23,8 @@ class Strategy(ABC):
     name: str
     num_replicas: int
     """Model copies of the whole job."""
+    has_all_to_all = False
+    """Whether there is an `all_to_all`."""
 
     @abstractmethod
     def devices(self) -> list[str]:
@@ -67,6 +69,14 @@ class Strategy(ABC):
     @abstractmethod
     def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
         """Inside `run`, outside loops: the replicas' tensors, of equal shape, joined along the first axis in order."""
+
+    def all_to_all(self, rows: tf.Tensor) -> tf.Tensor:
+        """Inside `run`, outside loops: of N equal blocks of rows, block j goes to replica j; those received, in order.
+
+        Raises:
+            NotImplementedError: the backend has no such collective (`has_all_to_all`).
+        """
+        raise NotImplementedError(f"strategy={self.name} has no all-to-all")
 
     @contextlib.contextmanager
     def collectives(self) -> Iterator[None]:

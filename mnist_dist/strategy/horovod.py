@@ -45,6 +45,7 @@ class Horovod(SingleDevice):
     """This process's only device, together with those of the other processes."""
 
     name = "horovod"
+    has_all_to_all = True
 
     def __init__(self, rendezvous: Rendezvous) -> None:
         """Start Horovod; if srun launched the processes, do horovodrun's part too."""
@@ -80,6 +81,10 @@ class Horovod(SingleDevice):
         """Horovod's all-gather."""
         gathered = self._hvd.allgather(rows, name=_name("gather", rows))
         return tf.ensure_shape(gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]])
+
+    def all_to_all(self, rows: tf.Tensor) -> tf.Tensor:
+        """Horovod's all-to-all."""
+        return tf.ensure_shape(self._hvd.alltoall(rows, name=_name("exchange", rows)), rows.shape)
 
 
 def _settle_variables(topology: Topology) -> None:

@@ -5,10 +5,12 @@
 # usage: scripts/horovod/build.sh [PYTHON]       (default: .venv/bin/python)
 #
 # Environment:
-#   HOROVOD_GPU_OPERATIONS  NCCL: build with NCCL or fail; set but empty: build
-#                           without; not set: with NCCL if nvcc and nccl.h exist
+#   HOROVOD_GPU_OPERATIONS  NCCL: build with NCCL or fail; installs NCCL's package
+#                           if there is no NCCL. Set but empty: build without.
+#                           Not set: with NCCL if nvcc and nccl.h exist
 #   HOROVOD_NCCL_HOME       where NCCL is, if not in one of the usual places
-#   CUDA_HOME               where CUDA is, if its nvcc is not on PATH
+#   CUDA_HOME               where CUDA is, if its nvcc is neither on PATH nor in
+#                           /usr/local/cuda
 #   MNIST_DIST_CACHE        where wheels are kept (default: ~/.cache/mnist_dist)
 set -euo pipefail
 
@@ -52,14 +54,23 @@ for name in ("tensorflow", "tensorflow-cpu", "tensorflow-rocm", "tf-nightly"):
     except importlib.metadata.PackageNotFoundError:
         pass
 else:
-    print()
+    raise SystemExit
 print(sysconfig.get_config_var("SOABI"))
 print(sysconfig.get_path("platlib"))
 print(sysconfig.get_path("scripts"))
+# The NCCL that this TensorFlow would install with its CUDA libraries.
+needs = importlib.metadata.requires(name) or []
+print(*[need.partition(";")[0].strip() for need in needs if need.startswith("nvidia-nccl")][:1])
 END
 )
 tensorflow=${facts[0]:-} abi=${facts[1]:-} site_packages=${facts[2]:-} scripts=${facts[3]:-}
+nccl_package=${facts[4]:-}
 [[ -n $tensorflow ]] || die "no TensorFlow in $python; install it first"
+
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+
+constraints=()
+[[ ! -e $repo/pins.txt ]] || constraints=(--constraint "$repo/pins.txt")
 
 # Sets nccl_home. The pip package takes precedence over the system's NCCL because
 # TensorFlow loads it, and a process can only load one libnccl.so.2.
@@ -75,20 +86,29 @@ find_nccl() {
 }
 
 nccl_home=
-if [[ -x ${CUDA_HOME:-}/bin/nvcc ]]; then
+CUDA_HOME=${CUDA_HOME:-$(command -v nvcc >/dev/null || echo /usr/local/cuda)}
+if [[ -x $CUDA_HOME/bin/nvcc ]]; then
     export PATH=$CUDA_HOME/bin:$PATH
 fi
 case ${HOROVOD_GPU_OPERATIONS-auto} in
     auto) ! command -v nvcc >/dev/null || find_nccl || true ;;
     NCCL)
-        command -v nvcc >/dev/null || die "NCCL was requested, but there is no nvcc on PATH or in CUDA_HOME"
-        find_nccl || die "NCCL was requested, but there is no nccl.h; set HOROVOD_NCCL_HOME"
+        command -v nvcc >/dev/null ||
+            die "NCCL was requested, but there is no nvcc on PATH or in $CUDA_HOME/bin; install CUDA's toolkit, or set CUDA_HOME"
+        [[ -z ${HOROVOD_NCCL_HOME:-} || -e $HOROVOD_NCCL_HOME/include/nccl.h ]] ||
+            die "HOROVOD_NCCL_HOME=$HOROVOD_NCCL_HOME has no include/nccl.h; correct it, or unset it"
+        if ! find_nccl && [[ -n $nccl_package ]]; then
+            say "installing $nccl_package"
+            pip install --quiet --no-deps "${constraints[@]}" "$nccl_package" || true
+        fi
+        find_nccl || die "NCCL was requested, but there is no nccl.h; install NCCL, or set HOROVOD_NCCL_HOME"
         ;;
     "") ;;
     *) die "HOROVOD_GPU_OPERATIONS=$HOROVOD_GPU_OPERATIONS is not supported; it must be NCCL, empty or not set" ;;
 esac
 if [[ -n $nccl_home ]]; then
-    flavour=nccl-cuda$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+    nccl=$(sed -nE 's/^#define NCCL_(MAJOR|MINOR|PATCH) +([0-9]+).*/\2/p' "$nccl_home/include/nccl.h" | paste -sd.)
+    flavour=nccl$nccl-cuda$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 else
     flavour=cpu
 fi
@@ -100,8 +120,6 @@ mkdir -p "$cache"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-
-pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 # --- build --------------------------------------------------------------------
 
@@ -185,6 +203,12 @@ else
         die "no C++ compiler found; install one (Debian and Ubuntu: apt-get install g++ make)"
     command -v make >/dev/null || die "make not found; install it"
     command -v patch >/dev/null || command -v git >/dev/null || die "neither patch nor git found; install one"
+    if [[ -n $nccl_home && $compiler != *" "* ]]; then
+        # A compiler that CUDA does not support, or a part of CUDA that is missing: CMake would take pages to say so.
+        printf '#include <nccl.h>\nint main() { return 0; }\n' >"$work/probe.cu"
+        nvcc -ccbin "$compiler" -I "$nccl_home/include" -o "$work/probe" "$work/probe.cu" >"$work/probe.log" 2>&1 ||
+            die "nvcc cannot compile with $compiler: $(grep -m 1 -i error "$work/probe.log")"
+    fi
 
     log=$cache/build.log
     say "building $version ($flavour) for $tensorflow; this takes minutes; log: $log"
@@ -210,8 +234,6 @@ fi
 
 # --- install ------------------------------------------------------------------
 
-constraints=()
-[[ ! -e $repo/pins.txt ]] || constraints=(--constraint "$repo/pins.txt")
 pip install --quiet "${constraints[@]}" "${runtime_needs[@]}"
 
 # pip records the hash of a wheel that it installs from a file.

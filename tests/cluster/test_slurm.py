@@ -442,6 +442,7 @@ def test_outside_a_job(tmp_path):
 
 def test_the_scripts_are_clean():
     scripts = [CHECKOUT / "slurm" / name for name in ("train.sh", "site.sh.example")]
+    scripts += (CHECKOUT / "scripts").rglob("*.sh")
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck") is None:

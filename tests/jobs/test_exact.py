@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.hooks import HOOKS
 from support.job import SINGLE, TRAIN, job_name
+from support.sums import tree_sum, wild
 
 from mnist_dist.results.history import from_csv
 
@@ -14,7 +15,7 @@ from mnist_dist.results.history import from_csv
 pytestmark = pytest.mark.xdist_group("trained")
 
 JOBS = [("mirrored", 2), ("multiworker", 2), ("horovod", 2)]
-LARGER_JOBS = [("mirrored", 3), ("mirrored", 4), ("horovod", 3), ("horovod", 4)]
+LARGER_JOBS = [("mirrored", 3), ("mirrored", 4), ("horovod", 3), ("horovod", 4), ("horovod", 5)]
 FEW_JOBS = [("mirrored", 3), ("horovod", 2)]
 
 
@@ -87,6 +88,20 @@ def test_every_replica_ends_with_the_same_weights_and_slots(job, train_with, rec
     assert weights == single.summary["weights_sha256"]
     assert len(set(slots)) == 2  # Adam's two, which differ
     assert copies(other) == copies(single)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_every_way_to_reduce_gives_the_bits_of_one_replica(size, run_job, tmp_path):
+    """Gathered or scattered, by real Horovod; the ranks add the numbers, and then twice as much."""
+    for result in run_job(("horovod", size), script=[HOOKS / "reduce_exactly.py", tmp_path], launcher="srun"):
+        assert result.returncode == 0, result.stderr + result.stdout
+    expected = {shards: tree_sum(wild(shards, num_values)) for shards, num_values in ((8, 300_001), (11, 1001))}
+    for rank in range(size):
+        with np.load(tmp_path / f"rank-{rank}.npz") as found:
+            assert set(found) == {f"{shards} {way}" for shards in expected for way in ("gather", "scatter", None)}
+            for name, sums in found.items():
+                alone = expected[int(name.split()[0])]
+                assert sums.tobytes() == np.stack([alone, 2 * alone]).tobytes(), (rank, name)
 
 
 @pytest.fixture(scope="module")

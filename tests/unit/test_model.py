@@ -109,7 +109,7 @@ def test_dropout_acts_only_in_training_and_by_position():
     images = tf.constant(np.random.default_rng(0).random((6, 784), np.float32))
 
     def at(step: int, row: int, rows: tf.Tensor) -> np.ndarray:
-        position = BatchPosition(tf.constant(step, tf.int64), tf.constant(row, tf.int64))
+        position = BatchPosition(tf.constant(row, tf.int64), tf.constant(step, tf.int64))
         return network.training_logits(weights, rows, position).numpy()
 
     whole = at(0, 0, images)
@@ -127,7 +127,7 @@ def test_the_precision_policy_reaches_the_layers_that_compute(policy, dtype, nam
     network = FlatModel(model, policy=policy)
     layers = network._twin.layers
     assert {layer.compute_dtype for layer in layers} == {dtype}
-    assert {layer.variable_dtype for layer in layers} == {"float32"}
+    assert {layer.variable_dtype for layer in layers} == {dtype}  # no layer casts its weights: `split` did, all at once
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}  # what is saved stays plain float32
     weights = network.split(tf.constant(network.get_weights()))
     assert network.logits(weights, tf.zeros([2, 784])).dtype == tf.float32

@@ -37,8 +37,8 @@ def test_equals_keras_over_many_steps(name):
             weights,
             slots,
             gradient,
-            num_updates=tf.constant(step, tf.int64),
             learning_rate=tf.constant(0.01, tf.float32),
+            factors=optimizer.factors(tf.constant(step, tf.int64)),
         )
         # Adam divides by the square root of a small number, which magnifies the last bit.
         np.testing.assert_allclose(weights.numpy(), reference.numpy(), rtol=1e-5, atol=5e-6)

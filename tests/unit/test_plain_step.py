@@ -12,7 +12,7 @@ from mnist_dist.config.compose import compose_config
 from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.engine.build import Engine, Programs, build_engine
-from mnist_dist.engine.layers.dropout import BatchPosition, random_uint16
+from mnist_dist.engine.layers.dropout import drop_thresholds, keep_masks
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
@@ -48,10 +48,8 @@ def train(splits, mnist_path):
 
 
 def masks(step: int, layer: int, num_rows: int) -> np.ndarray:
-    position = BatchPosition(tf.constant(step, tf.int64), tf.constant(0, tf.int64))
-    random = random_uint16((SEED << 32) | layer, position, num_rows=512, num_units=256).numpy()[:num_rows]
-    threshold = round(RATE * 2**16)
-    return (random >= threshold).astype(np.float32) * np.float32(2**16 / (2**16 - threshold))
+    position, thresholds = tf.constant([0, step], tf.int64), drop_thresholds(RATE, 256)
+    return keep_masks((SEED << 32) | layer, position, num_rows=512, thresholds=thresholds).numpy()[:num_rows]
 
 
 def plain_steps(engine: Engine, splits, weights: np.ndarray, indices: np.ndarray, optimizer: keras.Optimizer):
@@ -99,22 +97,24 @@ def difference(train, plain, optimizer: str, num_steps: int, mode: str, *overrid
     return np.abs(ours - weights), first_gradient
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(("mode", "compiler"), [("exact", "none"), ("fast", "none"), ("exact", "xla"), ("fast", "xla")])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_one_step_equals_the_plain_one(train, plain, optimizer, mode):
-    distance, _ = difference(train, plain, optimizer, 1, mode)
+def test_one_step_equals_the_plain_one(train, plain, optimizer, mode, compiler):
+    distance, _ = difference(train, plain, optimizer, 1, mode, f"compile={compiler}")
     assert distance.max() <= 1e-6
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(("mode", "compiler"), [("exact", "none"), ("fast", "none"), ("exact", "xla")])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_an_epoch_equals_plain_steps(train, plain, optimizer, mode):
+def test_an_epoch_equals_plain_steps(train, plain, optimizer, mode, compiler):
     """All 97 steps, with the short last batch, and an activation without a kink.
 
     With ReLU, a unit that is 0 up to rounding (1e-8 in step 66 of this seed) is on in one program and off in
     the other; its gradient then differs by much more than rounding, and so do all later weights.
     """
-    distance, gradient = difference(train, plain, optimizer, NUM_STEPS, mode, "model.activation=tanh")
+    distance, gradient = difference(
+        train, plain, optimizer, NUM_STEPS, mode, "model.activation=tanh", f"compile={compiler}"
+    )
     assert distance.max() <= 1e-5
     # Adam divides a gradient by its own size, so where it is almost zero, rounding moves the update most.
     assert distance[np.abs(gradient) > 1e-5].max() <= (1e-5 if optimizer == "sgd" else 1e-6)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from support.sums import tree_sum, wild
 
 from mnist_dist.engine.reduction import ExactSum, FastSum
 from mnist_dist.engine.shards import ShardPlan
@@ -10,25 +11,6 @@ from mnist_dist.strategy.base import SingleDevice
 from mnist_dist.strategy.mirrored import Mirrored
 
 NUM_VALUES = 1000  # not a power of two, and large enough to leave vectorised kernels a remainder
-
-
-def wild(num_shards: int, *, seed: int = 0) -> np.ndarray:
-    """float32 numbers of either sign from 1e-12 to 1e12: nearly all their sums depend on the order."""
-    rng = np.random.default_rng(seed)
-    magnitudes = 10.0 ** rng.uniform(-12, 12, (num_shards, NUM_VALUES))
-    close = rng.uniform(0.5, 2, (num_shards, NUM_VALUES))
-    numbers = np.where(np.arange(NUM_VALUES) % 2, magnitudes, close)
-    return (numbers * rng.choice([-1, 1], numbers.shape)).astype(np.float32)
-
-
-def tree_sum(rows: np.ndarray) -> np.ndarray:
-    """The left part of every sum has the largest power of two of shards that leaves some for the right part."""
-    if len(rows) == 1:
-        return rows[0]
-    left = 1
-    while left * 2 < len(rows):
-        left *= 2
-    return tree_sum(rows[:left]) + tree_sum(rows[left:])
 
 
 def reduce_on(strategy, plan: ShardPlan, reduction, values: np.ndarray) -> list[np.ndarray]:
@@ -48,7 +30,7 @@ def reduce_on(strategy, plan: ShardPlan, reduction, values: np.ndarray) -> list[
 
 
 def test_the_numbers_tell_orders_apart():
-    rows = wild(8)
+    rows = wild(8, NUM_VALUES)
     in_a_row = rows[0]
     for row in rows[1:]:
         in_a_row = in_a_row + row
@@ -65,7 +47,7 @@ def test_the_numbers_tell_orders_apart():
 def test_exact_is_the_tree_to_the_last_bit(num_shards, num_replicas, seed):
     plan = ShardPlan(num_shards, 4, num_replicas)
     strategies = [Mirrored(num_replicas=num_replicas)] + [SingleDevice()] * (num_replicas == 1)
-    values = wild(num_shards, seed=seed)
+    values = wild(num_shards, NUM_VALUES, seed=seed)
     for strategy in strategies:
         results = reduce_on(strategy, plan, ExactSum(strategy, plan), values)
         assert len(results) == num_replicas
@@ -76,7 +58,7 @@ def test_exact_is_the_tree_to_the_last_bit(num_shards, num_replicas, seed):
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 7])
 def test_fast_is_the_sum_up_to_rounding(num_replicas):
     plan = ShardPlan(8, 4, num_replicas)
-    values, strategy = wild(8), Mirrored(num_replicas=num_replicas)
+    values, strategy = wild(8, NUM_VALUES), Mirrored(num_replicas=num_replicas)
     bound = 8 * np.finfo(np.float32).eps * np.abs(values).sum(axis=0, dtype=np.float64)
     results = reduce_on(strategy, plan, FastSum(strategy), values)
     assert len(results) == num_replicas

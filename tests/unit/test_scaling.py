@@ -17,6 +17,7 @@ from mnist_dist.benchmark.cost_model import (
     Workload,
     all_reduce_s,
     amdahl_limit,
+    doublings,
     efficiency,
     exact_reduction_s,
     fastest,
@@ -99,24 +100,30 @@ def test_one_node_uses_only_its_own_links_and_several_beat_the_interconnect_alon
         assert nodes.all_reduce_s(SIZE, num_replicas=n) < all_reduce_s(LINK, num_bytes=SIZE, num_replicas=n)
 
 
-def test_exact_gathers_what_fast_reduces() -> None:
-    def exact(n: int, num_shards: int = 8) -> float:
-        return exact_reduction_s(Link(0, 1), num_bytes=1, num_replicas=n, num_shards=num_shards)
+def test_exact_by_hand() -> None:
+    def exact(n: int, num_shards: int = 8, **options: bool) -> float:
+        link = Link(SIZE, 1)  # a message's latency is the time of m bytes
+        return exact_reduction_s(link, num_bytes=SIZE, num_replicas=n, num_shards=num_shards, **options) / SIZE
 
-    def fast(n: int) -> float:
-        return all_reduce_s(Link(0, 1), num_bytes=1, num_replicas=n)
-
-    assert exact(2) == fast(2), "two partial sums are all-reduced"
-    assert exact(4) == 3
-    assert exact(8) == 7
+    assert exact(2) == pytest.approx(3), "two partial sums are all-reduced, in a ring: 2 (1 + 1/2)"
+    assert exact(4) == pytest.approx(3 * (2 + 2 / 4))
+    assert exact(8) == pytest.approx(7 * (2 + 2 / 8))
+    assert exact(1024, 1024) == pytest.approx(1023 * (2 + 2 / 1024))
     # Shards 0-1 and 2, 3 and 4-5, 6-7: the busiest send two subtrees.
-    assert exact(3) == 2 * 2
-    # The tree over 6 shards is cut at 4, not at 3, so each of two replicas sends two subtrees.
-    assert exact(2, num_shards=6) == 2
-    for n in range(3, 9):
-        assert exact(n) > fast(n)
+    assert exact(3) == pytest.approx(2 * (2 + 3 / 3))
+    # The tree over 6 shards is cut at 4, not at 3: two subtrees from each of two replicas, too little for two calls.
+    assert exact(2, 6) == pytest.approx(1 * (1 + 2))
+    assert exact(8, has_all_to_all=False) == pytest.approx(7 * (1 + 1))
+    assert exact(3, has_all_to_all=False) == pytest.approx(2 * (1 + 2))
     with pytest.raises(ValueError, match="8 shards cannot be divided over 9 replicas"):
         exact(9)
+
+
+@pytest.mark.parametrize("link", [LINK, FAST_LINK, Link(0, 1)])
+def test_exact_costs_no_more_than_a_ring_on_powers_of_two(link: Link) -> None:
+    for n in doublings()[1:]:
+        exact = exact_reduction_s(link, num_bytes=SIZE, num_replicas=n, num_shards=1024)
+        assert exact <= 1.0001 * ring_all_reduce_s(link, num_bytes=SIZE, num_replicas=n)
 
 
 # Steps and epochs

@@ -46,10 +46,10 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     program = TrainProgram(
         flat_model,
         state,
-        strategy=strategy,
         split=place_split(split, strategy, dtype=flat_model.compute_dtype),
         shards=shards or shards_for(strategy, 16),
         reduction=(reduction or FastSum)(strategy),
+        xla=config.compile == "xla",
     )
     return program, state, flat_model, model
 
@@ -217,14 +217,15 @@ def test_any_number_of_replicas_trains_the_same(mirrored, optimizer):
 
 
 @pytest.mark.parametrize(
-    ("mirrored", "policy"),
+    ("mirrored", "policy", "compiler"),
     [
-        (1, "float32"), (2, "float32"), (3, "float32"), (7, "float32"), (2, "mixed_bfloat16"), (7, "mixed_bfloat16"),
-        (3, "mixed_float16"),
+        *((number, "float32", "none") for number in (1, 2, 3, 7)), (2, "mixed_bfloat16", "none"),
+        (7, "mixed_bfloat16", "none"), (3, "mixed_float16", "none"), (3, "float32", "xla"),
+        (2, "mixed_bfloat16", "xla"),
     ],
     indirect=["mirrored"],
 )  # fmt: skip
-def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy):
+def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy, compiler):
     """Seven shards of three rows for batches of 20, so one row of padding in every batch; the last batch has 10."""
     split = make_split(70)
     indices = BatchPlan(70, 20, num_rows=21).shuffled(seed=0, epoch=1)
@@ -234,6 +235,7 @@ def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy):
         program, state, *_ = make_program(
             split,
             f"precision={policy}",
+            f"compile={compiler}",
             strategy=strategy,
             shards=plan,
             reduction=lambda strategy, plan=plan: ExactSum(strategy, plan),

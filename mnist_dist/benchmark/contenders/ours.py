@@ -87,6 +87,7 @@ class OneShare(SingleDevice):
     def __init__(self, strategy: Strategy, *, index: int) -> None:
         self._device = strategy.devices()[0]
         self.num_replicas = strategy.num_replicas
+        self.has_all_to_all = strategy.has_all_to_all
         self._index = index
 
     def create_variable(self, value: Array) -> tf.Variable:
@@ -101,6 +102,10 @@ class OneShare(SingleDevice):
     def all_gather(self, rows: tf.Tensor) -> tf.Tensor:
         """Its own rows in place of every replica's."""
         return tf.concat([rows] * self.num_replicas, axis=0)
+
+    def all_to_all(self, rows: tf.Tensor) -> tf.Tensor:
+        """Its own slices in place of those of every replica."""
+        return rows
 
 
 def _share_of_epochs(engine: Engine, *, index: int) -> Callable[[], dict[str, Any]]:

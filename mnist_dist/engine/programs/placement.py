@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
 from mnist_dist.data.splits import Split
 from mnist_dist.engine.batches import PADDING
 from mnist_dist.strategy.base import Strategy
@@ -13,7 +16,9 @@ class DeviceArrays(NamedTuple):
     """Images and labels of a split in a replica's memory."""
 
     images: tf.Tensor
+    """(examples, pixels), in the type that the network computes in."""
     labels: tf.Tensor
+    """(examples,) int64: class numbers."""
 
 
 class PlacedSplit(NamedTuple):
@@ -27,12 +32,27 @@ class PlacedSplit(NamedTuple):
 def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
     """Copy a split to every replica, with the images in the type that the network computes in."""
     images = split.images.astype(dtype.as_numpy_dtype, copy=False)
-    arrays = DeviceArrays(strategy.replicate(images), strategy.replicate(split.labels))
+    arrays = DeviceArrays(strategy.replicate(images), strategy.replicate(split.labels.argmax(axis=1)))
     return PlacedSplit(arrays, num_examples=len(split), num_classes=split.labels.shape[1])
 
 
-def gather_rows(data: DeviceArrays, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Images, labels and weights (1 for an example, 0 for padding) of the rows with these example indices."""
-    valid = tf.maximum(indices, 0)  # padding reads example 0, with weight 0
-    example_weights = tf.cast(indices != PADDING, tf.float32)
-    return tf.gather(data.images, valid), tf.gather(data.labels, valid), example_weights
+class Rows(NamedTuple):
+    """Rows of batches, as programs read them; any shape, NumPy arrays or tensors.
+
+    64-bit indices, because a GPU computes with 32-bit ones on the host.
+    """
+
+    examples: Array | tf.Tensor
+    """int64: each row's example; padding reads example 0."""
+    weights: Array | tf.Tensor
+    """float32: 1 for an example, 0 for padding."""
+
+
+def rows_of(indices: npt.NDArray[np.int32]) -> Rows:
+    """The rows with these example indices."""
+    return Rows(np.maximum(indices, 0).astype(np.int64), (indices != PADDING).astype(np.float32))
+
+
+def gather(data: DeviceArrays, examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Images and labels of these examples."""
+    return tf.gather(data.images, examples), tf.gather(data.labels, examples)

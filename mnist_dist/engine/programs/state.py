@@ -1,6 +1,6 @@
 """What training changes, and how a reduced gradient changes it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -28,7 +28,7 @@ class TrainState:
         """Create the variables, new or from rank 0's `restored` arrays (see `to_arrays`); a collective."""
         self._optimizer = optimizer
         self._loss_scale = loss_scale
-        self._strategy = strategy
+        self.strategy = strategy
         self._variables: dict[str, tf.Variable] = {}
 
         def create(name: str, initial: Array) -> tf.Variable:
@@ -51,20 +51,43 @@ class TrainState:
 
     def to_arrays(self) -> dict[str, Array]:
         """The values of all variables by name, as this process's first replica has them."""
-        return {name: self._strategy.read(variable) for name, variable in self._variables.items()}
+        return {name: self.strategy.read(variable) for name, variable in self._variables.items()}
 
-    def update(self, scaled_gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
-        """Make a step on one replica with the reduced gradient; if that overflowed, the weights stay."""
+    def optimizer_factors(self, num_steps: int) -> tuple[tf.Tensor, ...]:
+        """The optimizer's factors for the next steps, each (steps,); none if a step may not become an update."""
+        if self._loss_scale.is_dynamic:
+            return ()
+        first = int(self.strategy.read(self.num_updates))
+        return self._optimizer.factors(tf.range(first, first + num_steps, dtype=tf.int64))
+
+    def scale(self, loss_weights: tf.Tensor) -> tf.Tensor:
+        """Weights of losses times the loss scale."""
+        return loss_weights * self.loss_scale.read_value() if self._loss_scale.is_dynamic else loss_weights
+
+    def update(self, scaled_gradient: tf.Tensor, learning_rate: tf.Tensor, factors: Sequence[tf.Tensor]) -> None:
+        """Make a step on one replica with the reduced gradient; if that overflowed, the weights stay.
+
+        `factors` are the step's of `optimizer_factors`.
+        """
         if not self._loss_scale.is_dynamic:
-            self._apply(scaled_gradient, learning_rate)
-        else:
-            gradient = scaled_gradient / self.loss_scale.read_value()
-            is_finite = tf.reduce_all(tf.math.is_finite(gradient))
-            tf.cond(is_finite, lambda: self._apply(gradient, learning_rate), lambda: None)
-            self._loss_scale.update(self.loss_scale, self.good_steps, is_finite)
-        self.global_step.assign_add(1)
+            self._apply(scaled_gradient, learning_rate, factors)
+            return
+        gradient = scaled_gradient / self.loss_scale.read_value()
 
-    def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor) -> None:
-        num_updates = self.num_updates.read_value()
-        self._optimizer.apply(self.weights, self.slots, gradient, num_updates=num_updates, learning_rate=learning_rate)
-        self.num_updates.assign_add(1)
+        def apply() -> None:
+            num_updates = self.num_updates.read_value()
+            self._apply(gradient, learning_rate, self._optimizer.factors(num_updates))
+            self.num_updates.assign_add(1)
+
+        is_finite = tf.reduce_all(tf.math.is_finite(gradient))
+        tf.cond(is_finite, apply, lambda: None)
+        self._loss_scale.update(self.loss_scale, self.good_steps, is_finite)
+
+    def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor, factors: Sequence[tf.Tensor]) -> None:
+        self._optimizer.apply(self.weights, self.slots, gradient, learning_rate=learning_rate, factors=factors)
+
+    def count_steps(self, num_steps: int) -> None:
+        """Count the steps of an epoch on one replica: once, since every operation of a step costs a GPU time."""
+        self.global_step.assign_add(num_steps)
+        if not self._loss_scale.is_dynamic:
+            self.num_updates.assign_add(num_steps)

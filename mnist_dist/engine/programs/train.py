@@ -2,22 +2,40 @@
 
 A global batch is computed shard by shard (`engine.shards`): the shards of a replica are independent, so they keep the
 cores of a CPU busy in parallel. What is reduced are sums over examples, divided by the number of real examples in the
-global batch. A row without an example (index `PADDING`) has weight 0.
+global batch. A row without an example has weight 0.
+
+What is known before an epoch starts is computed then, for all its steps (`StepInputs`): a GPU takes as long to start a
+tiny operation as a large one.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.engine.batches import PADDING
 from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.layers.dropout import BatchPosition
-from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, gather_rows
+from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.engine.reduction import Reduction
 from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.results.sums import EpochSums
-from mnist_dist.strategy.base import Strategy
+
+
+class StepInputs(NamedTuple):
+    """What a step needs besides data and state; with one more axis in front, for all steps of an epoch."""
+
+    rows: Rows
+    """(rows,): those of the whole global batch."""
+    loss_weights: tf.Tensor
+    """(rows,) float32: each row's share of the global batch's mean, 1 / number of examples or 0."""
+    global_step: tf.Tensor
+    """Scalar int64: optimizer steps made before."""
+    learning_rate: tf.Tensor
+    """Scalar float32."""
+    factors: tuple[tf.Tensor, ...]
+    """The optimizer's own, scalars (`TrainState.optimizer_factors`)."""
 
 
 class TrainProgram:
@@ -28,77 +46,101 @@ class TrainProgram:
         flat_model: FlatModel,
         state: TrainState,
         *,
-        strategy: Strategy,
         split: PlacedSplit,
         shards: ShardPlan,
         reduction: Reduction,
+        xla: bool = False,
     ) -> None:
+        """Build it; `xla` compiles what each replica computes for one shard as one XLA program."""
         self._flat_model = flat_model
         self._state = state
-        self._strategy = strategy
+        self._strategy = state.strategy
         self._arrays = split.arrays
         self._shards = shards
         self._reduction = reduction
         # No AutoGraph here and below: nothing needs it, and it takes a second.
         self._compiled = tf.function(self._train_epoch, autograph=False)
-        # Traced once for all shards.
-        self._shard_sums = tf.function(self._trace_shard_sums, autograph=False)
+        # Traced once for all shards. XLA compiles each shard by itself, so that its bits do not depend on how many
+        # shards a replica has.
+        self._shard_sums = tf.function(self._trace_shard_sums, autograph=False, jit_compile=True if xla else None)
 
     def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, shape (steps, rows of all shards), as a `BatchPlan` makes them."""
-        losses, num_correct = self._compiled(tf.constant(indices), tf.constant(learning_rates, tf.float32))
+        losses, num_correct = self._compiled(self.step_inputs(indices, learning_rates=learning_rates))
         return EpochSums(losses.numpy(), num_correct.numpy().astype(np.int64))
 
-    def _train_epoch(self, indices: tf.Tensor, learning_rates: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        def step(step_inputs: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-            loss, correct = self._strategy.run(self._train_step, self._arrays, *step_inputs)
-            return loss, correct
+    def step_inputs(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> StepInputs:
+        """What the steps of `run_epoch` need."""
+        rows, num_steps = rows_of(indices), len(indices)
+        first_step = int(self._strategy.read(self._state.global_step))
+        return StepInputs(
+            rows=Rows(*map(tf.constant, rows)),
+            loss_weights=tf.constant(rows.weights / rows.weights.sum(axis=1, keepdims=True)),
+            global_step=tf.range(first_step, first_step + num_steps, dtype=tf.int64),
+            learning_rate=tf.constant(learning_rates, tf.float32),
+            factors=self._state.optimizer_factors(num_steps),
+        )
+
+    def trace_step(self) -> tf.types.experimental.ConcreteFunction:
+        """One step by itself, to be examined."""
+        scalar, rows = tf.TensorSpec([]), tf.TensorSpec([self._shards.num_rows])
+        inputs = StepInputs(
+            rows=Rows(tf.TensorSpec(rows.shape, tf.int64), rows),
+            loss_weights=rows,
+            global_step=tf.TensorSpec([], tf.int64),
+            learning_rate=scalar,
+            factors=tuple(scalar for _ in self._state.optimizer_factors(1)),
+        )
+        step = tf.function(lambda inputs: self._strategy.run(self.train_step, self._arrays, inputs), autograph=False)
+        return step.get_concrete_function(inputs)
+
+    def _train_epoch(self, steps: StepInputs) -> tuple[tf.Tensor, tf.Tensor]:
+        def run(step: StepInputs) -> tf.Tensor:
+            return self._strategy.run(self.train_step, self._arrays, step)
 
         # A loop in the graph; each step needs the weights of the one before, so steps must not run in parallel.
-        losses, num_correct = tf.map_fn(
-            step, (indices, learning_rates), fn_output_signature=(tf.float32, tf.float32), parallel_iterations=1
-        )
-        return losses, num_correct
+        sums = tf.map_fn(run, steps, fn_output_signature=tf.TensorSpec([2], tf.float32), parallel_iterations=1)
+        self._strategy.run(self._state.count_steps, steps.global_step.shape[0])
+        return sums[:, 0], sums[:, 1]
 
-    def _train_step(
-        self, data: DeviceArrays, indices: tf.Tensor, learning_rate: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """One replica's share of a step; `indices` are those of the whole global batch."""
+    def train_step(self, data: DeviceArrays, step: StepInputs) -> tf.Tensor:
+        """One replica's share of a step; returns the sums over the global batch: losses, and number correct."""
         state = self._state
         weights = self._flat_model.split(state.weights.read_value())
-        # Turns a sum over examples into its share of the global batch's (scaled) mean.
-        num_examples = tf.math.count_nonzero(indices != PADDING, dtype=tf.float32)
-        loss_factor = state.loss_scale.read_value() / num_examples
-        global_step = state.global_step.read_value()
-        num_rows = self._shards.rows_per_shard
+        loss_weights = state.scale(step.loss_weights)
         sums = []
         for shard in self._shards.shards_of(self._strategy.replica_index()):
-            rows = tf.slice(indices, [shard * num_rows], [num_rows])
-            first_row = tf.constant(shard * num_rows, tf.int64)
-            sums.append(self._shard_sums(weights, data, rows, loss_factor, global_step, first_row))
+            first_row = tf.constant(shard * self._shards.rows_per_shard, tf.int64)
+            *rows, own_weights = (self._rows_of_shard(part, shard) for part in (*step.rows, loss_weights))
+            position = BatchPosition(first_row, step.global_step)
+            sums.append(self._shard_sums(weights, data, Rows(*rows), own_weights, position))
         # Gradients and metric sums travel together: one message per step.
         bucket = self._reduction(sums)
-        gradient, loss, correct = tf.split(bucket, [self._flat_model.num_parameters, 1, 1])
-        state.update(gradient, learning_rate)
-        return loss[0], correct[0]
+        num_parameters = self._flat_model.num_parameters
+        state.update(tf.slice(bucket, [0], [num_parameters]), step.learning_rate, step.factors)
+        return tf.slice(bucket, [num_parameters], [2])
+
+    def _rows_of_shard(self, rows: tf.Tensor, shard: int) -> tf.Tensor:
+        size = self._shards.rows_per_shard
+        return rows if self._shards.num_shards == 1 else tf.slice(rows, [shard * size], [size])
 
     def _trace_shard_sums(
         self,
         weights: list[tf.Tensor],
         data: DeviceArrays,
-        rows: tf.Tensor,
-        loss_factor: tf.Tensor,
-        global_step: tf.Tensor,
-        first_row: tf.Tensor,
+        rows: Rows,
+        loss_weights: tf.Tensor,
+        position: BatchPosition,
     ) -> list[tf.Tensor]:
-        """What one shard adds to the gradient of the global batch, the sum of losses and the number correct."""
-        images, labels, example_weights = gather_rows(data, rows)
+        """What one shard adds to the gradient of the global batch, and to the sum of losses and the number correct."""
+        images, labels = gather(data, rows.examples)
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            logits = self._flat_model.training_logits(weights, images, BatchPosition(global_step, first_row))
-            losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits) * example_weights
-            share_of_mean = tf.reduce_sum(losses) * loss_factor
+            logits = self._flat_model.training_logits(weights, images, position)
+        # The kernel computes the gradient beside the losses; the tape would also prepare second derivatives.
+        losses, slopes = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=labels)
+        gradients = tape.gradient(logits, weights, output_gradients=slopes * tf.reshape(loss_weights, [-1, 1]))
+        correct = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
+        metrics = tf.matmul(tf.reshape(rows.weights, [1, -1]), tf.stack([losses, correct], axis=1))
         # Products may be computed in 16 bits; sums have 32.
-        gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(share_of_mean, weights)]
-        correct = tf.cast(tf.argmax(logits, axis=1) == tf.argmax(labels, axis=1), tf.float32)
-        return [*gradients, tf.reduce_sum(losses), tf.reduce_sum(correct * example_weights)]
+        return [*(tf.cast(gradient, tf.float32) for gradient in gradients), metrics]
