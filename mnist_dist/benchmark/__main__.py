@@ -188,6 +188,7 @@ def log_report(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     for line in format_table([dict(row) for row in rows]):
         log.info("%s", line)
     log.info("* the fastest Keras; /keras: ratio to Keras as published, /best: to it at its best, /floor: to the floor")
+    log.info("GPU op.: operations that a GPU would run for a step, examined without one")
     for row in rows:
         threads = [row["facts"].get(f"{kind}_op_threads") for kind in ("intra", "inter")]
         if row["part"] == "epoch" and row["status"] == "ok" and "intra_op_threads" in row["facts"]:

@@ -150,20 +150,28 @@ def _mode(row: Row) -> tuple[str, str]:
     return row["precision"], row["facts"]["reproducibility"]
 
 
+def _describe_operations(found: Mapping[str, int] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['device']}" + (f" + {found['host']} on the host" if found["host"] else "")
+
+
 def format_table(rows: Sequence[Row]) -> list[str]:
     """The rows as lines of text."""
-    titles = ["seconds an epoch", "precision", "median", "min", "max", "/keras", "/best", "/floor", "val. acc."]
+    ratios = ["/keras", "/best", "/floor"]
+    titles = ["seconds an epoch", "precision", "median", "min", "max", *ratios, "val. acc.", "GPU op."]
     cells = [titles]
     for row in rows:
         name = row["name"] if row["part"] == EPOCH else f"  of it {row['part'].replace('_', '-')} alone"
         name += " *" if row.get("is_best_keras") else ""
         if row["status"] != "ok":
-            cells.append([name, row["precision"], "failed", *[""] * 6])
+            cells.append([name, row["precision"], "failed", *[""] * 7])
             continue
         times = [f"{row[key]:.3f}" for key in ("median_s", "min_s", "max_s")]
         ratios = [f"{value:.2f}" if (value := row.get("ratios", {}).get(key)) else "" for key in RATIOS]
         accuracy = f"{row['val_accuracy']:.4f}" if "val_accuracy" in row else ""
-        cells.append([name, row["precision"], *times, *ratios, accuracy])
+        count = _describe_operations(row["facts"].get("gpu_operations")) if row["part"] == EPOCH else ""
+        cells.append([name, row["precision"], *times, *ratios, accuracy, count])
     return _align(cells, num_words=2)
 
 

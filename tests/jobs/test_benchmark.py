@@ -56,6 +56,8 @@ def test_report_has_every_contender(report):
         "single auto optimizer.learning_rate=1e30 optimizer=sgd",
     ]
     *good, _ = rows.values()
+    assert rows["single exact"]["facts"]["gpu_operations"]["device"] > 8 * 8  # products alone
+    assert rows["single exact"]["facts"]["gpu_operations"]["host"] == 0
     for row in good:
         assert row["status"] == "ok"
         assert len(row["epochs_s"]) == 2

@@ -1,13 +1,13 @@
 """Our own epoch, and its parts.
 
-For a job of several processes: the computing alone and the all-reduces alone; for one
-process: the operations of a step.
+For a job of several processes: the computing alone and the all-reduces alone; for one process: a step's operations.
 """
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from mnist_dist.base.array import Array
 from mnist_dist.benchmark.contenders.keras_fit import describe_tensorflow
+from mnist_dist.benchmark.operations import examine
 from mnist_dist.benchmark.profile import summarize
 from mnist_dist.benchmark.protocol import Turns
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import Splits
 from mnist_dist.engine.build import Engine, Programs, build_engine
+from mnist_dist.engine.shards import plan_shards
 from mnist_dist.engine.trainer import Programs as AnyPrograms
 from mnist_dist.engine.trainer import Trainer
 from mnist_dist.launch.rendezvous import Rendezvous
@@ -55,10 +57,20 @@ def take_part(turns: Turns, splits: Splits, *, config: TrainConfig, rendezvous: 
         "strategy": engine.strategy.name,
         "num_replicas": engine.strategy.num_replicas,
         "world_size": topology.world_size,
+        # Those of several replicas include collectives, whose kernels depend on how TensorFlow and Horovod were built.
+        **({"gpu_operations": _count_operations(engine)} if engine.strategy.num_replicas == 1 else {}),
     }
     turns.ready(facts, parts=list(parts))
     while True:
         turns.done(**parts[turns.wait()]())
+
+
+def _count_operations(engine: Engine) -> dict[str, int]:
+    """How many operations a GPU would run for a step, and how many would be left to the host."""
+    size = engine.plan.global_batch_size
+    shards = plan_shards(engine.config, size, num_replicas=1, on_gpu=True)
+    found = examine(Programs(replace(engine, shards=shards)).trace_step())
+    return {"device": found.device.total(), "host": len(found.host)}
 
 
 def _epochs(trainer: Trainer) -> Callable[[], dict[str, Any]]:
