@@ -103,6 +103,36 @@ def test_profile_gives_each_operation_the_time_that_is_not_spent_within():
     ]
 
 
+def row(name: str, precision: str, median_s: float, *, mode: str = "", kind: str = "ours") -> dict:
+    facts = {"reproducibility": mode, "num_replicas": 1}
+    common = {"name": name, "kind": kind, "precision": precision, "part": "epoch", "status": "ok", "processes": 1}
+    return {**common, "facts": facts, "median_s": median_s}
+
+
+def test_targets():
+    rows = [
+        row("single exact", "float32", 0.6, mode="exact"),
+        row("single exact batch.num_shards=4", "float32", 0.1, mode="exact"),
+        row("single fast", "float32", 0.5, mode="fast"),
+        row("single fast", "mixed_bfloat16", 0.3, mode="fast"),
+    ]
+    for index, (keras, floor) in enumerate([(1.0, 0.4), (1.0, 0.4), (1.0, 0.4), (1.0, 0.2)]):
+        rows[index]["ratios"] = {
+            "keras_best": rows[index]["median_s"] / keras,
+            "floor": rows[index]["median_s"] / floor,
+        }
+    found = {target.name: (round(target.value, 9), target.limit) for target in build_targets(rows, [], None)}
+    assert found == {
+        "single exact, float32, to Keras at its best": (0.6, 0.5),
+        "single exact, float32, to the floor": (1.5, 1.25),
+        "single exact, float32, to single fast": (1.2, 1.1),
+        "single fast, float32, to Keras at its best": (0.5, 0.5),
+        "single fast, float32, to the floor": (1.25, 1.25),
+        "single fast, mixed_bfloat16, to Keras at its best": (0.3, 0.36),
+        "single fast, mixed_bfloat16, to the floor": (1.5, 1.5),
+    }
+
+
 def test_bystanders_are_only_other_processes():
     bystanders = Bystanders()
     bystanders.look()
