@@ -31,7 +31,7 @@ train: setup ## Train; for example: make train ARGS="trainer.epochs=5 model=cnn"
 evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs/... split=val"
 	$(BIN)/python -m mnist_dist.evaluate $(ARGS)
 
-test-quick: $(VENV)/.installed-dev ## Run the tests that start no process: a minute
+test-quick: $(VENV)/.installed-dev ## Run the tests that start no program: a minute
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup tests/unit $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k history"

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from mnist_dist.benchmark.machine import describe_machine
 from mnist_dist.benchmark.report import format_table
 
@@ -15,10 +17,12 @@ def describe_run(folder: Path) -> str:
         return (folder.parent / f"{folder.name}.log").read_text(errors="replace").strip().rpartition("\n")[2]
     summary = json.loads((folder / "summary.json").read_text())
     seconds = [float(row["epoch_s"]) for row in csv.DictReader((folder / "history.csv").read_text().splitlines())]
-    chosen = " ".join(str(summary.get(key, "?")) for key in ("strategy", "precision", "reproducibility", "compile"))
+    chosen = [summary[key] for key in ("strategy", "precision", "reproducibility")]
+    chosen.append("compile " + OmegaConf.load(folder / "config.yaml").compile)
+    accuracies = [f"{summary[split]['accuracy']:.4f} {split}" for split in ("val", "test")]
     return (
-        f"{chosen}: {len(seconds)} epochs in {sum(seconds):.2f} s (the first in {seconds[0]:.2f} s), accuracy "
-        f"{summary['val']['accuracy']:.4f} val {summary['test']['accuracy']:.4f} test, {summary['weights_sha256'][:12]}"
+        f"{' '.join(chosen)}: {len(seconds)} epochs in {sum(seconds):.2f} s (the first in {seconds[0]:.2f} s), "
+        f"accuracy {' '.join(accuracies)}, {summary['weights_sha256'][:12]}"
     )
 
 

@@ -36,10 +36,10 @@ class EvaluateProgram:
         return EvaluationSums(math.fsum(losses.numpy().tolist()), confusion)
 
     def _evaluate(self, weights: tf.Variable, chunks: Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        losses, counts = self._strategy.run(self.evaluate_replica, weights, self._arrays, chunks)
+        losses, counts = self._strategy.run(self._evaluate_replica, weights, self._arrays, chunks)
         return losses, counts
 
-    def evaluate_replica(self, weights: tf.Variable, data: DeviceArrays, chunks: Rows) -> tuple[tf.Tensor, tf.Tensor]:
+    def _evaluate_replica(self, weights: tf.Variable, data: DeviceArrays, chunks: Rows) -> tuple[tf.Tensor, tf.Tensor]:
         """One replica's chunks, then one reduction; `chunks` are those of all replicas, (chunks, rows)."""
         layers = self._flat_model.split(weights.read_value())
         num_all = chunks.examples.shape[0]

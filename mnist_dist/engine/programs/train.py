@@ -91,19 +91,19 @@ class TrainProgram:
             learning_rate=scalar,
             factors=tuple(scalar for _ in self._state.optimizer_factors(1)),
         )
-        step = tf.function(lambda inputs: self._strategy.run(self.train_step, self._arrays, inputs), autograph=False)
+        step = tf.function(lambda inputs: self._strategy.run(self._train_step, self._arrays, inputs), autograph=False)
         return step.get_concrete_function(inputs)
 
     def _train_epoch(self, steps: StepInputs) -> tuple[tf.Tensor, tf.Tensor]:
         def run(step: StepInputs) -> tf.Tensor:
-            return self._strategy.run(self.train_step, self._arrays, step)
+            return self._strategy.run(self._train_step, self._arrays, step)
 
         # A loop in the graph; each step needs the weights of the one before, so steps must not run in parallel.
         sums = tf.map_fn(run, steps, fn_output_signature=tf.TensorSpec([2], tf.float32), parallel_iterations=1)
         self._strategy.run(self._state.count_steps, steps.global_step.shape[0])
         return sums[:, 0], sums[:, 1]
 
-    def train_step(self, data: DeviceArrays, step: StepInputs) -> tf.Tensor:
+    def _train_step(self, data: DeviceArrays, step: StepInputs) -> tf.Tensor:
         """One replica's share of a step; returns the sums over the global batch: losses, and number correct."""
         state = self._state
         weights = self._flat_model.split(state.weights.read_value())
