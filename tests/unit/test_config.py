@@ -3,6 +3,7 @@ import pytest
 from support import CHECKOUT
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.config.compare import training_keys
 from mnist_dist.config.compose import TRAIN, compose, compose_config
 from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import FLOAT32_MAX, FLOAT32_TINY
@@ -52,3 +53,10 @@ def test_the_table_of_keys_matches_the_schema(monkeypatch):
 def test_every_key_has_a_description():
     for key in describe_keys(compose(TRAIN, [])):
         assert key.meaning.endswith("."), key.name
+
+
+def test_a_run_of_an_earlier_version_was_not_compiled():
+    """Its configuration has no such key; one that could not be read says nothing."""
+    assert training_keys({"seed": 0, "trainer": {"epochs": 3}}) == {"seed": "0", "compile": "none"}
+    assert training_keys({"compile": "xla"}) == {"compile": "xla"}
+    assert training_keys({}) == {}
