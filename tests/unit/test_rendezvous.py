@@ -290,9 +290,10 @@ def test_two_jobs_with_the_same_meeting_addresses_do_not_mix():
 
 
 def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
-    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(visit, "READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(visit, "_ANSWER_S", 1.0)
+    # Short, but long enough for threads of ours that a busy machine holds up.
+    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(visit, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(visit, "_ANSWER_S", 2.0)
     with socket.create_server(("", 0)) as mute:
         meeting_addresses = [f"127.0.0.1:{mute.getsockname()[1]}", addresses[0]]
         check_outcomes(*start_under_slurm(2, meeting_addresses), job="7")
