@@ -24,7 +24,7 @@ class Strategy(ABC):
     num_replicas: int
     """Model copies of the whole job."""
     has_all_to_all = False
-    """Whether there is an `all_to_all`."""
+    """Whether `all_to_all` moves less than `all_gather`."""
 
     @abstractmethod
     def devices(self) -> list[str]:
@@ -73,10 +73,11 @@ class Strategy(ABC):
     def all_to_all(self, rows: tf.Tensor) -> tf.Tensor:
         """Inside `run`, outside loops: of N equal blocks of rows, block j goes to replica j; those received, in order.
 
-        Raises:
-            NotImplementedError: the backend has no such collective (`has_all_to_all`).
+        For a backend without such a collective (`has_all_to_all`): every replica gets all blocks, and takes its own.
         """
-        raise NotImplementedError(f"strategy={self.name} has no all-to-all")
+        num_replicas = self.num_replicas
+        blocks = tf.reshape(self.all_gather(rows), [num_replicas, num_replicas, -1, *rows.shape[1:]])
+        return tf.reshape(blocks[:, self.replica_index()], rows.shape)
 
     @contextlib.contextmanager
     def collectives(self) -> Iterator[None]:

@@ -55,6 +55,19 @@ def test_exact_is_the_tree_to_the_last_bit(num_shards, num_replicas, seed):
             assert result.tobytes() == tree_sum(values).tobytes()
 
 
+@pytest.mark.parametrize(("num_shards", "num_replicas"), [(2, 2), (8, 3), (8, 4), (13, 4)])
+def test_exact_is_the_tree_in_every_way(num_shards, num_replicas):
+    """Also in slices, on a backend that has no all-to-all of its own."""
+    plan, strategy, values = (
+        ShardPlan(num_shards, 4, num_replicas),
+        Mirrored(num_replicas=num_replicas),
+        wild(num_shards),
+    )
+    for way in ("gather", "scatter"):
+        results = reduce_on(strategy, plan, ExactSum(strategy, plan, way=way), values)
+        assert {result.tobytes() for result in results} == {tree_sum(values).tobytes()}
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 7])
 def test_fast_is_the_sum_up_to_rounding(num_replicas):
     plan = ShardPlan(8, 4, num_replicas)
