@@ -103,6 +103,6 @@ def training_moments(
         # `ReplicaCheck`: all vectors joined, and as 64-bit words.
         {**data, NETWORK: network[NETWORK] + parameters * 3 * vectors},
         {**data, **network, **evaluated},
-        {**data, **network, OUTPUTS: evaluated_rows * max(outputs) * _FLOAT32},
+        {**data, **network, OUTPUTS: evaluated_rows * max(outputs, default=0) * _FLOAT32},
         {**data, **network, OUTPUTS: shard_rows * sum(outputs) * bytes_each},
     ]
