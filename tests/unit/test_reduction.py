@@ -58,11 +58,8 @@ def test_exact_is_the_tree_to_the_last_bit(num_shards, num_replicas, seed):
 @pytest.mark.parametrize(("num_shards", "num_replicas"), [(2, 2), (8, 3), (8, 4), (13, 4)])
 def test_exact_is_the_tree_in_every_way(num_shards, num_replicas):
     """Also in slices, on a backend that has no all-to-all of its own."""
-    plan, strategy, values = (
-        ShardPlan(num_shards, 4, num_replicas),
-        Mirrored(num_replicas=num_replicas),
-        wild(num_shards),
-    )
+    plan, strategy = ShardPlan(num_shards, 4, num_replicas), Mirrored(num_replicas=num_replicas)
+    values = wild(num_shards, NUM_VALUES)
     for way in ("gather", "scatter"):
         results = reduce_on(strategy, plan, ExactSum(strategy, plan, way=way), values)
         assert {result.tobytes() for result in results} == {tree_sum(values).tobytes()}
