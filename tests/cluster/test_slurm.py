@@ -401,9 +401,15 @@ def test_requeues_are_limited(submit):
 
 
 def test_a_process_that_takes_too_much_memory_does_not_come_back(submit):
-    """It would run out again. A small shell script prints what Slurm says when a memory limit is hit, and is killed."""
+    """It would run out again.
+
+    A small shell script prints what Slurm says when a memory limit is hit, and is killed when the line has reached the
+    log: the last words of a killed process may be lost.
+    """
     line = "srun: error: node1: task 0: Out Of Memory"
-    batch = submit(site=f"launcher=(bash -c 'echo \"{line}\" >&2; kill -9 $$')")()
+    is_logged = "grep -q Out.Of.Memory runs/job-$SLURM_JOB_ID.log"
+    task = f'echo "{line}" >&2; until {is_logged}; do sleep 0.1; done; kill -9 $$'
+    batch = submit(site=f"launcher=(bash -c '{task}')")()
     assert (batch.state, batch.num_restarts) == ("FAILED", 0), batch.log
     assert line in batch.log
     assert "goes back" not in batch.log
