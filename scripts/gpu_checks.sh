@@ -25,6 +25,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export TF_FORCE_GPU_ALLOW_GROWTH=true
 
 command -v "$python" >/dev/null || { echo "no such Python: $python; run make setup, or set PYTHON" >&2; exit 2; }
+((epochs >= 3)) || { echo "EPOCHS=$epochs: at least 3, since two only warm up" >&2; exit 2; }
 mkdir -p "$folder"
 
 step() { printf '%4d s  %s\n' "$SECONDS" "$*"; }
@@ -74,7 +75,8 @@ for precision in "${precisions[@]}"; do
         "strategy="{single,mirrored,"horovod processes=1"}" reproducibility="{exact,fast}" compile="{none,xla} \
         keras "keras steps_per_execution=epoch jit_compile="{false,true} floor | accepted)
     "$python" -m mnist_dist.benchmark "${data[@]}" run_dir="$folder/$precision" "contenders=$contenders" \
-        startup.enabled=false warmup_epochs=2 epochs=$((epochs - 2)) >"$folder/$precision.log" 2>&1 || true
+        startup.enabled=false warmup_epochs=2 epochs=$((epochs - 2)) >"$folder/$precision.log" 2>&1 ||
+        step "failed: $folder/$precision.log"
     summarize
 done
 step "done: $folder/summary.txt"
