@@ -114,7 +114,7 @@ def test_variables_start_with_rank_0s_value(job, run_job, tmp_path):
         "strategy = create_strategy(compose_config(*sys.argv[1:]).strategy, rendezvous, num_gpus=0)\n"
         "variable = strategy.create_variable(np.full(3, 5.0 + topology.rank, np.float32))\n"
         f"np.save({str(tmp_path)!r} + f'/{{topology.rank}}.npy', strategy.read(variable))\n"
-        "strategy.barrier()\n"
+        "rendezvous.exchange('', topic='end')\n"  # a rank that leaves would break collectives that others still end
     )
     for result in run_job(job, script=[str(script)], launcher="srun"):
         assert result.returncode == 0, result.stderr + result.stdout
