@@ -174,11 +174,22 @@ def _describe_meanings(composed: DictConfig) -> str:
 
 def _describe_choices(command: str) -> str:
     """A line for each choice of the groups that the configuration has, with the first line of its file's comment."""
-    defaults: list[Any] = OmegaConf.select(OmegaConf.load(conf_dir() / f"{command}.yaml"), "defaults")
-    groups = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
+    groups = _groups(conf_dir() / f"{command}.yaml")
     files = [(f"{group}={path.stem}", path) for group in groups for path in _choices(group)]
     lines = [f"  {choice:<24} {_opening_comment(path).partition(chr(10))[0]}".rstrip() for choice, path in files]
     return "\n".join(lines) or "  (none)"
+
+
+def _groups(path: Path) -> list[str]:
+    """The groups that a file of `conf/` asks for, itself or by the file that it starts from."""
+    defaults: list[Any] = OmegaConf.select(OmegaConf.load(path), "defaults") or []
+    groups = []
+    for entry in defaults:
+        if isinstance(entry, DictConfig):
+            groups += [str(group) for group in entry]
+        elif (base := path.parent / f"{entry}.yaml").is_file():
+            groups += _groups(base)
+    return groups
 
 
 def _choices(group: str) -> list[Path]:

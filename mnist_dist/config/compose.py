@@ -116,5 +116,7 @@ def conf_dir() -> Path:
 def _register_schemas(command: Command[Any]) -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name=command.name, node=command.schema)
+    if issubclass(command.schema, TRAIN.schema):  # its file starts from that of `train`, and adds keys
+        store.store(group="schema", name=TRAIN.name, node=command.schema)
     for (group, name), node in _CHOICES.items():
         store.store(group=f"schema/{group}", name=name, node=node)

@@ -196,6 +196,16 @@ def build_engine(
     Raises:
         UserError: strategy, devices and batch size do not match.
     """
+    config, strategy = start_devices(config, rendezvous, num_gpus=num_gpus)
+    return assemble(config, strategy, splits, topology=rendezvous.topology, restored=restored)
+
+
+def start_devices(config: TrainConfig, rendezvous: Rendezvous, *, num_gpus: int) -> tuple[TrainConfig, Strategy]:
+    """Configure TensorFlow and start the strategy, once per process; returns the configuration without any `auto`.
+
+    Raises:
+        UserError: strategy and devices do not match.
+    """
     topology = rendezvous.topology
     mode = choose_mode(config, topology, num_gpus=num_gpus)
     configure_tensorflow(
@@ -206,18 +216,34 @@ def build_engine(
     )
     strategy = create_strategy(config.strategy, rendezvous, num_gpus=num_gpus)
     policy = choose_precision(config.precision.name, strategy.compute_capability())
-    config = replace(
+    return replace(
         config,
         precision=replace(config.precision, name=policy),
         reproducibility=mode,
         compile=choose_compiler(config.compile),
-    )
+    ), strategy
+
+
+def assemble(
+    config: TrainConfig,
+    strategy: Strategy,
+    splits: Splits,
+    *,
+    topology: Topology,
+    restored: Mapping[str, Array] | None = None,
+) -> Engine:
+    """Everything that the training of a configuration (as `start_devices` returns it) needs, on a started strategy.
+
+    Raises:
+        UserError: strategy and batch size do not match.
+    """
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
     global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
-    shards = plan_shards(config, global_batch_size, num_replicas=strategy.num_replicas, on_gpu=num_gpus > 0)
+    on_gpu = strategy.compute_capability() is not None
+    shards = plan_shards(config, global_batch_size, num_replicas=strategy.num_replicas, on_gpu=on_gpu)
     plan = BatchPlan(len(splits.train), global_batch_size, num_rows=shards.num_rows)
     model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
-    flat_model = FlatModel(model, seed=config.seed, policy=policy)
+    flat_model = FlatModel(model, seed=config.seed, policy=config.precision.name)
     return Engine(
         config=config,
         splits=splits,

@@ -106,14 +106,14 @@ class Strategy(ABC):
 
 
 class SingleDevice(Strategy):
-    """One process, one replica: the first GPU, or the CPU."""
+    """One process, one replica: the first GPU, or the CPU, or the given device."""
 
     name = "single"
     num_replicas = 1
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         gpus = tf.config.list_logical_devices("GPU")
-        self._device = (gpus or tf.config.list_logical_devices("CPU"))[0].name
+        self._device = device or (gpus or tf.config.list_logical_devices("CPU"))[0].name
 
     def devices(self) -> list[str]:
         """The one device."""

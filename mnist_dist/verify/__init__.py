@@ -1,0 +1,1 @@
+"""Whether this cluster trains correctly: fourteen checks, one verdict. See docs/verify.md."""
