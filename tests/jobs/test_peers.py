@@ -17,15 +17,15 @@ from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEE
 # A rank that agrees, watches, and then does what its argument says, without TensorFlow.
 PEER = """
 import json, os, signal, sys, time
-from mnist_dist.launch import peers
+from mnist_dist.launch import links, peers
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.cli.main import _guarded
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.environment import read_topology
 
 topology = read_topology()
-peers._JOIN_S = 5.0
-peers._SILENCE_S, peers._SUSPICIOUS_SILENCE_S, peers._ALIVE_EVERY_S = 3.0, 2.0, 0.2
+links._JOIN_S = 5.0
+links.SILENCE_S, peers._SUSPICIOUS_SILENCE_S, links.ALIVE_EVERY_S = 3.0, 2.0, 0.2
 watch = peers.PeerWatch(topology)
 
 def main():
@@ -273,8 +273,8 @@ def test_a_lost_rank_in_training(strategy, size, launcher, lost, small_npz, star
 # Trains, and considers a process that is silent for 3 s lost, but only once all have started.
 IMPATIENT = """
 from mnist_dist import train
-from mnist_dist.launch import peers
-peers._SILENCE_S, peers._ALIVE_EVERY_S = 3.0, 0.2
+from mnist_dist.launch import links
+links.SILENCE_S, links.ALIVE_EVERY_S = 3.0, 0.2
 train.main()
 """
 

@@ -107,18 +107,22 @@ class TrainProgram:
         """One replica's share of a step; returns the sums over the global batch: losses, and number correct."""
         state = self._state
         weights = self._flat_model.split(state.weights.read_value())
-        loss_weights = state.scale(step.loss_weights)
-        sums = []
-        for shard in self._shards.shards_of(self._strategy.replica_index()):
-            first_row = tf.constant(shard * self._shards.rows_per_shard, tf.int64)
-            *rows, own_weights = (self._rows_of_shard(part, shard) for part in (*step.rows, loss_weights))
-            position = BatchPosition(first_row, step.global_step)
-            sums.append(self._shard_sums(weights, data, Rows(*rows), own_weights, position))
+        step = step._replace(loss_weights=state.scale(step.loss_weights))
+        shards = self._shards.shards_of(self._strategy.replica_index())
+        sums = [self.shard_sums(shard, data, step, weights) for shard in shards]
         # Gradients and metric sums travel together: one message per step.
         bucket = self._reduction(sums)
         num_parameters = self._flat_model.num_parameters
         state.update(tf.slice(bucket, [0], [num_parameters]), step.learning_rate, step.factors)
         return tf.slice(bucket, [num_parameters], [2])
+
+    def shard_sums(self, shard: int, data: DeviceArrays, step: StepInputs, weights: list[tf.Tensor]) -> list[tf.Tensor]:
+        """What shard number `shard` of a step adds to the gradients and metric sums; see `_trace_shard_sums`."""
+        first_row = tf.constant(shard * self._shards.rows_per_shard, tf.int64)
+        *rows, own_weights = (self._rows_of_shard(part, shard) for part in (*step.rows, step.loss_weights))
+        position = BatchPosition(first_row, step.global_step)
+        sums: list[tf.Tensor] = self._shard_sums(weights, data, Rows(*rows), own_weights, position)
+        return sums
 
     def _rows_of_shard(self, rows: tf.Tensor, shard: int) -> tf.Tensor:
         size = self._shards.rows_per_shard

@@ -1,0 +1,204 @@
+"""A connection between rank 0 and each other rank, beside the backend's own: a thread listens, and says "alive".
+
+A connection that breaks or stays silent is a lost process. What the messages say is up to the subclasses.
+"""
+
+import contextlib
+import secrets
+import selectors
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.files import describe_os_error
+from mnist_dist.base.wire import MAX_GREETING, Message, Wire
+from mnist_dist.launch.address import join_address, split_address
+from mnist_dist.launch.ports import hold_free_port
+from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
+
+ALIVE_EVERY_S = 2.0
+SILENCE_S = 30.0
+"""A process whose machine is frozen or unreachable keeps its connection."""
+_JOIN_S = 30.0
+FAREWELL_S = 2.0
+
+
+@dataclass
+class Link:
+    """The connection to one other process."""
+
+    rank: int
+    name: str
+    wire: Wire
+    heard_s: float = field(default_factory=time.monotonic)
+
+
+class Links(ABC):
+    """This process's connections: on rank 0 to all other ranks, on the others to rank 0."""
+
+    def __init__(self, topology: Topology) -> None:
+        """Start to listen, on rank 0."""
+        self._topology = topology
+        self._token = secrets.token_hex(8)
+        self._links: list[Link] = []
+        self._parted: list[Link] = []
+        self._missing = set(range(1, topology.world_size)) if topology.is_chief else set()
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()
+        self._has_left = threading.Event()
+        self._silence_s = SILENCE_S  # read here, so that tests may shorten it
+        self.address = ""
+        """`host:port:token` on rank 0, which the others need in order to connect."""
+        if topology.world_size > 1 and topology.is_chief:
+            server = hold_free_port()
+            self._selector.register(server, selectors.EVENT_READ)
+            self.address = f"{join_address(_own_host(topology), server.getsockname()[1])}:{self._token}"
+
+    @abstractmethod
+    def _heard(self, link: Link, message: Message) -> None:
+        """Act on a message; called by the thread."""
+
+    @abstractmethod
+    def _lost(self, rank: int, name: str, how: str) -> None:
+        """Act on the loss of a process; called by the thread."""
+
+    def _look(self) -> None:  # noqa: B027 (some have nothing to look at)
+        """Called by the thread several times a second."""
+
+    def _start(self, address: str, *, thread_name: str) -> threading.Thread:
+        """Connect to rank 0 at its `address`, and start the thread; raises UserError if rank 0 cannot be reached."""
+        if not self._topology.is_chief:
+            self._connect(address)
+        thread = threading.Thread(target=self._run, name=thread_name, daemon=True)
+        thread.start()
+        return thread
+
+    def _connect(self, address: str) -> None:
+        address, _, self._token = address.rpartition(":")
+        name = self._topology.describe_rank(0, host=split_address(address)[0])
+        try:
+            connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
+        except OSError as error:
+            raise UserError(
+                f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
+                "blocks the connection"
+            ) from error
+        self._add(Link(0, name, Wire(connection)))
+        self._send({"token": self._token, "rank": self._topology.rank, "host": socket.gethostname()})
+
+    def _add(self, link: Link) -> None:
+        link.wire.connection.settimeout(FAREWELL_S)
+        self._links.append(link)
+        self._selector.register(link.wire.connection, selectors.EVENT_READ, link)
+
+    def _part(self, link: Link) -> None:
+        """Listen to a process no more; its connection stays open until this process ends too."""
+        self._links.remove(link)
+        self._selector.unregister(link.wire.connection)
+        self._parted.append(link)
+
+    def _run(self) -> None:
+        """The thread: listen to all, and say that this process is alive."""
+        started_s = now = time.monotonic()
+        said_s = 0.0
+        while not self._has_left.is_set():
+            for key, _ in self._selector.select(timeout=ALIVE_EVERY_S / 4):
+                if key.data is None:
+                    self._accept(key.fileobj)  # type: ignore[arg-type]
+                elif key.data in self._links:
+                    self._listen(key.data, key.data.wire.receive_ready)
+            before, now = now, time.monotonic()
+            if now - before > ALIVE_EVERY_S:
+                # This process itself was stopped, most likely with all others (a suspended job): their silence means
+                # nothing.
+                for link in self._links:
+                    link.heard_s = now
+            if now - said_s >= ALIVE_EVERY_S:
+                self._send({})
+                said_s = now
+            for link in tuple(self._links):
+                if now - link.heard_s > self._silence_s:
+                    self._lost(link.rank, link.name, f"silent for {self._silence_s:.0f} s")
+            if self._missing and now - started_s > _JOIN_S:
+                rank = min(self._missing)
+                self._lost(rank, self._topology.describe_rank(rank), "it came, and ended before all had come")
+            self._look()
+
+    def _accept(self, server: socket.socket) -> None:
+        """Let a newcomer in if it is another rank; once all have come, stop listening."""
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        wire = Wire(connection)
+        try:
+            hello = wire.receive(timeout_s=FAREWELL_S, max_bytes=MAX_GREETING)
+            if hello["token"] != self._token:
+                raise ValueError("a stranger")
+            self._missing.remove(hello["rank"])
+            name = self._topology.describe_rank(hello["rank"], host=str(hello["host"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            wire.close()
+            return
+        link = Link(hello["rank"], name, wire)
+        self._add(link)
+        self._listen(link, wire.arrived)  # more messages may have come with its first
+        if not self._missing:
+            self._selector.unregister(server)
+            server.close()
+
+    def _listen(self, link: Link, receive: Callable[[], list[Message]]) -> None:
+        """Receive another process's messages, and act on them."""
+        try:
+            messages = receive()
+        except TimeoutError:
+            return
+        except (OSError, ValueError):
+            self._lost(link.rank, link.name, "its connection broke")
+            return
+        link.heard_s = time.monotonic()
+        for message in messages:
+            self._heard(link, message)
+
+    def _send(self, message: Message) -> None:
+        """Send to all connections: from rank 0 to all ranks, from the others to rank 0."""
+        with self._lock:
+            for link in tuple(self._links):
+                with contextlib.suppress(OSError):  # `_listen` notices a broken connection
+                    link.wire.send(message)
+
+    def _say_farewell(self, farewell_s: float = FAREWELL_S) -> None:
+        """Close the connections so that the last message arrives: only after all that was received is read."""
+        deadline = time.monotonic() + farewell_s
+        links = tuple(self._links)  # the other thread may still remove some
+        for link in links:
+            with contextlib.suppress(OSError):
+                link.wire.connection.shutdown(socket.SHUT_WR)
+        for link in links:
+            with contextlib.suppress(OSError):
+                while (left := deadline - time.monotonic()) > 0:
+                    link.wire.connection.settimeout(left)
+                    if not link.wire.connection.recv(65536):
+                        break
+
+
+def _own_host(topology: Topology) -> str:
+    """The name or address under which the others reach this process's machine."""
+    if topology.local_size == topology.world_size:
+        return "127.0.0.1"
+    launcher = topology.launcher
+    if isinstance(launcher, TFConfig):
+        return split_address(launcher.addresses[topology.rank])[0]
+    if isinstance(launcher, SlurmStep):
+        return launcher.hosts[topology.rank]
+    assert isinstance(launcher, HorovodRun), launcher
+    store = launcher.store or "localhost:1"
+    try:
+        with socket.create_connection(split_address(store), timeout=_JOIN_S) as probe:
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error
