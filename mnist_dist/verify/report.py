@@ -10,6 +10,24 @@ Status = Literal["pass", "fail", "degraded", "inconclusive", "info", "skipped"]
 measurement itself is in doubt; changes no verdict."""
 Verdict = Literal["PASS", "DEGRADED", "FAIL"]
 
+CHECK_NAMES = (
+    "environment",
+    "detectors",
+    "identity",
+    "collectives",
+    "data",
+    "cross_examination",
+    "exact",
+    "fast",
+    "learning",
+    "precision",
+    "interruption",
+    "slow_rank",
+    "scaling",
+    "reference",
+)
+"""By number."""
+
 
 @dataclass(frozen=True)
 class Suspect:

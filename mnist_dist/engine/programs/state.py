@@ -49,6 +49,11 @@ class TrainState:
         self.loss_scale = create("loss_scale", np.array(loss_scale.initial, np.float32))
         self.good_steps = create("good_steps", np.array(0, np.int64))
 
+    @property
+    def variables(self) -> Mapping[str, tf.Variable]:
+        """All variables by name."""
+        return self._variables
+
     def to_arrays(self) -> dict[str, Array]:
         """The values of all variables by name, as this process's first replica has them."""
         return {name: self.strategy.read(variable) for name, variable in self._variables.items()}

@@ -1,0 +1,1 @@
+"""The checks, one or two closely related ones in a module."""

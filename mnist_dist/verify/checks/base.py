@@ -1,0 +1,80 @@
+"""What all checks have in common: every rank measures, rank 0 judges, and each judge is judged too.
+
+Measuring yields JSON values, the evidence; judging is a pure function of the evidence of all ranks. So a fault can be
+put into a copy of real evidence, to see that it would have been found (check 1, detectors).
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from mnist_dist.verify.context import Context
+from mnist_dist.verify.report import CHECK_NAMES, Status
+
+Evidence = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a judge says."""
+
+    status: Status
+    summary: str
+    """One sentence."""
+    blamed: dict[int, str] = field(default_factory=dict)
+    """Ranks, each with the evidence in one sentence."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Check(ABC):
+    """One check."""
+
+    name: ClassVar[str]
+    seconds: ClassVar[float]
+    """About how long it takes with two processes on two cores."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The checks without whose success this one proves nothing."""
+
+    @property
+    def number(self) -> int:
+        """Its place in the list."""
+        return CHECK_NAMES.index(self.name)
+
+    def why_not(self, context: Context) -> str:
+        """Why there is nothing to check here; empty if there is."""
+        return ""
+
+    @abstractmethod
+    def measure(self, context: Context) -> Evidence:
+        """This rank's evidence; all ranks call it at once."""
+
+    @abstractmethod
+    def judge(self, evidence: Sequence[Evidence]) -> Finding:
+        """Judge the evidence of all ranks."""
+
+    @abstractmethod
+    def spoil(self, evidence: Sequence[Evidence]) -> int | None:
+        """Put a fault into good evidence, in place; returns the rank that must be blamed for it, if one must."""
+
+
+def minority(values: Sequence[Hashable]) -> list[int] | None:
+    """Positions of the values that differ from what most are; None if there is no majority."""
+    common, votes = Counter(values).most_common(1)[0]
+    if 2 * votes <= len(values):
+        return None
+    return [index for index, value in enumerate(values) if value != common]
+
+
+def by_replica(evidence: Sequence[Evidence], key: str) -> tuple[list[Any], list[int]]:
+    """What the evidence lists under `key` for each of a rank's replicas: all of it by replica, and their ranks."""
+    values = [value for one in evidence for value in one[key]]
+    ranks = [rank for rank, one in enumerate(evidence) for _ in one[key]]
+    return values, ranks
+
+
+def names_of(ranks: Sequence[int]) -> str:
+    """Ranks, in words."""
+    shown = ", ".join(map(str, sorted(set(ranks))[:8]))
+    return f"rank{'s' if len(set(ranks)) > 1 else ''} {shown}{' and others' if len(set(ranks)) > 8 else ''}"

@@ -1,0 +1,127 @@
+"""What the checks share: this rank's devices, data and line to rank 0."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnist_dist.base.console import Console
+from mnist_dist.config.optimization import SGDConfig
+from mnist_dist.data.dataset import ImageDataset
+from mnist_dist.data.splits import Splits, preprocess
+from mnist_dist.launch.control import Control
+from mnist_dist.launch.rendezvous import Rendezvous
+from mnist_dist.verify.config import VerifyConfig
+
+if TYPE_CHECKING:
+    from mnist_dist.engine.build import Engine
+    from mnist_dist.strategy.base import Strategy
+
+SGD = SGDConfig(name="sgd", learning_rate=0.1, momentum=0.0, nesterov=False)
+"""Unlike Adam it shows a gradient of the wrong size."""
+
+
+class Context:
+    """One rank's part in the checks."""
+
+    def __init__(
+        self, config: VerifyConfig, dataset: ImageDataset, *, rendezvous: Rendezvous, control: Control, folder: Path
+    ) -> None:
+        self.asked = config
+        self.config = config
+        """With each `auto` resolved, once the devices have started; always exact, and in float32."""
+        self.dataset = dataset
+        self.rendezvous = rendezvous
+        self.topology = rendezvous.topology
+        self.control = control
+        self.folder = folder
+        """The run folder; only rank 0 writes there."""
+        self.mixed_precision = ""
+        """The mixed precision to check."""
+        self._started: tuple[Strategy, Splits] | None = None
+
+    @property
+    def strategy(self) -> "Strategy":
+        """The strategy, which `start` has started."""
+        assert self._started is not None
+        return self._started[0]
+
+    @property
+    def splits(self) -> Splits:
+        """The data as the engine reads it."""
+        assert self._started is not None
+        return self._started[1]
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the devices have started."""
+        return self._started is not None
+
+    def enter(self, phase: str) -> None:
+        """Say what comes next, so that a hang can be located."""
+        self.control.enter(phase)
+
+    def settle(self, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """Rank 0 decides on the values of all ranks; all get what it returns."""
+        return self.control.settle(value, decide)
+
+    def start(self, console: Console) -> None:
+        """Start TensorFlow, the devices and the backend; a collective."""
+        data = self.config.data
+        preparing = ThreadPoolExecutor(1).submit(
+            preprocess, self.dataset, val_fraction=data.val_fraction, split_seed=data.split_seed
+        )
+        # It warns of programs that are compiled again and again; here each serves one measurement.
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)
+        with console.tensorflow_start(messages=self.config.console.tensorflow_messages):
+            from mnist_dist.engine.build import start_devices
+            from mnist_dist.engine.precision import choose_precision
+            from mnist_dist.strategy.choose import list_gpus
+
+            asked = replace(self.config, reproducibility="exact")
+            config, strategy = start_devices(asked, self.rendezvous, num_gpus=len(list_gpus()))
+            capability = strategy.compute_capability()
+        found = config.precision.name if config.precision.name != "float32" else choose_precision("auto", capability)
+        self.mixed_precision = "mixed_bfloat16" if found == "float32" else found
+        num_shards = max(config.batch.num_shards, strategy.num_replicas)
+        self.config = replace(
+            self.config,
+            precision=replace(config.precision, name="float32"),
+            reproducibility="exact",
+            compile=config.compile,
+            batch=replace(config.batch, num_shards=num_shards),
+            strategy=replace(config.strategy, name=strategy.name),
+        )
+        self._started = strategy, preparing.result()
+
+    def assemble(self, strategy: "Strategy | None" = None, **changes: Any) -> "Engine":
+        """A training with these changes of the configuration, from the beginning; on another strategy if given."""
+        from mnist_dist.engine.build import assemble
+
+        config = replace(self.config, **changes)
+        return assemble(config, strategy or self.strategy, self.splits, topology=self.topology)
+
+    def alone(self) -> "Strategy":
+        """This process's first device as a strategy of its own: one replica, no collectives."""
+        from mnist_dist.strategy.base import SingleDevice
+
+        return SingleDevice(self.strategy.devices()[0])
+
+    def repeats(self, number: int, *, least: int = 3) -> int:
+        """How many times to repeat something, within the budget; even numbers stay even."""
+        if self.asked.budget_s is None:
+            return number
+        fewer = max(least, round(number * min(1.0, self.asked.budget_s / FULL_S)))
+        return min(number, fewer)
+
+
+FULL_S = 120.0
+"""About how long all checks take without a budget, with two processes on two cores."""
+
+
+def digest(content: bytes) -> str:
+    """A SHA-256, short enough for tables."""
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,61 @@
+"""Results of every replica, which a training does not need: there all replicas have the same."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mnist_dist.base.array import Array
+from mnist_dist.engine.build import Programs
+from mnist_dist.strategy.base import Strategy
+
+
+class Boxes:
+    """A place on every replica where it leaves an array, to be read without a collective."""
+
+    def __init__(self, strategy: Strategy, like: Array) -> None:
+        """Make room for arrays of this shape and type; a collective."""
+        self._strategy = strategy
+        self._variable = strategy.create_variable(np.zeros_like(like))
+
+    def fill(self, value: tf.Tensor) -> tf.Tensor:
+        """Inside `Strategy.run`: leave this replica's array."""
+        self._variable.assign(value)
+        return tf.zeros([])
+
+    def read(self) -> list[Array]:
+        """Those of this process's replicas."""
+        return self._strategy.copies(self._variable)
+
+
+def on_each_replica(strategy: Strategy, function: Callable[..., tf.Tensor], *args: Any, like: Array) -> list[Array]:
+    """What `function(*args)` returns on each replica of this process; a collective."""
+    boxes = Boxes(strategy, like)
+    compiled = tf.function(
+        lambda *given: strategy.run(lambda *own: boxes.fill(function(*own)), *given), autograph=False
+    )
+    compiled(*args)
+    return boxes.read()
+
+
+def train_steps(programs: Programs, indices: Array, *, rate: float) -> list[float]:
+    """Train on these steps at a constant learning rate; returns the loss sums of the steps."""
+    sums = programs.train_epoch(indices, learning_rates=np.full(len(indices), rate))
+    return [float(loss) for loss in sums.losses]
+
+
+def odd_factors(number: int, *, key: int = 0) -> Array:
+    """Factors of checksums modulo 2**64: odd, so that any changed word changes the sum."""
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return generator.integers(0, 2**31, number, np.int64) * 2 + 1
+
+
+def checksum(words: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
+    """Sums over the last axis of 32-bit words times factors, modulo 2**64."""
+    return tf.reduce_sum(tf.cast(tf.bitcast(words, tf.int32), tf.int64) * factors, axis=-1)
+
+
+def join_sums(sums: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The sums of a shard as one vector."""
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in sums], axis=0)

@@ -1,0 +1,139 @@
+"""Leads all ranks through the checks: every rank measures, rank 0 judges, writes down, and says how to go on."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mnist_dist.base.errors import TrainingFailed, UserError
+from mnist_dist.launch.control import Trouble
+from mnist_dist.verify.checks.base import Check, Evidence, Finding, names_of
+from mnist_dist.verify.context import Context
+from mnist_dist.verify.report import CheckResult, RankFacts, Suspect
+
+log = logging.getLogger("mnist_dist.verify")
+
+_BAD = ("fail",)
+
+
+class Runner:
+    """Runs checks in order; the results are on rank 0."""
+
+    def __init__(
+        self, checks: Sequence[Check], ranks: Sequence[RankFacts], *, show: Callable[[float, float], None]
+    ) -> None:
+        """Create it; `show(done, total)` is called with seconds as expected."""
+        self.checks = checks
+        self.results: list[CheckResult] = []
+        self.blind: list[str] = []
+        """Detectors that missed a fault put into their own input."""
+        self._ranks = ranks
+        self._show = show
+        self._statuses: dict[str, str] = {}
+        self._running: tuple[Check, float] | None = None
+        self._stopped = ""
+
+    def run(self, context: Context) -> None:
+        """Run all of them; the same on every rank."""
+        for number, check in enumerate(self.checks):  # which grow while they run, once TensorFlow has started
+            self._show(sum(check.seconds for check in self.checks[:number]), sum(check.seconds for check in self.checks))
+            if reason := self._why_not(check, context):
+                self._note(check, Finding("skipped", reason), seconds=0.0)
+            else:
+                self._run_one(check, context)
+
+    def end_early(self, trouble: Trouble) -> None:
+        """Note trouble in the running check, and skip the others; on rank 0."""
+        assert self._running is not None
+        check, started = self._running
+        blamed = dict.fromkeys(trouble.ranks, trouble.text)
+        self._note(check, Finding("fail", trouble.text, blamed), seconds=time.perf_counter() - started)
+        for other in self.checks:
+            if other.name not in self._statuses:
+                self._note(other, Finding("skipped", f"{check.name} ended the job"), seconds=0.0)
+
+    def _why_not(self, check: Check, context: Context) -> str:
+        if self._stopped:
+            return self._stopped
+        if lost := [name for name in check.needs if self._statuses.get(name) in _BAD]:
+            return f"it builds on {lost[0]}, which failed"
+        if not context.is_started and check.name not in ("environment", "identity"):
+            return "the devices were not started"
+        return check.why_not(context) if context.is_started else ""
+
+    def _run_one(self, check: Check, context: Context) -> None:
+        started = time.perf_counter()
+        self._running = check, started
+        context.control.enter(check.name, deadline_s=context.asked.deadline_s)
+        evidence: Evidence
+        error, breaks = "", False
+        try:
+            evidence = check.measure(context)
+        except (TrainingFailed, UserError) as found:
+            evidence, error = {}, str(found)
+        except Exception as found:  # the backend's own errors are of many kinds; each is a finding
+            log.debug("%s", check.name, exc_info=True)
+            evidence, error, breaks = {}, f"{type(found).__name__}: {' '.join(str(found).split())[:300]}", True
+        handed_in = {"evidence": evidence, "error": error, "breaks": breaks}
+
+        def decide(values: list[dict[str, Any]]) -> dict[str, Any]:
+            finding = self._judge(check, values)
+            self._note(check, finding, seconds=time.perf_counter() - started)
+            return {"status": finding.status, "breaks": any(value["breaks"] for value in values)}
+
+        reply = context.control.settle(handed_in, decide, is_failure=bool(error))
+        self._statuses[check.name] = reply["status"]
+        if reply["breaks"]:
+            # After a failed collective the next one would not meet the same call on the other ranks.
+            self._stopped = f"{check.name} broke off"
+
+    def _judge(self, check: Check, values: Sequence[dict[str, Any]]) -> Finding:
+        failed = {rank: value["error"] for rank, value in enumerate(values) if value["error"]}
+        if failed:
+            same = len(set(failed.values())) == 1 and len(failed) == len(values) > 1
+            text = next(iter(failed.values()))
+            return Finding("fail", f"{'all ranks' if same else names_of([*failed])}: {text}", {} if same else failed)
+        evidence = [value["evidence"] for value in values]
+        finding = check.judge(evidence)
+        if finding.status in ("pass", "info", "inconclusive"):
+            self._judge_the_judge(check, evidence)
+        return finding
+
+    def _judge_the_judge(self, check: Check, evidence: Sequence[Evidence]) -> None:
+        """Put a fault into a copy of good evidence: would it have been found, and the right rank?"""
+        spoiled = copy.deepcopy(list(evidence))
+        rank = check.spoil(spoiled)
+        finding = check.judge(spoiled)
+        if finding.status not in ("fail", "degraded"):
+            self.blind.append(f"{check.name} does not see a fault put into its evidence")
+        elif rank is not None and rank not in finding.blamed:
+            self.blind.append(f"{check.name} does not blame rank {rank} for a fault put into its evidence")
+
+    def _note(self, check: Check, finding: Finding, *, seconds: float) -> None:
+        self._statuses[check.name] = finding.status
+        suspects = tuple(
+            Suspect(rank, self._ranks[rank].host, check.name, evidence, device=" ".join(self._ranks[rank].gpus))
+            for rank, evidence in sorted(finding.blamed.items())
+        )
+        result = CheckResult(
+            check.number, check.name, finding.status, finding.summary, round(seconds, 2), suspects, finding.details
+        )
+        self.results.append(result)
+        log.info("%s", describe(result))
+
+
+def describe(result: CheckResult) -> str:
+    """A result in one line."""
+    return f"{result.number:>3} {result.name:<18} {result.status:<12} {result.seconds:>6.1f} s  {result.summary}"
+
+
+def judge_detectors(runner: Runner) -> CheckResult:
+    """Check 1, from what the others found out about themselves."""
+    tried = [result.name for result in runner.results if result.status in ("pass", "info", "inconclusive")]
+    if runner.blind:
+        return CheckResult(1, "detectors", "fail", "; ".join(runner.blind))
+    if not tried:
+        return CheckResult(1, "detectors", "skipped", "no check had good evidence to put a fault into")
+    summary = f"a fault put into the evidence of each of {len(tried)} checks would have been found"
+    return CheckResult(1, "detectors", "pass", summary, details={"checks": tried})
