@@ -96,6 +96,11 @@ class Strategy(ABC):
         """Whether this error of the backend means that it cannot reach a process."""
         return False
 
+    def subsets(self) -> "list[Strategy]":
+        """Fewer of its replicas, as strategies of their own: one of this process, up to all; for measurements."""
+        one = SingleDevice(self.devices()[0])
+        return [one] if self.num_replicas == 1 else [one, self]
+
     def barrier(self) -> None:
         """Wait until every process has arrived here, so that none leaves while others still need it."""
 

@@ -5,6 +5,7 @@ import logging
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.strategy.base import Strategy
 from mnist_dist.strategy.tf_distribute import DistributeStrategy
 
 log = logging.getLogger(__name__)
@@ -32,3 +33,9 @@ class Mirrored(DistributeStrategy):
             if num_replicas is None:
                 log.info("No GPU: training on 1 logical CPU; strategy.num_replicas=N uses N")
         super().__init__(tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction))
+
+    def subsets(self) -> list[Strategy]:
+        """One replica, two, ..., all of them."""
+        fewer = [Mirrored(num_replicas=number) for number in range(2, self.num_replicas)]
+        one, *all_of_them = super().subsets()
+        return [one, *fewer, *all_of_them]

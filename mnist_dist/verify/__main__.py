@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from typing import Any
 
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
@@ -26,7 +27,7 @@ from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.context import Context
-from mnist_dist.verify.report import RankFacts, Report, Verdict, judge
+from mnist_dist.verify.report import CheckResult, RankFacts, Report, Verdict, judge
 from mnist_dist.verify.runner import Runner, describe, judge_detectors
 
 log = logging.getLogger("mnist_dist.verify")  # __name__ is __main__ when run with -m
@@ -45,6 +46,11 @@ class Verification:
         self.ranks: list[RankFacts] = []
         self._started = datetime.now().astimezone().isoformat(timespec="seconds")
         self._start_s = time.perf_counter()
+
+    def so_far(self) -> tuple[list[CheckResult], list[RankFacts], dict[str, Any]]:
+        """Results, ranks and configuration."""
+        assert self.runner is not None and self.context is not None
+        return self.runner.results, self.ranks, asdict(self.context.config)
 
     def finish(self) -> int:
         """Write the report; returns the exit code."""
@@ -106,7 +112,7 @@ def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
         verification.ranks, verification.context = facts, context
         from mnist_dist.verify.checks.all import choose_checks
 
-        checks = choose_checks(config, start=lambda context: context.start(console))
+        checks = choose_checks(config, start=lambda context: context.start(console), so_far=verification.so_far)
         verification.runner = Runner(checks, facts, show=lambda done, total: show(round(done), round(total)))
         verification.runner.run(context)
         code: int = control.settle(None, lambda _: verification.finish())

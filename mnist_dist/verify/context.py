@@ -2,12 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_dist.base.array import Array
 from mnist_dist.base.console import Console
 from mnist_dist.config.optimization import SGDConfig
 from mnist_dist.data.dataset import ImageDataset
@@ -97,12 +98,21 @@ class Context:
         )
         self._started = strategy, preparing.result()
 
-    def assemble(self, strategy: "Strategy | None" = None, **changes: Any) -> "Engine":
-        """A training with these changes of the configuration, from the beginning; on another strategy if given."""
+    def assemble(
+        self,
+        strategy: "Strategy | None" = None,
+        *,
+        restored: Mapping[str, Array] | None = None,
+        **changes: Any,
+    ) -> "Engine":
+        """A training with these changes of the configuration, from the beginning or rank 0's `restored` state.
+
+        On another strategy if one is given.
+        """
         from mnist_dist.engine.build import assemble
 
         config = replace(self.config, **changes)
-        return assemble(config, strategy or self.strategy, self.splits, topology=self.topology)
+        return assemble(config, strategy or self.strategy, self.splits, topology=self.topology, restored=restored)
 
     def alone(self) -> "Strategy":
         """This process's first device as a strategy of its own: one replica, no collectives."""

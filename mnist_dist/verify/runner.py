@@ -37,7 +37,9 @@ class Runner:
     def run(self, context: Context) -> None:
         """Run all of them; the same on every rank."""
         for number, check in enumerate(self.checks):  # which grow while they run, once TensorFlow has started
-            self._show(sum(check.seconds for check in self.checks[:number]), sum(check.seconds for check in self.checks))
+            self._show(
+                sum(check.seconds for check in self.checks[:number]), sum(check.seconds for check in self.checks)
+            )
             if reason := self._why_not(check, context):
                 self._note(check, Finding("skipped", reason), seconds=0.0)
             else:
@@ -96,7 +98,7 @@ class Runner:
             return Finding("fail", f"{'all ranks' if same else names_of([*failed])}: {text}", {} if same else failed)
         evidence = [value["evidence"] for value in values]
         finding = check.judge(evidence)
-        if finding.status in ("pass", "info", "inconclusive"):
+        if check.can_fail and finding.status in ("pass", "info", "inconclusive"):
             self._judge_the_judge(check, evidence)
         return finding
 
@@ -130,7 +132,7 @@ def describe(result: CheckResult) -> str:
 
 def judge_detectors(runner: Runner) -> CheckResult:
     """Check 1, from what the others found out about themselves."""
-    tried = [result.name for result in runner.results if result.status in ("pass", "info", "inconclusive")]
+    tried = [result.name for result in runner.results if result.status in ("pass", "inconclusive")]
     if runner.blind:
         return CheckResult(1, "detectors", "fail", "; ".join(runner.blind))
     if not tried:

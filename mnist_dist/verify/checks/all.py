@@ -4,16 +4,21 @@ from collections.abc import Callable
 
 from mnist_dist.verify.checks.base import Check
 from mnist_dist.verify.checks.identity import Identity
+from mnist_dist.verify.checks.reference import Reference, SoFar
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.context import Context
 
 
-def choose_checks(config: VerifyConfig, *, start: Callable[[Context], None]) -> list[Check]:
+def choose_checks(config: VerifyConfig, *, start: Callable[[Context], None], so_far: SoFar) -> list[Check]:
     """Those that the configuration names; `identity` always, since it starts the devices by `start`."""
 
     def start_and_load(context: Context) -> None:
         start(context)
-        checks.extend(check for check in _with_tensorflow() if config.checks is None or check.name in config.checks)
+        checks.extend(
+            check
+            for check in [*_with_tensorflow(), Reference(so_far)]
+            if config.checks is None or check.name in config.checks
+        )
 
     checks: list[Check] = [Identity(start_and_load)]
     return checks
@@ -25,5 +30,7 @@ def _with_tensorflow() -> list[Check]:
     from mnist_dist.verify.checks.cross_examination import CrossExamination
     from mnist_dist.verify.checks.data import Data
     from mnist_dist.verify.checks.equality import Exact, Fast
+    from mnist_dist.verify.checks.interruption import Interruption
+    from mnist_dist.verify.checks.speed import Scaling, SlowRank
 
-    return [Collectives(), Data(), CrossExamination(), Exact(), Fast()]
+    return [Collectives(), Data(), CrossExamination(), Exact(), Fast(), Interruption(), SlowRank(), Scaling()]

@@ -36,6 +36,8 @@ class Check(ABC):
     """About how long it takes with two processes on two cores."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The checks without whose success this one proves nothing."""
+    can_fail: ClassVar[bool] = True
+    """Whether it judges, and does not only inform."""
 
     @property
     def number(self) -> int:

@@ -1,0 +1,143 @@
+"""Check 13: is this job slower than an earlier one on equal machines?"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.versions import installed_versions
+from mnist_dist.verify.checks.base import Check, Evidence, Finding
+from mnist_dist.verify.context import Context
+from mnist_dist.verify.quiet import MAX_SPREAD
+from mnist_dist.verify.report import CheckResult, RankFacts, Report
+
+_LIMIT = 1.10
+_FREE = ("run_dir", "checks", "budget_s", "deadline_s", "reference", "strict", "data", "console", "plots", "resume",
+         "checkpoint", "trainer", "seed")  # fmt: skip
+_MESSAGE_BYTES = (1024**2, 16 * 1024**2)
+
+SoFar = Callable[[], tuple[Sequence[CheckResult], Sequence[RankFacts], dict[str, Any]]]
+
+
+class Reference(Check):
+    """Compares times with those of one or several earlier reports, where these are comparable."""
+
+    name = "reference"
+    seconds = 0.1
+
+    def __init__(self, so_far: SoFar) -> None:
+        """Create it; `so_far` returns this job's results, ranks and configuration."""
+        self._so_far = so_far
+
+    def why_not(self, context: Context) -> str:
+        """There must be something to compare with."""
+        return "" if context.asked.reference else "no reference=FILE was given"
+
+    def measure(self, context: Context) -> Evidence:
+        """On rank 0 the times of both."""
+        if not context.topology.is_chief:
+            return {}
+        results, ranks, configuration = self._so_far()
+        setup = describe_setup(ranks, installed_versions(), configuration)
+        current, earlier, reasons = times_of(results), [], []
+        for name, report in load_reports(str(context.asked.reference)):
+            reason = why_not_comparable(setup, describe_setup(report.ranks, report.versions, report.configuration))
+            if reason:
+                reasons.append(f"{name}: {reason}")
+            else:
+                earlier.append(times_of(report.checks))
+        return {"current": current, "earlier": earlier, "reasons": reasons, "noise": noise_of(results)}
+
+    def judge(self, evidence: Sequence[Evidence]) -> Finding:
+        """At most a tenth slower than the median of the earlier ones."""
+        current, earlier, reasons = (evidence[0][key] for key in ("current", "earlier", "reasons"))
+        if not earlier:
+            reason = reasons[0] if reasons else "it holds no verification"
+            return Finding("info", f"not comparable: {reason}", {}, {"compared": [], "not_comparable": reason})
+        compared = []
+        for name, seconds in current.items():
+            before = [times[name] for times in earlier if name in times]
+            if before:
+                compared.append({"name": name, "ratio": seconds / statistics.median(before), "limit": _LIMIT})
+        details = {"compared": compared, "not_comparable": None}
+        if not compared:
+            return Finding("inconclusive", "no time was measured in both", {}, details)
+        worst = max(compared, key=lambda one: one["ratio"])
+        text = f"{worst['name']} takes {worst['ratio']:.2f} times as long as in {len(earlier)} earlier report(s)"
+        if worst["ratio"] <= _LIMIT:
+            return Finding("pass", f"no time is over {_LIMIT} times its reference: {text}", {}, details)
+        if evidence[0]["noise"]:
+            return Finding("inconclusive", f"{text}, but {evidence[0]['noise']}", {}, details)
+        return Finding("degraded", f"{text}; the limit is {_LIMIT}", {}, details)
+
+    def spoil(self, evidence: Sequence[Evidence]) -> int | None:
+        """All times are a fifth longer than in the reference, on a quiet machine."""
+        evidence[0].update(noise="", reasons=[], earlier=[{"step": 1.0}], current={"step": 1.2})
+        return None
+
+
+def times_of(results: Sequence[CheckResult]) -> dict[str, float]:
+    """The times that are compared, seconds: less is better."""
+    times: dict[str, float] = {}
+    details = {result.name: result.details for result in results}
+    for transfer in details.get("collectives", {}).get("transfers", []):
+        if transfer["bytes"] in _MESSAGE_BYTES:
+            times[f"{transfer['collective']} of {transfer['bytes'] // 1024**2} MB"] = transfer["seconds"]
+    for point in details.get("scaling", {}).get("points", []):
+        times[f"a step on {point['replicas']} replica(s), {point['kind']}"] = point["step_s"]
+    if steps := details.get("slow_rank", {}).get("step_s"):
+        times["a step without communication, slowest rank"] = max(steps)
+    return times
+
+
+def noise_of(results: Sequence[CheckResult]) -> str:
+    """What makes this job's times doubtful, in words."""
+    for result in results:
+        if result.name in ("slow_rank", "scaling") and result.status == "inconclusive":
+            return f"{result.name} was inconclusive"
+        if result.details.get("spread", 0.0) > MAX_SPREAD:
+            return f"blocks of {result.name} that do the same differ by {100 * result.details['spread']:.0f} %"
+    return ""
+
+
+def describe_setup(
+    ranks: Sequence[RankFacts], versions: dict[str, str], configuration: dict[str, Any]
+) -> dict[str, str]:
+    """What must be equal for times to be comparable."""
+    return {
+        "the number of ranks": str(len(ranks)),
+        "the processors": str(sorted({rank.cpu for rank in ranks})),
+        "the cores of a rank": str(sorted({rank.cores for rank in ranks})),
+        "the GPUs of a rank": str([len(rank.gpus) for rank in ranks]),
+        "the data set": str(configuration["data"]["name"]),
+        **{f"the version of {name}": version for name, version in versions.items()},
+        **{key: json.dumps(value, sort_keys=True) for key, value in configuration.items() if key not in _FREE},
+    }
+
+
+def why_not_comparable(one: dict[str, str], other: dict[str, str]) -> str:
+    """The first thing that differs, in words; empty if nothing does."""
+    for key in sorted({*one, *other}):
+        if one.get(key) != other.get(key):
+            return f"{key} was {other.get(key)}, and is {one.get(key)}"
+    return ""
+
+
+def load_reports(text: str) -> list[tuple[str, Report]]:
+    """The reports in a file or folder; raises UserError if there is none, or a damaged one."""
+    path = Path(text).expanduser()
+    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    reports = []
+    for file in files:
+        try:
+            reports.append((file.name if file.parent == path else str(file.relative_to(path.parent)),
+                            Report.from_json(file.read_text())))  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if path.is_dir() and file.name != "verify.json":
+                continue  # some other file
+            raise UserError(f"reference={text}: {file} is not a report of verify ({error})") from error
+    if not reports:
+        raise UserError(f"reference={text}: no verify.json there")
+    return reports
