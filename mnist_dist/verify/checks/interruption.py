@@ -26,7 +26,7 @@ class Interruption(Check):
 
     name = "interruption"
     seconds = 5.0
-    needs = ("identity", "collectives")
+    needs = ("identity", "collectives", "data", "cross_examination")
 
     def measure(self, context: Context) -> Evidence:
         """Digests after training through, and after resuming in the middle; on rank 0 what came of the files."""
