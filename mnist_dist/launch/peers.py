@@ -16,7 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, LostTouch, TrainingFailed, UserError
+from mnist_dist.base.errors import (
+    EXIT_FAILURE,
+    EXIT_LOST_PEER,
+    EXIT_USER_ERROR,
+    EnvironmentProblem,
+    LostTouch,
+    TrainingFailed,
+    UserError,
+)
 from mnist_dist.base.files import describe_os_error
 from mnist_dist.base.wire import MAX_GREETING, Message, Wire
 from mnist_dist.launch.address import join_address, split_address
@@ -75,7 +83,7 @@ class PeerWatch:
         block all its threads.
 
         Raises:
-            UserError: rank 0 cannot be reached there.
+            EnvironmentProblem: rank 0 cannot be reached there.
         """
         if self._topology.world_size == 1:
             yield
@@ -112,7 +120,7 @@ class PeerWatch:
         try:
             connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
         except OSError as error:
-            raise UserError(
+            raise EnvironmentProblem(
                 f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
                 "blocks the connection"
             ) from error
@@ -261,4 +269,4 @@ def _own_host(topology: Topology) -> str:
         with socket.create_connection(split_address(store), timeout=_JOIN_S) as probe:
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise UserError(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error
+        raise EnvironmentProblem(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error
