@@ -105,7 +105,7 @@ def _guarded(action: Callable[[], int]) -> int:
 
 
 def _with_hint(error: Exception) -> str:
-    """The error's message; where the environment is the cause, also the command that looks for what is wrong with it."""
+    """The error's message; where the environment is the cause, with the command that looks for what is wrong."""
     return f"{error}; {_HINT}" if isinstance(error, OfTheEnvironment) else str(error)
 
 

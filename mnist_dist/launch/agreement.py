@@ -10,7 +10,6 @@ from mnist_dist.base.surroundings import ARITHMETIC_VARIABLES, arithmetic_variab
 from mnist_dist.base.versions import installed_version
 from mnist_dist.launch.rendezvous import Rendezvous
 
-
 _OF_MACHINES = ("version of ", "number of GPUs", *ARITHMETIC_VARIABLES)
 
 

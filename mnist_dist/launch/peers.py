@@ -269,4 +269,6 @@ def _own_host(topology: Topology) -> str:
         with socket.create_connection(split_address(store), timeout=_JOIN_S) as probe:
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise EnvironmentProblem(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error
+        raise EnvironmentProblem(
+            f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})"
+        ) from error

@@ -25,7 +25,7 @@ _HOW_TO_INSTALL = "install it with: make horovod"
 
 
 def load_horovod() -> Any:
-    """The module `horovod.tensorflow`; raises EnvironmentProblem that says what to do if it is missing or does not match."""
+    """The module `horovod.tensorflow`; EnvironmentProblem if it is missing or does not match."""
     try:
         import horovod.tensorflow as hvd
     except ModuleNotFoundError as error:
