@@ -49,7 +49,11 @@ def check_names(outcome: Outcome, topology: Topology, *, own: str) -> Finding:
             return Finding(
                 name, "error", f"{host}, another host, resolves to {told[host]['addresses'][0]}", _HOSTS_FILE
             )
-    if not _is_literal(own) and all(map(_is_loopback, told[own]["addresses"])) and not all(map(_is_literal, hosts)):
+    if (
+        not _is_literal(own)
+        and all(map(_is_loopback, told[own]["addresses"]))
+        and not (hosts and all(map(_is_literal, hosts)))
+    ):
         found = f"{own}, this host, resolves only to {', '.join(told[own]['addresses']) or 'nothing'}"
         if topology.interface is None:
             return Finding(
