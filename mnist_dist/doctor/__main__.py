@@ -1,16 +1,20 @@
 """Look for what is wrong with an environment: `python -m mnist_dist.doctor KEY=VALUE ...`, with the keys of `train`."""
 
+import logging
+
 from mnist_dist.base.console import Console, show_table
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK
 from mnist_dist.cli.main import run
 from mnist_dist.config.compose import Command
 from mnist_dist.doctor.config import DoctorConfig
-from mnist_dist.doctor.meeting import Gathered, Meeting
+from mnist_dist.doctor.meeting import Gathered, Meeting, NobodyToReportTo
 from mnist_dist.doctor.merge import Row, merge
 from mnist_dist.doctor.sources import Sources
 from mnist_dist.doctor.table import build_table, summarize, to_json, verdict
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
+
+log = logging.getLogger("mnist_dist.doctor")  # __name__ is __main__ when run with -m
 
 DOCTOR = Command("doctor", DoctorConfig)
 
@@ -28,7 +32,11 @@ def doctor(config: DoctorConfig, topology: Topology, console: Console) -> int:
         return EXIT_FAILURE if verdict(rows) == "error" else EXIT_OK
 
     with Rendezvous(topology, timeout_s=config.strategy.start_timeout_s) as rendezvous:
-        return Meeting(config, topology, Sources.of_this_process(), rendezvous).hold(conclude)
+        try:
+            return Meeting(config, topology, Sources.of_this_process(), rendezvous).hold(conclude)
+        except NobodyToReportTo as error:
+            log.error("error: %s", error)
+            return EXIT_FAILURE
 
 
 def main() -> None:

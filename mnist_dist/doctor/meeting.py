@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mnist_dist.base.errors import EXIT_FAILURE, EnvironmentProblem, UserError
+from mnist_dist.base.errors import EXIT_FAILURE, UserError
 from mnist_dist.doctor.checks.network import check_ports
 from mnist_dist.doctor.checks.storage import check_shared_lock
 from mnist_dist.doctor.config import DoctorConfig
@@ -30,6 +30,10 @@ from mnist_dist.run.folder import RunFolder
 _SLACK_S = 15.0  # a rank that has just been killed a probe still has to report
 _LOCK_S, _END_S = 5.0, 10.0
 _NAMED_RANKS = 8
+
+
+class NobodyToReportTo(RuntimeError):
+    """There is no rank 0; the message says why."""
 
 
 class Gathered(NamedTuple):
@@ -55,7 +59,7 @@ class Meeting:
 
         Raises:
             RankTaken: another process has this one's rank.
-            UserError: rank 0 has not come, or has ended; there is nobody to report to.
+            NobodyToReportTo: rank 0 has not come, or has ended.
         """
         with ThreadPoolExecutor(1) as background, self._lock() as lock:
             # The probes take their time while the ranks meet.
@@ -65,7 +69,7 @@ class Meeting:
             hellos, problem = self._meet(hello, problem)
             clock_s = time.time()
             if 0 not in hellos:
-                raise EnvironmentProblem(
+                raise NobodyToReportTo(
                     f"{self.topology.describe_rank(0)}, which prints the table, did not come within "
                     f"{self.config.strategy.start_timeout_s:.0f} s; start all {self.topology.world_size} processes, "
                     "and check that they can reach each other"
@@ -92,9 +96,11 @@ class Meeting:
             return {0: hello}, problem
         try:
             return self.rendezvous.collect(hello, topic=FIRST_TOPIC), problem
-        except EnvironmentProblem as error:
+        except RankTaken:
+            raise
+        except UserError as error:
             if not self.topology.is_chief:
-                raise
+                raise NobodyToReportTo(str(error)) from error
             return {0: hello}, str(error)
 
     def _gather(self, own: RankReport, hellos: dict[int, str]) -> Gathered:
@@ -102,7 +108,10 @@ class Meeting:
         texts = {own.rank: own.to_json()}
         if len(hellos) > 1:
             timeout_s = self.config.timeout_s + _SLACK_S
-            texts = self.rendezvous.collect(texts[own.rank], topic="findings", ranks=hellos.keys(), timeout_s=timeout_s)
+            try:
+                texts = self.rendezvous.collect(own.to_json(), topic="findings", ranks=[*hellos], timeout_s=timeout_s)
+            except UserError as error:
+                raise NobodyToReportTo(str(error)) from error
         reports = [RankReport.from_json(text) for _, text in sorted(texts.items())]
         hosts = {rank: str(json.loads(text)["host"]) for rank, text in hellos.items()}
         return Gathered(reports, self._check_processes({report.rank for report in reports}, hosts))

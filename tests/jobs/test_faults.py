@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 from support.hooks import HOOKS, WRITE_HOOK, WriteHook
 from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, Job, stopped_after, wait_for_epoch
+from support.mounts import mount, unmount
 from support.runs import checkpoints_of, history_of, result_of, summary_of
 
 from mnist_dist.run.checkpoint import Checkpoint
@@ -57,18 +57,6 @@ def check_goes_on(train, folder: Path, uninterrupted: Path) -> None:
     assert "cannot be used" not in result.stdout
     assert result_of(folder) == result_of(uninterrupted)
     assert not temporaries(folder)
-
-
-def mount(*args) -> None:
-    """Mount something; where that is not allowed, skip the test, or fail where skipping is not allowed (CI)."""
-    mounted = subprocess.run(["mount", *map(str, args)], capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        reason = f"mount: {mounted.stderr.strip()}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture
@@ -161,7 +149,10 @@ def test_the_file_system_becomes_read_only(uninterrupted, train, start, args, tm
         assert "cannot be written (Read-only file system); what was written before is kept." in line
         result = train(folder)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == f"error: run_dir={folder}: cannot be written: Read-only file system\n"
+        assert result.stderr == (
+            f"error: run_dir={folder}: cannot be written: Read-only file system; "
+            "python -m mnist_dist.doctor tells more\n"
+        )
         check_saved(folder, before)
     finally:
         unmount(folder)

@@ -1,9 +1,9 @@
 import pytest
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.launch.interfaces import interface_towards
 from mnist_dist.launch.topology import HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
 from mnist_dist.strategy.choose import choose_strategy
-from mnist_dist.launch.interfaces import interface_towards
 from mnist_dist.strategy.horovod import describe_process
 
 ONE = Topology()
