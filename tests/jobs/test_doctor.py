@@ -213,10 +213,9 @@ def test_a_small_disk(disk):
 
 def test_a_full_disk(disk):
     folder = disk("size=200k")
-    with (folder / "filled").open("wb") as stream, pytest.raises(OSError, match="No space left"):
+    with (folder / "filled").open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
         while True:
             stream.write(b"x" * 4096)
-            stream.flush()
     check(folder_row(folder / "run"), "error", f"{folder / 'run'} (tmpfs at {folder}): 0 bytes free", "remove files")
 
 
