@@ -1,10 +1,12 @@
 """All checks of one process. The probes run side by side, so that it takes as long as the slowest of them."""
 
+import contextlib
 import platform
 import socket
 from collections.abc import Mapping
 
 from mnist_dist import __version__
+from mnist_dist.config.train import TrainConfig
 from mnist_dist.doctor.checks.choices import check_choices, check_configuration
 from mnist_dist.doctor.checks.gpus import QUERY, check_cuda, check_driver, check_shares
 from mnist_dist.doctor.checks.machine import (
@@ -27,9 +29,8 @@ from mnist_dist.doctor.checks.software import (
     installed_packages,
 )
 from mnist_dist.doctor.checks.storage import check_dataset, check_folder
-from mnist_dist.doctor.config import DoctorConfig
 from mnist_dist.doctor.finding import Finding
-from mnist_dist.doctor.probe import Outcome, Probe, start_child, start_program
+from mnist_dist.doctor.probe import Probe, start_child, start_program
 from mnist_dist.doctor.sources import Sources
 from mnist_dist.launch.topology import HorovodRun, Topology
 
@@ -37,10 +38,19 @@ from mnist_dist.launch.topology import HorovodRun, Topology
 _TALKATIVE = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "dso_loader=1"}
 
 
-def examine(config: DoctorConfig, topology: Topology, sources: Sources | None = None) -> list[Finding]:
-    """All findings of this process, in the order of the table; takes at most a little more than `config.timeout_s`."""
+def examine(
+    config: TrainConfig, topology: Topology, *, timeout_s: float = 30.0, sources: Sources | None = None
+) -> list[Finding]:
+    """All findings of this process, in the order of the table.
+
+    Args:
+        config: of the training.
+        topology: of this process.
+        timeout_s: after which probes are killed; it takes little longer than that at most.
+        sources: where to look, by default at this machine.
+    """
     sources = sources or Sources.of_this_process()
-    probes = _start_probes(config, topology, sources)
+    probes = _start_probes(config, topology, sources, timeout_s)
     findings = [
         check_python(platform.python_version()),
         *check_packages(packages := installed_packages()),
@@ -56,8 +66,7 @@ def examine(config: DoctorConfig, topology: Topology, sources: Sources | None = 
     driver, gpus = check_driver(outcomes.get("nvidia-smi"), sources.dev)
     choices = check_choices(config, devices)
     chosen = devices.answers.get("choices", {})
-    strategy = chosen.get("strategy") or config.strategy.name
-    needs_horovod = strategy == _HOROVOD or isinstance(topology.launcher, HorovodRun)
+    needs_horovod = chosen.get("needs_horovod", isinstance(topology.launcher, HorovodRun))
     findings += [
         check_shm(sources.dev, num_gpus=len(gpus), local_size=topology.local_size),
         check_processor(sources.proc, precision=_precision_on_cpu(chosen)),
@@ -81,16 +90,13 @@ def examine(config: DoctorConfig, topology: Topology, sources: Sources | None = 
     return findings
 
 
-_HOROVOD = HorovodRun.name
-
-
 def _precision_on_cpu(chosen: Mapping[str, object]) -> str:
     return "" if chosen.get("num_gpus") else str(chosen.get("precision", ""))
 
 
-def _start_probes(config: DoctorConfig, topology: Topology, sources: Sources) -> dict[str, Probe]:
+def _start_probes(config: TrainConfig, topology: Topology, sources: Sources, timeout_s: float) -> dict[str, Probe]:
     """All that may hang, started at once."""
-    variables, timeout_s = sources.variables, config.timeout_s
+    variables = sources.variables
 
     def child(module: str, *arguments: object, more: Mapping[str, str] | None = None) -> Probe:
         return start_child(module, *arguments, variables={**variables, **(more or {})}, timeout_s=timeout_s)
@@ -107,11 +113,6 @@ def _start_probes(config: DoctorConfig, topology: Topology, sources: Sources) ->
             programs["scontrol"] = ["scontrol", "show", "config"]
     for name, (program, *words) in programs.items():
         if path := sources.program(program):
-            try:
+            with contextlib.suppress(OSError):  # not a program for this machine
                 probes[name] = start_program([path, *words], variables=variables, timeout_s=timeout_s)
-            except OSError:  # not a program of this machine
-                probes[name] = start_program(["/bin/sh", path, *words], variables=variables, timeout_s=timeout_s)
     return probes
-
-
-__all__ = ["Outcome", "examine"]

@@ -63,7 +63,7 @@ class Meeting:
         """
         with ThreadPoolExecutor(1) as background, self._lock() as lock:
             # The probes take their time while the ranks meet.
-            examined = background.submit(examine, self.config, self.topology, self.sources)
+            examined = background.submit(self._examine)
             problem = self._hold_own_port()
             hello = json.dumps({"host": socket.gethostname(), "lock": lock})
             hellos, problem = self._meet(hello, problem)
@@ -79,6 +79,9 @@ class Meeting:
             own = RankReport(self.topology.rank, socket.gethostname(), (*examined.result(), *findings), clock_s=clock_s)
             gathered = self._gather(own, hellos)
         return self._end_together(conclude, gathered)
+
+    def _examine(self) -> list[Finding]:
+        return examine(self.config, self.topology, timeout_s=self.config.timeout_s, sources=self.sources)
 
     def _hold_own_port(self) -> str | None:
         """Hold this rank's port of TF_CONFIG, as a training does; returns why that is not possible."""

@@ -11,6 +11,7 @@ import pytest
 from support.job import TRAIN
 from support.launchers import free_ports, horovodrun, local_addresses, srun, tf_config
 from support.mounts import mount, unmount
+from support.processes import wait_until
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.doctor.checks.network import check_names
@@ -280,6 +281,19 @@ def test_a_lock_that_another_process_holds(tmp_path):
         assert ("sees the lock" in finding.found) == (held == path)
     holder.end()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_goes_with_the_process_that_asked_for_it(tmp_path, start_python):
+    code = (
+        "import os, time; from pathlib import Path; from mnist_dist.doctor.probe import start_child\n"
+        "start_child('shared_lock', Path('run').absolute(), None, variables=os.environ, timeout_s=60).answer('held')\n"
+        "Path('held').touch(); time.sleep(600)"
+    )
+    job = start_python("-c", code, cwd=tmp_path)
+    wait_until((tmp_path / "held").exists)
+    assert len(list(tmp_path.glob(".doctor-*"))) == 1
+    job.processes[0].kill()
+    wait_until(lambda: not list(tmp_path.glob(".doctor-*")))
 
 
 # Several ranks

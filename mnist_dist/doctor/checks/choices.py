@@ -1,6 +1,6 @@
 """What `auto` would choose here, and why, as the package's own functions have told."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from mnist_dist.config.compare import job_keys
@@ -47,5 +47,6 @@ def _threads(told: dict[str, Any]) -> Finding:
 
 def check_configuration(config: TrainConfig) -> Finding:
     """The keys, which must be the same on all ranks."""
-    keys = job_keys({key: value for key, value in asdict(config).items() if key not in ("json", "timeout_s")})
+    names = {key.name for key in fields(TrainConfig)}  # not those of a command that has more
+    keys = job_keys({key: value for key, value in asdict(config).items() if key in names})
     return Finding("configuration", "ok", f"{len(keys)} keys", facts=keys)

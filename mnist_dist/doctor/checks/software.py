@@ -129,13 +129,13 @@ def check_horovod(packages: Mapping[str, Package], outcome: Outcome, *, needed: 
     version = packages["horovod"].version if "horovod" in packages else "none"
     facts = {"version of horovod": version}
     told: dict[str, Any] | None = outcome.answers.get("horovod")
+    if told is None and "tensorflow" not in outcome.answers:
+        return Finding("Horovod", "unknown", f"{version}, not tried: TensorFlow cannot be imported", facts=facts)
     if version == "none" and (told is None or "error" in told):
         if needed:
             return Finding("Horovod", "error", "not installed, and strategy=horovod", "make horovod", facts)
         return Finding("Horovod", "ok", "not installed, and not needed here", facts=facts)
     if told is None:
-        if "tensorflow" not in outcome.answers:
-            return Finding("Horovod", "unknown", f"{version}, not tried: TensorFlow cannot be imported", facts=facts)
         found = f"{version}: loading it {outcome.describe()}"
         return Finding("Horovod", "error" if needed else "warning", found, "build it again: make horovod", facts)
     if "error" in told:

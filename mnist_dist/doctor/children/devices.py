@@ -48,7 +48,7 @@ def _choices(config: TrainConfig, topology: Topology, gpus: list[dict[str, Any]]
     from mnist_dist.engine.mode import choose_compiler, choose_mode
     from mnist_dist.engine.precision import choose_precision
     from mnist_dist.engine.runtime import choose_threads, own_cores
-    from mnist_dist.strategy.choose import choose_strategy
+    from mnist_dist.strategy.choose import choose_strategy, needs_horovod
 
     warnings: list[str] = []
     handler = logging.Handler()
@@ -58,7 +58,7 @@ def _choices(config: TrainConfig, topology: Topology, gpus: list[dict[str, Any]]
     found: dict[str, Any] = {"has_horovod": has_horovod, "warnings": warnings}
     try:
         name, reason = choose_strategy(config.strategy.name, topology, num_gpus=len(gpus), has_horovod=has_horovod)
-        found |= {"strategy": name, "reason": reason}
+        found |= {"strategy": name, "reason": reason, "needs_horovod": needs_horovod(name)}
         own = own_share(len(gpus), topology)
     except UserError as error:
         return {**found, "error": str(error)}
