@@ -746,7 +746,7 @@ def test_run_folder_that_cannot_be_written(run_dir, problem, refuse, work, small
     for link, target in (("dangling", "gone"), ("chain", "dangling"), ("loop", "loop"), ("link to file", "file")):
         (work / link).symlink_to(target)
     line = refuse(TRAIN, f"run_dir={run_dir}", "data=npz", f"data.path={small_npz}")
-    assert line == f"run_dir={run_dir}: cannot be written: {problem.format(work=work)}"
+    assert line == f"run_dir={run_dir}: cannot be written: {problem.format(work=work)}{DOCTOR_HINT}"
 
 
 def test_run_folder_of_an_unknown_user(refuse):

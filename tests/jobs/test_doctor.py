@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.job import TRAIN
+from support.job import DOCTOR_HINT, TRAIN
 from support.launchers import free_ports, horovodrun, local_addresses, srun, tf_config
 from support.mounts import mount, unmount
 from support.processes import wait_until
@@ -20,7 +20,6 @@ from mnist_dist.doctor.probe import start_child, start_program
 from mnist_dist.launch.topology import Topology
 
 DOCTOR = ("-m", "mnist_dist.doctor")
-HINT = "; python -m mnist_dist.doctor tells more"
 _BOUND_S = 150  # on a busy machine; seconds on an idle one
 
 
@@ -154,7 +153,7 @@ def test_train_names_the_doctor(args, run_python, wrong_horovod):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: strategy=horovod: Horovod was not built for the installed TensorFlow")
-    assert line.endswith(f"build it again: make horovod{HINT}")
+    assert line.endswith(f"build it again: make horovod{DOCTOR_HINT}")
 
 
 # Single probes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.hooks import HOOKS, WRITE_HOOK, WriteHook
-from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, Job, stopped_after, wait_for_epoch
+from support.job import DOCTOR_HINT, HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, Job, stopped_after, wait_for_epoch
 from support.mounts import mount, unmount
 from support.runs import checkpoints_of, history_of, result_of, summary_of
 
@@ -82,6 +82,7 @@ def test_the_disk_is_full_while_saving(share_left, small_disk, uninterrupted, tr
     line = failure_of(process)
     assert line.startswith(f"{folder}/")
     assert "cannot be written (No space left on device); what was written before is kept." in line
+    assert line.endswith(DOCTOR_HINT)
     check_saved(folder, before)
     assert not temporaries(folder)
     assert 3 <= len(history_of(folder).epochs) < NUM_EPOCHS
@@ -149,10 +150,7 @@ def test_the_file_system_becomes_read_only(uninterrupted, train, start, args, tm
         assert "cannot be written (Read-only file system); what was written before is kept." in line
         result = train(folder)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == (
-            f"error: run_dir={folder}: cannot be written: Read-only file system; "
-            "python -m mnist_dist.doctor tells more\n"
-        )
+        assert result.stderr == (f"error: run_dir={folder}: cannot be written: Read-only file system{DOCTOR_HINT}\n")
         check_saved(folder, before)
     finally:
         unmount(folder)
@@ -191,7 +189,7 @@ def test_checkpoints_is_replaced_by_a_file(uninterrupted, train, start, args, tm
     after = contents(folder)
     result = train(folder)  # not as if there were no checkpoints
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: run_dir={folder}: checkpoints cannot be written: Not a directory\n"
+    assert result.stderr == f"error: run_dir={folder}: checkpoints cannot be written: Not a directory{DOCTOR_HINT}\n"
     assert contents(folder) == after
     (folder / "checkpoints").unlink()
     (tmp_path / "checkpoints").rename(folder / "checkpoints")
