@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import CHECKOUT
+from support.job import DOCTOR_HINT
 from support.processes import LIGHT_LIBRARIES, fork_server
 
 from mnist_dist import __version__
