@@ -17,6 +17,7 @@ from typing import TextIO
 
 import rich.console
 import rich.progress
+import rich.table
 
 from mnist_dist.base.surroundings import settings_of_keras
 
@@ -28,6 +29,7 @@ class _Terminal(rich.console.Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_LOG_WIDTH = 140
 _terminal = _Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)
 _logger = logging.getLogger("mnist_dist")
 job_log = logging.getLogger("mnist_dist.job")
@@ -142,6 +144,14 @@ class Console:
         _logger.removeHandler(self._early)
         _logger.addHandler(file)
         self._handlers.append(file)
+
+
+def show_table(table: rich.table.Table, last_line: str) -> None:
+    """Print a table and a line below it, as wide as the terminal, or as a page of a log where there is none."""
+    if not _terminal.is_terminal:
+        _terminal.width = _LOG_WIDTH
+    _terminal.print(table, soft_wrap=False)
+    _terminal.print(last_line)
 
 
 @contextlib.contextmanager

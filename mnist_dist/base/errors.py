@@ -19,5 +19,17 @@ class TrainingFailed(RuntimeError):
     """Training cannot continue (for example a non-finite loss); the message says where and why."""
 
 
+class OfTheEnvironment(Exception):
+    """Mixed into an error whose cause is the machine, its software or network: the printed line names `doctor`."""
+
+
+class EnvironmentProblem(OfTheEnvironment, UserError):
+    """What the user asked for cannot start in this environment."""
+
+
+class EnvironmentFailed(OfTheEnvironment, TrainingFailed):
+    """Training cannot continue in this environment."""
+
+
 class LostTouch(RuntimeError):
     """The processes of the job can no longer reach each other, and it is unknown which of them is gone."""

@@ -31,18 +31,24 @@ def _read_meminfo(proc: Path) -> tuple[float, float]:
 
 
 def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
-    """The limits of this process's control groups, of both versions."""
+    """The limits of this process's control groups."""
+    for group in control_groups("memory", proc=proc, cgroups=cgroups):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                yield int((group / name).read_text())
+
+
+def control_groups(controller: str, *, proc: Path, cgroups: Path) -> Iterator[Path]:
+    """The folders of this process's control groups, of both versions; some may not exist."""
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and controller not in controllers.split(","):
             continue
-        roots = [cgroups / "memory"] if controllers else [cgroups, cgroups / "unified"]
+        roots = [cgroups / controller] if controllers else [cgroups, cgroups / "unified"]
         # In a container a group's path may be that outside, while the mount shows only its root.
         for group in (Path(path), *Path(path).parents):
             for root in roots:
-                for name in ("memory.max", "memory.limit_in_bytes"):
-                    with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-                        yield int((root / group.relative_to("/") / name).read_text())
+                yield root / group.relative_to("/")
 
 
 def _lines(path: Path) -> list[str]:

@@ -21,7 +21,7 @@ _OTHERS = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 
 # Switches of which TensorFlow accepts 0 and 1 only; any other value ends the process.
 _SWITCHES = ("TF_DETERMINISTIC_OPS", "TF_CUDNN_DETERMINISTIC", "TF_CUDNN_USE_AUTOTUNE", "TF_CUDNN_USE_FRONTEND")
-_ARITHMETIC = (
+ARITHMETIC_VARIABLES = (
     *_SWITCHES,
     "TF_ENABLE_ONEDNN_OPTS",
     "TF_DISABLE_MKL",
@@ -32,6 +32,7 @@ _ARITHMETIC = (
     "DNNL_MAX_CPU_ISA",
     "NVIDIA_TF32_OVERRIDE",
 )
+"""What changes the results of libraries, at least in the last bits."""
 
 
 def settle() -> None:
@@ -67,7 +68,7 @@ def settings_of_keras() -> Iterator[None]:
 
 def arithmetic_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that are set and change what libraries compute, at least in the last bits."""
-    return {name: environ[name] for name in _ARITHMETIC if name in environ}
+    return {name: environ[name] for name in ARITHMETIC_VARIABLES if name in environ}
 
 
 @contextlib.contextmanager

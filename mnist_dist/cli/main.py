@@ -22,6 +22,7 @@ from mnist_dist.base.errors import (
     EXIT_OK,
     EXIT_USER_ERROR,
     LostTouch,
+    OfTheEnvironment,
     TrainingFailed,
     UserError,
 )
@@ -36,6 +37,8 @@ from mnist_dist.launch.stop import end_at_once
 from mnist_dist.launch.topology import Topology
 
 log = logging.getLogger(__name__)
+
+_HINT = "python -m mnist_dist.doctor tells more"
 
 
 def run(command: Command[Config], entry: Callable[[Config, Topology, Console], int]) -> NoReturn:
@@ -86,11 +89,11 @@ def _guarded(action: Callable[[], int]) -> int:
     try:
         return action()
     except UserError as error:
-        return _report(EXIT_USER_ERROR, str(error))
+        return _report(EXIT_USER_ERROR, _with_hint(error))
     except (HydraException, OmegaConfBaseException) as error:
         return _report(EXIT_USER_ERROR, explain(error))
     except TrainingFailed as error:
-        return _report(EXIT_FAILURE, str(error))
+        return _report(EXIT_FAILURE, _with_hint(error))
     except LostTouch as error:
         return _report(EXIT_LOST_PEER, str(error))
     except _out_of_memory() as error:
@@ -99,6 +102,11 @@ def _guarded(action: Callable[[], int]) -> int:
         return _report(EXIT_FAILURE, f"out of memory, of which this process may use {limit}: {shorten(what)}")
     except KeyboardInterrupt:
         return _report(EXIT_INTERRUPTED, "interrupted")
+
+
+def _with_hint(error: Exception) -> str:
+    """The error's message; where the environment is the cause, with the command that looks for what is wrong."""
+    return f"{error}; {_HINT}" if isinstance(error, OfTheEnvironment) else str(error)
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:

@@ -23,11 +23,16 @@ log = logging.getLogger(__name__)
 
 def load_digits(config: DataConfig) -> ImageDataset:
     """Read the embedded digits from `data.cache_dir`; if they are not there, build them."""
-    path = expand_path("data.cache_dir", config.cache_dir) / f"digits-v{digits.DIGITS_VERSION}.npz"
+    path = digits_path(config)
     arrays = _read_cached(path)
     if arrays is None:
         arrays = _build_once(path)
     return ImageDataset.from_arrays("digits", arrays)
+
+
+def digits_path(config: DataConfig) -> Path:
+    """Where they are cached."""
+    return expand_path("data.cache_dir", config.cache_dir) / f"digits-v{digits.DIGITS_VERSION}.npz"
 
 
 def _read_cached(path: Path) -> dict[str, Array] | None:

@@ -35,7 +35,7 @@ def load_mnist(config: DataConfig) -> ImageDataset:
     """Read MNIST from `data.path`, else from Keras' cache, downloaded if it is not there; raises UserError."""
     if config.path is not None:
         return ImageDataset.from_arrays("mnist", _read_mnist(expand_path("data.path", config.path)))
-    path = expand_path("data.keras_home", config.keras_home) / "datasets" / "mnist.npz"
+    path = download_path(config)
     if not path.is_file():
         _download_mnist(path)
     try:
@@ -45,6 +45,11 @@ def load_mnist(config: DataConfig) -> ImageDataset:
         raise UserError(
             f"data=mnist: delete {path}, which is damaged, to have it downloaded again ({error})"
         ) from error
+
+
+def download_path(config: DataConfig) -> Path:
+    """Where MNIST is downloaded to, and found again."""
+    return expand_path("data.keras_home", config.keras_home) / "datasets" / "mnist.npz"
 
 
 def _read_mnist(path: Path) -> dict[str, Array]:

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from mnist_dist import __version__
-from mnist_dist.base.errors import UserError
-from mnist_dist.base.surroundings import arithmetic_variables
+from mnist_dist.base.errors import EnvironmentProblem, UserError
+from mnist_dist.base.surroundings import ARITHMETIC_VARIABLES, arithmetic_variables
 from mnist_dist.base.versions import installed_version
 from mnist_dist.launch.rendezvous import Rendezvous
+
+_OF_MACHINES = ("version of ", "number of GPUs", *ARITHMETIC_VARIABLES)
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,7 @@ def agree(report: Report, rendezvous: Rendezvous) -> Report:
     for rank, other in enumerate(reports):
         if other.error is not None and rank != rendezvous.topology.rank:
             raise UserError(f"rank {rank} cannot take part: {other.error}")
-    problem = find_disagreement([report.facts for report in reports])
-    if problem is not None:
-        raise UserError(f"the processes of this job do not agree: {problem}; start all of them the same way")
+    _check_equal([report.facts for report in reports])
     check_not_shared([report.gpus for report in reports])
     return reports[0]
 
@@ -69,13 +69,23 @@ def find_disagreement(facts: Sequence[Mapping[str, str]]) -> str | None:
     return None
 
 
+def _check_equal(facts: Sequence[Mapping[str, str]]) -> None:
+    problem = find_disagreement(facts)
+    if problem is None:
+        return
+    of_machines = [{key: value for key, value in one.items() if key.startswith(_OF_MACHINES)} for one in facts]
+    # Software and devices do not depend on what the user typed.
+    kind = EnvironmentProblem if problem == find_disagreement(of_machines) else UserError
+    raise kind(f"the processes of this job do not agree: {problem}; start all of them the same way")
+
+
 def check_not_shared(gpus: Sequence[Sequence[str]]) -> None:
-    """Raise UserError if two ranks use the same GPU, naming both."""
+    """Raise EnvironmentProblem if two ranks use the same GPU, naming both."""
     owners: dict[str, int] = {}
     for rank, uuids in enumerate(gpus):
         for uuid in uuids:
             if owners.setdefault(uuid, rank) != rank:
-                raise UserError(
+                raise EnvironmentProblem(
                     f"ranks {owners[uuid]} and {rank} both use the GPU {uuid}; give each process its own GPU "
                     "(CUDA_VISIBLE_DEVICES; in slurm/train.sh as many #SBATCH --gpus-per-node as --ntasks-per-node)"
                 )

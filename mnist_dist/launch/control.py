@@ -47,7 +47,7 @@ class Control(Links):
         self._names: dict[int, str] = {}
 
     def start(self, address: str) -> None:
-        """Connect to rank 0 at its `address`; raises UserError if it cannot be reached."""
+        """Connect to rank 0 at its `address`; raises EnvironmentProblem if it cannot be reached."""
         self._start(address, thread_name="control")
 
     def enter(self, phase: str, *, deadline_s: float | None = None) -> None:

@@ -4,7 +4,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.launch.topology import Topology
 
 
@@ -14,13 +14,13 @@ def own_share(num_gpus: int, topology: Topology) -> range:
     A launcher may also show each process only its own GPU; a single GPU is therefore the process's own.
 
     Raises:
-        UserError: fewer GPUs than processes.
+        EnvironmentProblem: fewer GPUs than processes.
     """
     if topology.local_size == 1 or num_gpus <= 1:
         return range(num_gpus)
     size = num_gpus // topology.local_size
     if size == 0:
-        raise UserError(
+        raise EnvironmentProblem(
             f"{topology.local_size} processes on this machine but {num_gpus} GPUs; start at most one process per GPU"
             + (f", in slurm/train.sh: #SBATCH --ntasks-per-node={num_gpus}" if topology.slurm else "")
         )

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.base.files import describe_os_error
 from mnist_dist.base.wire import MAX_GREETING, Message, Wire
 from mnist_dist.launch.address import join_address, split_address
@@ -70,7 +70,7 @@ class Links(ABC):
         """Called by the thread several times a second."""
 
     def _start(self, address: str, *, thread_name: str) -> threading.Thread:
-        """Connect to rank 0 at its `address`, and start the thread; raises UserError if rank 0 cannot be reached."""
+        """Connect to rank 0 at its `address`, and start the thread; raises EnvironmentProblem if rank 0 cannot be reached."""
         if not self._topology.is_chief:
             self._connect(address)
         thread = threading.Thread(target=self._run, name=thread_name, daemon=True)
@@ -83,7 +83,7 @@ class Links(ABC):
         try:
             connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
         except OSError as error:
-            raise UserError(
+            raise EnvironmentProblem(
                 f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
                 "blocks the connection"
             ) from error
@@ -201,4 +201,4 @@ def _own_host(topology: Topology) -> str:
         with socket.create_connection(split_address(store), timeout=_JOIN_S) as probe:
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise UserError(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error
+        raise EnvironmentProblem(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error

@@ -45,7 +45,7 @@ class PeerWatch(Links):
         block all its threads.
 
         Raises:
-            UserError: rank 0 cannot be reached there.
+            EnvironmentProblem: rank 0 cannot be reached there.
         """
         if self._topology.world_size == 1:
             yield

@@ -4,9 +4,10 @@ import contextlib
 import random
 import socket
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem
 
-_OWN_PORTS = range(20_000, 32_768)  # Linux assigns those above by itself, to any program
+OWN_PORTS = range(20_000, 32_768)
+"""Linux assigns those above by itself, to any program."""
 
 
 def listen(port: int) -> socket.socket:
@@ -18,10 +19,10 @@ def listen(port: int) -> socket.socket:
 
 def hold_free_port() -> socket.socket:
     """A server on a free port of this machine, which is reserved until the server is closed."""
-    for port in random.SystemRandom().sample(_OWN_PORTS, 100):
+    for port in random.SystemRandom().sample(OWN_PORTS, 100):
         with contextlib.suppress(OSError):
             return listen(port)
-    raise UserError(f"no free port from {_OWN_PORTS.start} to {_OWN_PORTS.stop - 1} on this machine")
+    raise EnvironmentProblem(f"no free port from {OWN_PORTS.start} to {OWN_PORTS.stop - 1} on this machine")
 
 
 def share_port(server: socket.socket) -> None:

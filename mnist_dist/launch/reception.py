@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Collection
 from typing import NamedTuple
 
 from mnist_dist.base.errors import UserError
@@ -45,16 +46,18 @@ class Reception:
         self._job, self._topic = job_id(topology), topic
         self._guests: dict[int, Guest] = {}
         self._holders: dict[int, str] = {}
+        self._awaited: set[int] = set()
         self._may_enter, self._has_ended = topology.is_chief, False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
         self._thread.start()
 
-    def wait_for_all(self, topic: str, deadline: float) -> dict[int, Guest]:
-        """The ranks that have come, once all are here or the deadline has passed; then no more are let in."""
+    def wait_for_all(self, topic: str, deadline: float, ranks: Collection[int]) -> dict[int, Guest]:
+        """The ranks that have come, once all `ranks` are here or the deadline has passed; then no more are let in."""
         with self._changed:
             if topic != self._topic:
                 self._topic, self._guests, self._may_enter = topic, {}, True
+            self._awaited = set(ranks) - {self._topology.rank}
             self._changed.wait_for(self._is_complete, timeout=deadline - time.monotonic())
             self._may_enter = False
             return self._guests
@@ -68,11 +71,10 @@ class Reception:
 
     def _is_complete(self) -> bool:
         """Whether all ranks are here; one that has come and gone may be started again, and is waited for."""
-        num_others = self._topology.world_size - 1
-        if len(self._guests) == num_others:
+        if self._awaited <= self._guests.keys():
             for rank in [rank for rank, guest in self._guests.items() if _has_gone(guest.wire.connection)]:
                 self._guests.pop(rank).wire.close()
-        return len(self._guests) == num_others
+        return self._awaited <= self._guests.keys()
 
     def _run(self) -> None:
         while not self._has_ended:

@@ -12,10 +12,10 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.launch.address import join_address, split_address
 from mnist_dist.launch.ports import hold_free_port, listen, share_port
 from mnist_dist.launch.reception import FIRST_TOPIC, READ_TIMEOUT_S, Reception
@@ -48,7 +48,7 @@ class Rendezvous:
 
         Raises:
             RankTaken: another process of this job listens there.
-            UserError: another program does.
+            EnvironmentProblem: another program does.
         """
         launcher = self.topology.launcher
         if self.topology.world_size == 1 or not isinstance(launcher, TFConfig) or self._at_own_port:
@@ -58,33 +58,41 @@ class Rendezvous:
             self._at_own_port = Reception(listen(split_address(address)[1]), self.topology)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
-            raise UserError(describe_listener(address, self.topology, reason=reason)) from error
+            raise EnvironmentProblem(describe_listener(address, self.topology, reason=reason)) from error
 
     def exchange(self, text: str, *, topic: str = FIRST_TOPIC) -> list[str]:
         """Hand in this rank's text and return those of all ranks, in rank order.
 
-        All ranks may call it again with another topic; but not over horovodrun's store.
+        All ranks may call it again with another topic.
 
         Raises:
             RankTaken: another process has this one's rank.
             UserError: a rank did not come in time, or has ended; the message names it.
         """
-        topology, launcher = self.topology, self.topology.launcher
-        if topology.world_size == 1 or isinstance(launcher, Alone):
-            return [text]
-        deadline = time.monotonic() + self._timeout_s
-        if isinstance(launcher, HorovodRun):
-            texts = exchange_over_store(text, launcher, topology, deadline=deadline)
-        else:
-            addresses = launcher.addresses[:1] if isinstance(launcher, TFConfig) else launcher.meeting_addresses
-            if topology.is_chief:
-                texts = self._receive_all(text, addresses, topic=topic, deadline=deadline)
-            else:
-                # Rank 0 may have started up to `timeout_s` later than this process, and then waits longer.
-                answer_s = 2 * self._timeout_s + READ_TIMEOUT_S
-                texts = visit(text, addresses, topology, topic=topic, deadline=deadline, answer_s=answer_s)
+        texts = self._meet(text, topic=topic, ranks=range(self.topology.world_size), timeout_s=self._timeout_s)
         self._check_complete(texts)
-        return [texts[rank] for rank in range(topology.world_size)]
+        return [texts[rank] for rank in range(self.topology.world_size)]
+
+    def collect(
+        self, text: str, *, topic: str, ranks: Collection[int] | None = None, timeout_s: float | None = None
+    ) -> dict[int, str]:
+        """Hand in this rank's text and return those of the ranks that have come in time, by rank; names no missing one.
+
+        Args:
+            text: what this rank hands in.
+            topic: what the texts are about; another one each time.
+            ranks: which ranks to wait for, the same on every rank; by default all.
+            timeout_s: how long to wait for them; by default as long as in an exchange.
+
+        Raises:
+            RankTaken: another process has this one's rank.
+            UserError: rank 0 has ended, or this process cannot wait for others.
+        """
+        expected = range(self.topology.world_size) if ranks is None else ranks
+        texts = self._meet(text, topic=topic, ranks=expected, timeout_s=timeout_s or self._timeout_s)
+        own = self.topology.rank
+        # Without rank 0 a rank knows only about itself.
+        return {rank: texts[rank] for rank in sorted(texts)} if 0 in texts else {own: text}
 
     @contextlib.contextmanager
     def serving_addresses(self) -> Iterator[list[str]]:
@@ -112,10 +120,27 @@ class Rendezvous:
                 share_port(held)
             yield addresses
 
-    def _receive_all(self, text: str, addresses: Sequence[str], *, topic: str, deadline: float) -> dict[int, str]:
-        """Rank 0: collect until all have come or the time is up, then tell everyone."""
+    def _meet(self, text: str, *, topic: str, ranks: Collection[int], timeout_s: float) -> dict[int, str]:
+        """The texts of the ranks that have come; without rank 0, empty texts of all others."""
+        topology, launcher = self.topology, self.topology.launcher
+        if topology.world_size == 1 or isinstance(launcher, Alone):
+            return {topology.rank: text}
+        deadline = time.monotonic() + timeout_s
+        if isinstance(launcher, HorovodRun):
+            return exchange_over_store(text, launcher, topology, topic=topic, ranks=ranks, deadline=deadline)
+        addresses = launcher.addresses[:1] if isinstance(launcher, TFConfig) else launcher.meeting_addresses
+        if topology.is_chief:
+            return self._receive_all(text, addresses, topic=topic, ranks=ranks, deadline=deadline)
+        # Rank 0 may have started up to `timeout_s` later than this process, and then waits longer.
+        answer_s = 2 * timeout_s + READ_TIMEOUT_S
+        return visit(text, addresses, topology, topic=topic, deadline=deadline, answer_s=answer_s)
+
+    def _receive_all(
+        self, text: str, addresses: Sequence[str], *, topic: str, ranks: Collection[int], deadline: float
+    ) -> dict[int, str]:
+        """Rank 0: collect until all `ranks` have come or the time is up, then tell everyone."""
         reception = self._at_own_port or Reception(_listen_at_first(addresses), self.topology, topic=topic)
-        guests = reception.wait_for_all(topic, deadline)
+        guests = reception.wait_for_all(topic, deadline, ranks)
         if reception is not self._at_own_port:
             reception.end().close()
         texts = {0: text, **{rank: guest.text for rank, guest in guests.items()}}
@@ -131,7 +156,7 @@ class Rendezvous:
         if missing := [rank for rank in range(size) if rank not in texts]:
             names = ", ".join(self.topology.describe_rank(rank) for rank in missing[:_NAMED_RANKS])
             more = f" and {len(missing) - _NAMED_RANKS} more" if len(missing) > _NAMED_RANKS else ""
-            raise UserError(
+            raise EnvironmentProblem(
                 f"{names}{more} did not come within {self._timeout_s:.0f} s; start all {size} processes, check that "
                 "they can reach each other, or allow more time with strategy.start_timeout_s"
             )
@@ -144,4 +169,4 @@ def _listen_at_first(addresses: Sequence[str]) -> socket.socket:
             return listen(split_address(address)[1])
         except OSError as error:
             reason = os.strerror(error.errno or 0)
-    raise UserError(f"{', '.join(addresses)}: cannot listen there ({reason}); is another job running?")
+    raise EnvironmentProblem(f"{', '.join(addresses)}: cannot listen there ({reason}); is another job running?")

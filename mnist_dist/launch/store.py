@@ -3,9 +3,10 @@
 import json
 import time
 import urllib.request
+from collections.abc import Collection
 from typing import Any
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem, UserError
 from mnist_dist.launch.reception import RankTaken, own_name
 from mnist_dist.launch.topology import HorovodRun, Topology
 
@@ -14,14 +15,18 @@ _RETRY_S, _READ_TIMEOUT_S = 0.2, 5.0
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def exchange_over_store(text: str, launcher: HorovodRun, topology: Topology, *, deadline: float) -> dict[int, str]:
-    """Hand in this rank's text; returns those of all ranks that have come by the deadline (`time.monotonic`).
+def exchange_over_store(
+    text: str, launcher: HorovodRun, topology: Topology, *, topic: str, ranks: Collection[int], deadline: float
+) -> dict[int, str]:
+    """Hand in this rank's text; returns those of all `ranks` that have come by the deadline (`time.monotonic`).
+
+    The store keeps what it has, so all ranks may meet again, but under another topic.
 
     Raises:
         RankTaken: another process has this one's rank.
         UserError: the store cannot be reached, or the ranks were started by different launchers.
     """
-    base = f"http://{launcher.store}/mnist_dist/"
+    base = f"http://{launcher.store}/mnist_dist.{topic}/"
     own = {"who": own_name(), "size": topology.world_size, "text": text}
     if before := _read(base, topology.rank):
         raise RankTaken(topology, str(before.get("who")))
@@ -29,10 +34,10 @@ def exchange_over_store(text: str, launcher: HorovodRun, topology: Topology, *, 
     try:
         _opener.open(request, timeout=_READ_TIMEOUT_S).close()
     except OSError as error:
-        raise UserError(f"horovodrun's store at {launcher.store} cannot be reached ({error})") from error
+        raise EnvironmentProblem(f"horovodrun's store at {launcher.store} cannot be reached ({error})") from error
     texts: dict[int, str] = {}
     while True:
-        for rank in set(range(topology.world_size)) - set(texts):
+        for rank in set(ranks) - set(texts):
             if time.monotonic() > deadline:
                 return texts
             if (found := _read(base, rank)) is None:
@@ -45,7 +50,7 @@ def exchange_over_store(text: str, launcher: HorovodRun, topology: Topology, *, 
                     f"HOROVOD_SIZE={topology.world_size}; start all processes with one horovodrun"
                 )
             texts[rank] = str(found.get("text"))
-        if len(texts) == topology.world_size:
+        if texts.keys() >= set(ranks):
             return texts
         time.sleep(_RETRY_S)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from mnist_dist.base.errors import TrainingFailed, UserError
+from mnist_dist.base.errors import EnvironmentFailed, EnvironmentProblem, TrainingFailed, UserError
 from mnist_dist.base.files import (
     check_writable,
     describe_os_error,
@@ -95,7 +95,7 @@ class RunFolder:
                 if os.path.lexists(self._path(place)) and not self._path(place).is_file():
                     raise UserError(f"run_dir={self.path}: {place} is not a regular file; move it away")
         except OSError as error:
-            raise UserError(
+            raise EnvironmentProblem(
                 f"run_dir={self.path}: {place}{' ' if place else ''}cannot be written: {error.strerror or error}"
             ) from error
 
@@ -235,7 +235,7 @@ class RunFolder:
                     "removed, moved or replaced. Nothing more was written there. Put it back and run the same command "
                     "again to resume; without it, training starts over"
                 ) from error
-            raise TrainingFailed(
+            raise EnvironmentFailed(
                 f"{self._path(name)} cannot be written ({describe_os_error(error)}); what was written before is kept. "
                 "Fix this, then run the same command again"
             ) from error

@@ -4,7 +4,7 @@ import os
 import weakref
 from pathlib import Path
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem, UserError
 from mnist_dist.base.files import describe_os_error, is_open_as, open_locked
 
 
@@ -32,7 +32,7 @@ class FolderLock:
             ) from error
         except OSError as error:
             reason = f"{self._path.name} cannot be written: {describe_os_error(error)}"
-            raise UserError(f"run_dir={folder}: {reason}") from error
+            raise EnvironmentProblem(f"run_dir={folder}: {reason}") from error
         # When the process ends the kernel closes it, after everything else.
         weakref.finalize(self, os.close, self._descriptor).atexit = False
 

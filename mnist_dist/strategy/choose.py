@@ -78,6 +78,11 @@ def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod
     return name, "as configured"
 
 
+def needs_horovod(name: str) -> bool:
+    """Whether a chosen strategy needs Horovod."""
+    return name == "horovod"
+
+
 def _choose_automatically(topology: Topology, *, num_gpus: int, has_horovod: bool) -> tuple[str, str]:
     if isinstance(topology.launcher, HorovodRun):
         return "horovod", "HOROVOD_RANK is set"

@@ -3,17 +3,15 @@
 `horovod.tensorflow.keras` must not be used: under Keras 3 its optimizer silently does not reduce.
 """
 
-import contextlib
 import os
-import socket
 from typing import Any
 
-import psutil
 import tensorflow as tf
 
 from mnist_dist.base.array import Array
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.launch.gpus import own_share
+from mnist_dist.launch.interfaces import check_interface, interface_towards, resolve
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import SlurmStep, Topology
 from mnist_dist.strategy.base import SingleDevice
@@ -27,14 +25,14 @@ _HOW_TO_INSTALL = "install it with: make horovod"
 
 
 def load_horovod() -> Any:
-    """The module `horovod.tensorflow`; raises UserError that says what to do if it is missing or does not match."""
+    """The module `horovod.tensorflow`; EnvironmentProblem if it is missing or does not match."""
     try:
         import horovod.tensorflow as hvd
     except ModuleNotFoundError as error:
-        raise UserError(f"strategy=horovod: Horovod is not installed; {_HOW_TO_INSTALL}") from error
+        raise EnvironmentProblem(f"strategy=horovod: Horovod is not installed; {_HOW_TO_INSTALL}") from error
     except (ImportError, tf.errors.NotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
+        raise EnvironmentProblem(
             f"strategy=horovod: Horovod was not built for the installed TensorFlow {tf.__version__} ({reason}); "
             f"build it again: make horovod"
         ) from error
@@ -88,19 +86,14 @@ class Horovod(SingleDevice):
 
 
 def _settle_variables(topology: Topology) -> None:
-    """Give Horovod's variables the values that it needs; raises UserError for an interface that does not exist."""
+    """Give Horovod's variables the values it needs; raises EnvironmentProblem for an interface that does not exist."""
     for name in [name for name, value in os.environ.items() if name.startswith("HOROVOD_") and not value.strip()]:
         os.environ.pop(name)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     # The only ones that are built in, for control messages and for sums on CPUs.
     os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
-    known = [name for _, name in socket.if_nameindex()]
-    if topology.interface is not None and topology.interface not in known:
-        raise UserError(
-            f"HOROVOD_GLOO_IFACE={topology.interface[:80]}: this machine has no such network interface, but "
-            f"{', '.join(known)}; correct it, or unset it"
-        )
+    check_interface(topology.interface)
 
 
 def _launch(rendezvous: Rendezvous, hosts: tuple[str, ...]) -> Any:
@@ -120,10 +113,10 @@ def _launch(rendezvous: Rendezvous, hosts: tuple[str, ...]) -> Any:
         server.init(get_host_assignments(parse_hosts(slots), topology.world_size))
     port = rendezvous.exchange(port, topic="horovod")[0]
     os.environ.update(describe_process(topology, hosts))
-    os.environ.update(HOROVOD_GLOO_RENDEZVOUS_ADDR=_resolve(hosts[0]), HOROVOD_GLOO_RENDEZVOUS_PORT=port)
+    os.environ.update(HOROVOD_GLOO_RENDEZVOUS_ADDR=resolve(hosts[0]), HOROVOD_GLOO_RENDEZVOUS_PORT=port)
     # The network between the nodes, if there are several nodes; a choice of the user's takes precedence.
     far = next((host for host in hosts if host != hosts[topology.rank]), hosts[0])
-    if interface := interface_towards(_resolve(far)):
+    if interface := interface_towards(resolve(far)):
         os.environ.setdefault("HOROVOD_GLOO_IFACE", interface)
     return server
 
@@ -142,26 +135,6 @@ def describe_process(topology: Topology, hosts: tuple[str, ...]) -> dict[str, st
         "HOROVOD_CROSS_SIZE": str(len(nodes)),
         "HOROVOD_HOSTNAME": own,
     }
-
-
-def _resolve(host: str) -> str:
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(host)
-    return host
-
-
-def interface_towards(address: str) -> str | None:
-    """The network interface over which this machine reaches another; None if unknown.
-
-    By default Gloo uses the one that this machine's own name resolves to, often the loopback.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((address, 9))  # sends nothing
-        own = probe.getsockname()[0]
-        for name, addresses in psutil.net_if_addrs().items():
-            if own in (entry.address for entry in addresses):
-                return name
-    return None
 
 
 def _name(operation: str, tensor: tf.Tensor) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.launch.gpus import own_share
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
@@ -34,7 +34,7 @@ class MultiWorker(DistributeStrategy):
             except tf.errors.OpError as error:
                 if "Could not start gRPC server" not in str(error):
                     raise
-                raise UserError(
+                raise EnvironmentProblem(
                     f"{addresses[topology.rank]}: TensorFlow's server cannot listen there, on the port of rank "
                     f"{topology.rank}; end the program that does, or choose another port, and start all processes again"
                 ) from error

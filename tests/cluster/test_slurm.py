@@ -135,11 +135,16 @@ def small(small_npz, desk):
 
 
 @pytest.fixture(scope="module")
-def submit(cluster, desk):
-    """Start `sbatch OPTIONS slurm/train.sh ARGUMENTS`; `site` is the text of a site.sh just for this job."""
+def environment(cluster):
+    """The variables of a user of the cluster."""
     kept = {name: value for name, value in cluster.items() if not name.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    environment = {**kept, "PYTHONPATH": path, "SLURM_CONF": cluster["SLURM_CONF"]}
+    return {**kept, "PYTHONPATH": path, "SLURM_CONF": cluster["SLURM_CONF"]}
+
+
+@pytest.fixture(scope="module")
+def submit(environment, desk):
+    """Start `sbatch OPTIONS slurm/train.sh ARGUMENTS`; `site` is the text of a site.sh just for this job."""
 
     def ask(*command: str) -> str:
         return subprocess.run(
@@ -434,6 +439,33 @@ def test_a_signal_to_the_script(submit):
     batch = job()
     assert (batch.state, batch.num_restarts) == ("COMPLETED", 1), batch.log
     assert batch.log.count("goes back into the queue: stopped on request") == 1
+
+
+def test_the_doctor_looks_at_two_nodes(environment, desk, small):
+    """One table for both, printed by rank 0; each sees the other's lock; the one that differs is marked."""
+    words = [word for word in small if not word.startswith("trainer")]
+    words += ["run_dir=runs/doctor", "json=true", "timeout_s=120"]
+    task = 'if ((SLURM_PROCID)); then export TF_ENABLE_ONEDNN_OPTS=0; fi; exec "$0" -m mnist_dist.doctor "$@"'
+    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mpi=none", "--kill-on-bad-exit=1"]
+    command = ["srun", *options, "bash", "-c", task, sys.executable, *words]
+    result = subprocess.run(
+        command, cwd=desk, env=environment, capture_output=True, text=True, timeout=_JOB_S, check=False
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    told = json.loads(result.stdout)
+    assert [rank["rank"] for rank in told["ranks"]] == [0, 1]
+    rows = {row["name"]: row for row in told["rows"]}
+    assert rows["lock seen by ranks"]["status"] == "ok"
+    assert "sees the lock" in rows["lock seen by ranks"]["found"]
+    (deviation,) = rows["variables"]["deviations"]
+    assert (deviation["rank"], deviation["status"], deviation["fix"]) == (1, "error", "unset TF_ENABLE_ONEDNN_OPTS")
+    assert rows["KillWait"]["status"] == "warning"
+    assert rows["KillWait"]["found"].startswith("10 s to finish the epoch")
+    assert "SIGUSR2@90" in rows["KillWait"]["fix"]
+    assert rows["RequeueExit"]["status"] == "ok"
+    assert "gives up a dead node after 300 s" in rows["SlurmdTimeout"]["found"]
+    assert {name for name, row in rows.items() if row["status"] == "error"} == {"variables"}
+    assert not (desk / "runs" / "doctor").exists()
 
 
 def test_outside_a_job(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import CHECKOUT
+from support.job import DOCTOR_HINT
 from support.processes import LIGHT_LIBRARIES, fork_server
 
 from mnist_dist import __version__
@@ -746,7 +747,7 @@ def test_run_folder_that_cannot_be_written(run_dir, problem, refuse, work, small
     for link, target in (("dangling", "gone"), ("chain", "dangling"), ("loop", "loop"), ("link to file", "file")):
         (work / link).symlink_to(target)
     line = refuse(TRAIN, f"run_dir={run_dir}", "data=npz", f"data.path={small_npz}")
-    assert line == f"run_dir={run_dir}: cannot be written: {problem.format(work=work)}"
+    assert line == f"run_dir={run_dir}: cannot be written: {problem.format(work=work)}{DOCTOR_HINT}"
 
 
 def test_run_folder_of_an_unknown_user(refuse):

@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 from support.hooks import HOOKS, WRITE_HOOK, WriteHook
-from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, Job, stopped_after, wait_for_epoch
+from support.job import DOCTOR_HINT, HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, Job, stopped_after, wait_for_epoch
+from support.mounts import mount, unmount
 from support.runs import checkpoints_of, history_of, result_of, summary_of
 
 from mnist_dist.run.checkpoint import Checkpoint
@@ -59,18 +59,6 @@ def check_goes_on(train, folder: Path, uninterrupted: Path) -> None:
     assert not temporaries(folder)
 
 
-def mount(*args) -> None:
-    """Mount something; where that is not allowed, skip the test, or fail where skipping is not allowed (CI)."""
-    mounted = subprocess.run(["mount", *map(str, args)], capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        reason = f"mount: {mounted.stderr.strip()}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A 10 MB file system in memory, which only root can mount."""
@@ -94,6 +82,7 @@ def test_the_disk_is_full_while_saving(share_left, small_disk, uninterrupted, tr
     line = failure_of(process)
     assert line.startswith(f"{folder}/")
     assert "cannot be written (No space left on device); what was written before is kept." in line
+    assert line.endswith(DOCTOR_HINT)
     check_saved(folder, before)
     assert not temporaries(folder)
     assert 3 <= len(history_of(folder).epochs) < NUM_EPOCHS
@@ -161,7 +150,7 @@ def test_the_file_system_becomes_read_only(uninterrupted, train, start, args, tm
         assert "cannot be written (Read-only file system); what was written before is kept." in line
         result = train(folder)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == f"error: run_dir={folder}: cannot be written: Read-only file system\n"
+        assert result.stderr == (f"error: run_dir={folder}: cannot be written: Read-only file system{DOCTOR_HINT}\n")
         check_saved(folder, before)
     finally:
         unmount(folder)
@@ -200,7 +189,7 @@ def test_checkpoints_is_replaced_by_a_file(uninterrupted, train, start, args, tm
     after = contents(folder)
     result = train(folder)  # not as if there were no checkpoints
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: run_dir={folder}: checkpoints cannot be written: Not a directory\n"
+    assert result.stderr == f"error: run_dir={folder}: checkpoints cannot be written: Not a directory{DOCTOR_HINT}\n"
     assert contents(folder) == after
     (folder / "checkpoints").unlink()
     (tmp_path / "checkpoints").rename(folder / "checkpoints")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import CHECKOUT
-from support.job import SINGLE, TRAIN, Job, wait_for_epoch
+from support.job import DOCTOR_HINT, SINGLE, TRAIN, Job, wait_for_epoch
 from support.launchers import free_ports, horovodrun, local_addresses, tf_config
 from support.processes import wait_until
 from support.runs import history_of, result_of
@@ -301,7 +301,7 @@ def test_a_process_that_never_comes(args, run_python):
     for index, missing in ((0, f"rank 1 (127.0.0.1:{ports[1]})"), (1, f"rank 0 (127.0.0.1:{ports[0]})")):
         env = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
         result = run_python(*TRAIN, *args, "strategy.start_timeout_s=2", env=env)
-        check_line(result, f"{missing} did not come within 2 s", prefix="[rank 1/2] " if index else "")
+        check_line(result, f"{missing} did not come within 2 s", DOCTOR_HINT, prefix="[rank 1/2] " if index else "")
 
 
 def test_a_strategy_for_one_process_with_two(args, run_job):

@@ -19,6 +19,8 @@ from support.runs import history_of
 TRAIN = ("-m", "mnist_dist.train")
 NUM_EPOCHS = 40
 """Of the runs on the small data set: enough to be stopped in, over in a second."""
+DOCTOR_HINT = "; python -m mnist_dist.doctor tells more"
+"""How the line of an error ends whose cause is the environment."""
 SINGLE, MIRRORED, HOROVOD = ("single", 1), ("mirrored", 2), ("horovod", 2)
 
 

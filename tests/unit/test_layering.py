@@ -19,6 +19,12 @@ def test_few_read_the_environment(module):
     assert not re.search(r"os\.getenv|environ\.get|environ\[[^]]+\](?! =)", source)
 
 
+def test_the_doctor_is_handed_the_environment():
+    """So that a test can describe any machine; one place takes the real one."""
+    users = [name for name, path in MODULES.items() if name.startswith("doctor") and "os.environ" in path.read_text()]
+    assert users == ["doctor.sources"]
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("strategy")])
 def test_backends_stay_in_their_package(module):
     assert not re.search(r"tf\.distribute\.|==\s*[\"'](horovod|mirrored|multiworker)", MODULES[module].read_text())

@@ -85,6 +85,41 @@ def test_the_missing_one_is_named_to_all(addresses):
         assert outcomes[rank].startswith(f"rank 2 ({addresses[2]}) did not come within 1 s")
 
 
+def collect(starting, addresses, **options):
+    """Let these ranks collect their names; what each gets."""
+    outcomes = {}
+
+    def one(rank):
+        with rendezvous_of(rank, addresses, timeout_s=20) as own:
+            outcomes[rank] = own.collect(f"I am {rank}", topic="names", **options)
+
+    threads = [threading.Thread(target=one, args=[rank]) for rank in starting]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return outcomes
+
+
+BOTH = {0: "I am 0", 1: "I am 1"}
+
+
+def test_those_that_come_get_what_there_is(addresses):
+    """Without an error for the one that is missing."""
+    assert collect([0, 1], addresses, timeout_s=0.6) == {0: BOTH, 1: BOTH}
+
+
+def test_a_rank_that_is_known_to_be_missing_is_not_waited_for(addresses):
+    started_s = time.monotonic()
+    assert collect([0, 1], addresses, ranks=[0, 1], timeout_s=60) == {0: BOTH, 1: BOTH}
+    assert time.monotonic() - started_s < 30
+
+
+def test_without_rank_0_there_is_only_oneself(addresses):
+    assert collect([1, 2], addresses, timeout_s=0.6) == {1: {1: "I am 1"}, 2: {2: "I am 2"}}
+
+
 def test_a_missing_chief_is_named(addresses):
     assert start([1], addresses, 0.6)[1].startswith(f"rank 0 ({addresses[0]}) did not come within 1 s")
 
@@ -386,6 +421,24 @@ def test_over_horovodruns_store(store_port):
     assert exchange_over_store(store_port, 4, world_size=5) == (
         "rank 0 has HOROVOD_SIZE=3, rank 4 has HOROVOD_SIZE=5; start all processes with one horovodrun"
     )
+
+
+def test_several_topics_over_horovodruns_store(store_port):
+    """The same ranks meet again; a rank that is not waited for may be missing."""
+    outcomes = {}
+
+    def one(rank):
+        topology = Topology(HorovodRun(f"127.0.0.1:{store_port}"), rank=rank, world_size=3)
+        own = Rendezvous(topology, timeout_s=20)
+        first = own.collect(f"I am {rank}", topic="first", ranks=[0, 1])
+        outcomes[rank] = (first, own.collect(f"{rank} again", topic="second", ranks=[0, 1]))
+
+    threads = [threading.Thread(target=one, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes[0] == outcomes[1] == ({0: "I am 0", 1: "I am 1"}, {0: "0 again", 1: "1 again"})
 
 
 def test_who_is_missing_in_horovodruns_store(store_port):

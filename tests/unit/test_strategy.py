@@ -1,9 +1,10 @@
 import pytest
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.launch.interfaces import interface_towards
 from mnist_dist.launch.topology import HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
 from mnist_dist.strategy.choose import choose_strategy
-from mnist_dist.strategy.horovod import describe_process, interface_towards
+from mnist_dist.strategy.horovod import describe_process
 
 ONE = Topology()
 HOROVOD = Topology(HorovodRun("h:5"), rank=1, world_size=2, local_rank=1, local_size=2)

@@ -1,0 +1,1 @@
+"""The command that tells whether an environment fits together, before anything is trained in it."""
