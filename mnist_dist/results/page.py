@@ -154,3 +154,20 @@ def share_bar(share: float) -> Html:
     """A bar for a part of a whole, from 0 to 1; what it says stands in words beside it."""
     percent = 100 * min(max(share, 0.0), 1.0)
     return Html(f'<span class="bar" aria-hidden="true"><span style="width: {percent:.1f}%"></span></span>')
+
+
+def cell_grid(corner: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[bool]]], *, caption: str) -> Html:
+    """A row of cells for each name; cells that are True stand out."""
+    head = "".join(f'<th scope="col" class="cell">{text(title)}</th>' for title in columns)
+    body = "\n".join(
+        f'<tr><th scope="row" class="number">{text(name)}</th>{"".join(_cell(odd) for odd in cells)}</tr>'
+        for name, cells in rows
+    )
+    return Html(
+        f'<div class="table cells" tabindex="0"><table><caption>{text(caption)}</caption>'
+        f'<thead><tr><th scope="col">{text(corner)}</th>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    )
+
+
+def _cell(odd: bool) -> str:
+    return '<td class="cell bad">\N{NOT EQUAL TO}</td>' if odd else '<td class="cell good">=</td>'

@@ -138,7 +138,9 @@ def _clean_attributes(element: ElementTree.Element) -> None:
     """Bring in the theme, and leave out what no one sees: line breaks, and digits beyond a hundredth of a point."""
     for key in ("d", "x", "y", "width", "height", "transform", "points"):
         if key in element.attrib:
-            numbers = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), element.attrib[key])
+            numbers = re.sub(
+                r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), element.attrib[key]
+            )
             element.set(key, " ".join(numbers.split()))
     if element.get("transform", "").startswith("rotate(-0 "):
         del element.attrib["transform"]

@@ -1,0 +1,229 @@
+"""`verify.html`: the verdict, who is to blame, and what each check found and measured."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mnist_dist.results.page import (
+    Column,
+    Html,
+    Tone,
+    badge,
+    build_document,
+    code,
+    command_line,
+    facts,
+    fold,
+    headline,
+    join,
+    section,
+    share_bar,
+    table,
+    text,
+)
+from mnist_dist.verify.evidence import show_evidence
+from mnist_dist.verify.quantities import counted, seconds_text
+from mnist_dist.verify.report import CheckResult, RankFacts, Report, Status, Suspect
+
+MAX_OPEN_ROWS = 16
+"""A longer table of ranks or suspects is folded."""
+
+# Signs and words as well as colours: not everybody tells these apart.
+_LOOKS: Mapping[Status, tuple[str, Tone]] = {
+    "pass": ("\N{CHECK MARK}", "good"),
+    "fail": ("\N{MULTIPLICATION X}", "bad"),
+    "degraded": ("!", "warn"),
+    "inconclusive": ("?", "unsure"),
+    "info": ("i", "note"),
+    "skipped": ("\N{EN DASH}", "quiet"),
+}
+_ORDER: tuple[Status, ...] = ("fail", "degraded", "inconclusive", "pass", "info", "skipped")
+
+
+def build_page(report: Report) -> str:
+    """The text of `verify.html`."""
+    devices = counted(report.num_replicas, "replica")
+    parts: list[Html] = []
+    if report.suspects:
+        parts.append(section(text("Suspects"), _suspects(report.suspects), name="suspects"))
+    evidence = {check.number: show_evidence(check) for check in report.checks}
+    parts.append(section(text("Checks"), _checks(report.checks, evidence), name="checks"))
+    for check in report.checks:
+        if evidence[check.number]:
+            title = join(
+                [Html(f'<span class="number">{check.number}</span>'), text(_name(check)), _badge(check.status)]
+            )
+            summary = Html(f"<p>{text(check.summary)}</p>")
+            parts.append(section(title, summary, *evidence[check.number], name=f"check-{check.number}"))
+    parts.append(section(text("Ranks"), _ranks(report.ranks), name="ranks"))
+    parts.append(section(text("Run"), *_run(report), name="run"))
+    return build_document(
+        f"{report.verdict}: verify, {devices}",
+        header=_header(report),
+        sections=parts,
+        footer=text("All measured values are in verify.json, beside this page."),
+    )
+
+
+def _header(report: Report) -> Html:
+    counts = Counter(check.status for check in report.checks)
+    glyph, tone = {"PASS": _LOOKS["pass"], "DEGRADED": _LOOKS["degraded"], "FAIL": _LOOKS["fail"]}[report.verdict]
+    if report.verdict == "PASS" and not counts["pass"]:
+        # Nothing failed, since nothing was tried: no reason for green.
+        glyph, tone = _LOOKS["skipped"]
+    label = (
+        f"mnist_dist verify · {counted(report.num_replicas, 'replica')}, {report.strategy} · {_moment(report.started)}"
+    )
+    title = headline(report.verdict, glyph, tone=tone, label=label, sentence=_sentence(report))
+    tally = [
+        badge(f"{counts[status]} {status}", _LOOKS[status][0], _LOOKS[status][1]) for status in _ORDER if counts[status]
+    ]
+    return Html(f'{title}\n<p class="tally">{join(tally, " ")}</p>')
+
+
+def _sentence(report: Report) -> Html:
+    """What is in doubt, then what is wrong, or that nothing is."""
+    counts = Counter(check.status for check in report.checks)
+    doubts = [
+        f"{counted(counts[status], 'check')} {'is' if counts[status] == 1 else 'are'} {status}"
+        for status in ("inconclusive", "skipped")
+        if counts[status]
+    ]
+    sentences = [" and ".join(doubts) + "."] if doubts else []
+    where = f"in {seconds_text(report.seconds)} on {counted(report.num_replicas, 'replica')}"
+    worst = [check for status in ("fail", "degraded") for check in report.checks if check.status == status]
+    if worst:
+        first = worst[0]
+        verb = "failed" if first.status == "fail" else "found the cluster degraded"
+        sentences.append(f"Check {first.number}, {_name(first).lower()}, {verb}: {first.summary}")
+        if len(worst) > 1:
+            sentences[-1] = sentences[-1].rstrip(".") + "."
+            sentences.append(f"{counted(len(worst) - 1, 'more check')} failed or found it degraded.")
+    elif counts["pass"]:
+        others = "The other" if doubts else "All"
+        measured = f", and {counts['info']} only measured," if counts["info"] else ""
+        passed = counted(counts["pass"], "check")
+        if measured or doubts:
+            sentences.append(f"{others if not measured else ''} {passed} passed{measured} {where}.".strip())
+        else:
+            sentences.append(f"All {passed} passed {where}.")
+    else:
+        sentences.append(f"Nothing was proven {where}.")
+    return text(" ".join(sentences))
+
+
+def _checks(checks: Sequence[CheckResult], evidence: Mapping[int, Sequence[Html]]) -> Html:
+    total = sum(check.seconds for check in checks)
+    lines = []
+    for check in checks:
+        name = text(_name(check))
+        if evidence[check.number]:
+            name = Html(f'<a href="#check-{check.number}">{name}</a>')
+        share = share_bar(check.seconds / total) if total > 0 else Html("")
+        time = "" if check.status == "skipped" and not check.seconds else seconds_text(check.seconds)
+        lines.append(
+            f'<li><span class="number">{check.number}</span> <span class="name">{name}</span> '
+            f'<span class="status">{_badge(check.status)}</span> <span class="summary">{text(check.summary)}</span> '
+            f'<span class="time">{share if time else ""}{text(time)}</span></li>'
+        )
+    return Html('<ol class="checks">\n' + "\n".join(lines) + "\n</ol>")
+
+
+def _suspects(suspects: Sequence[Suspect]) -> Html:
+    columns = [
+        Column("Rank", "number"),
+        Column("Host", "code"),
+        Column("Device", "code"),
+        Column("Check"),
+        Column("Evidence"),
+    ]
+    rows = [
+        [
+            text(f"{suspect.rank:,}"),
+            text(suspect.host),
+            text(suspect.device),
+            text(suspect.check),
+            text(suspect.evidence),
+        ]
+        for suspect in suspects
+    ]
+    return _foldable(columns, rows, what="suspect")
+
+
+def _ranks(ranks: Sequence[RankFacts]) -> Html:
+    columns = [
+        Column("Rank", "number"),
+        Column("Host", "code"),
+        Column("Devices"),
+        Column("GPUs", "code"),
+        Column("CPU"),
+        Column("Cores", "number"),
+    ]
+    rows = [
+        [
+            text(f"{rank.rank:,}"),
+            text(rank.host),
+            text(", ".join(rank.devices)),
+            join(map(text, rank.gpus), "\n") or text("\N{EN DASH}"),
+            text(rank.cpu),
+            text(f"{rank.cores:,}"),
+        ]
+        for rank in ranks
+    ]
+    num_hosts = len({rank.host for rank in ranks})
+    return _foldable(columns, rows, what="rank", where=f" on {counted(num_hosts, 'host')}")
+
+
+def _foldable(columns: Sequence[Column], rows: Sequence[Sequence[Html]], *, what: str, where: str = "") -> Html:
+    """A table, which a click opens if it is long."""
+    if len(rows) <= MAX_OPEN_ROWS:
+        return table(columns, rows)
+    return fold(text(f"{counted(len(rows), what)}{where}"), table(columns, rows))
+
+
+def _run(report: Report) -> Iterable[Html]:
+    dataset = report.dataset
+    pairs = [("Started", text(_moment(report.started))), ("Took", text(seconds_text(report.seconds)))]
+    pairs += [("Strategy", text(report.strategy)), ("Replicas", text(f"{report.num_replicas:,}"))]
+    if "name" in dataset:
+        pairs.append(("Data set", text(dataset["name"])))
+    if isinstance(dataset.get("num_train"), int):
+        pairs.append(("Training examples", text(f"{dataset['num_train']:,}")))
+    if "sha256" in dataset:
+        pairs.append(("SHA-256 of the data", code(str(dataset["sha256"])[:16])))
+    yield facts(pairs)
+    yield command_line(report.command)
+    if report.versions:
+        yield facts([(name, text(version)) for name, version in report.versions.items()])
+    if report.configuration:
+        settings = [(key, code(value)) for key, value in _flatten(report.configuration)]
+        yield fold(text(f"Configuration: {counted(len(settings), 'key')}"), facts(settings, kind="many"))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
+    """All keys with a dot between the levels, and values as a configuration has them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield (
+                f"{prefix}{key}",
+                "null" if value is None else str(value).lower() if isinstance(value, bool) else value,
+            )
+
+
+def _badge(status: Status) -> Html:
+    glyph, tone = _LOOKS[status]
+    return badge(status, glyph, tone)
+
+
+def _name(check: CheckResult) -> str:
+    name = check.name.replace("_", " ")
+    return name[:1].upper() + name[1:]
+
+
+def _moment(started: str) -> str:
+    """A date and a time of day without the fractions of a second."""
+    day, _, time = started.partition("T")
+    clock, zone = time[:8], time[8:].lstrip(".0123456789")
+    return f"{day} {clock} {zone}".strip()

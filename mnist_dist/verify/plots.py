@@ -1,0 +1,301 @@
+"""The pictures of `verify.html`: what the checks measured, as figures for a page (`results/svg.py`)."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from mnist_dist.results.page import printable
+from mnist_dist.results.png import REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR, add_grid, shorten_name
+from mnist_dist.results.svg import (
+    BAD_COLOR,
+    BAND_COLOR,
+    MUTED_COLOR,
+    SURFACE_COLOR,
+    THIRD_COLOR,
+    create_page_figure,
+)
+from mnist_dist.verify.quantities import bytes_text, digits
+
+MAX_ROWS = 40
+MAX_REPLICAS_WITH_BLOCKS = 32
+_LINES = ((TRAIN_COLOR, "o"), (VALIDATION_COLOR, "s"), (THIRD_COLOR, "^"), (MUTED_COLOR, "D"))
+
+
+def draw_bandwidth(transfers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bus bandwidth by size, a line for each collective."""
+    figure, axes = _create(2.9)
+    sizes = sorted({int(transfer["bytes"]) for transfer in transfers})
+    for name, (color, marker) in zip(dict.fromkeys(t["collective"] for t in transfers), _LINES, strict=False):
+        points = sorted((t["bytes"], t["bus_gb_per_s"]) for t in transfers if t["collective"] == name)
+        x, y = zip(*points, strict=True)
+        label = _name(str(name).replace("_", "-"))
+        axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.6, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    shown = _spread(sizes, 6)
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("Size")
+    axes.set_ylabel("Bus bandwidth, GB/s")
+    add_grid(axes)
+    _add_legend(figure)
+    return figure
+
+
+def draw_losses(run: Mapping[str, Any]) -> Figure:
+    """The losses of a run and of its reference, step by step, and where they first differ."""
+    figure, axes = _create(2.5)
+    losses, reference = run["losses"], run["reference_losses"]
+    axes.plot(range(1, len(losses) + 1), losses, color=TRAIN_COLOR, linewidth=2.4, label="all replicas")
+    # Thin and on top: where both are equal, both can be seen.
+    look: dict[str, Any] = {"color": REFERENCE_COLOR, "linewidth": 1.0, "linestyle": (0, (3, 3))}
+    axes.plot(range(1, len(reference) + 1), reference, label="one replica", **look)
+    first = run.get("first_difference")
+    if first is not None:
+        axes.axvline(first, color=BAD_COLOR, linewidth=1.2, label=f"first difference: step {first}")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_xlabel("Step")
+    axes.set_ylabel("Loss")
+    add_grid(axes)
+    _add_legend(figure)
+    return figure
+
+
+def draw_noise(noise: Sequence[float], *, distance: float, limit: float) -> Figure:
+    """Distances that come from rounding alone, the limit, and the distance that was measured."""
+    figure, axes = _create(1.55)
+    color = BAD_COLOR if distance > limit else TRAIN_COLOR
+    axes.plot(noise, [0] * len(noise), "o", color=SURFACE_COLOR, markeredgecolor=MUTED_COLOR, markersize=6, alpha=0.9)
+    axes.plot([distance], [0], "D", color=color, markersize=7, zorder=3)
+    axes.axvline(limit, color=REFERENCE_COLOR, linewidth=1.2, linestyle=(0, (4, 2)))
+    labels = (
+        (median(noise), -0.42, f"{len(noise)} orders of summation", MUTED_COLOR),
+        (distance, 0.42, f"measured: {digits(distance)}", color),
+        (limit, -0.42, f"limit: {digits(limit)}", REFERENCE_COLOR),
+    )
+    positive = [value for value in (*noise, distance, limit) if value > 0]
+    low, high = min(positive), max(positive)
+    # What is far beyond the limit would push everything else into a corner.
+    scale = "log" if distance > 4 * limit else "linear"
+    axes.set_xscale(scale)
+    left, right = (low / 2, high * 2) if scale == "log" else (-0.03 * high, high * 1.08)
+    axes.set_xlim(left, right)
+    for value, y, label, ink in labels:
+        share = _share_of_axis(value, left, right, logarithmic=scale == "log")
+        side = "left" if share < 0.3 else "right" if share > 0.7 else "center"
+        axes.text(value, y, label, color=ink, ha=side, va="center", fontsize=9.5)
+    axes.set_ylim(-0.75, 0.75)
+    axes.set_yticks([])
+    axes.set_xlabel("Distance of the weights" + (" (log scale)" if scale == "log" else ""))
+    if scale == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
+    add_grid(axes, "x")
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def draw_bands(numbers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Each number in its band; all bands are drawn equally wide."""
+    shown = numbers[:MAX_ROWS]
+    figure, axes = _create(0.75 + 0.27 * len(shown))
+    for row, number in enumerate(shown):
+        inside = number["low"] <= number["value"] <= number["high"]
+        axes.barh(row, 2, left=-1, height=0.62, color=BAND_COLOR)
+        axes.plot([0, 0], [row - 0.31, row + 0.31], color=MUTED_COLOR, linewidth=1)
+        place = _place_in_band(number)
+        # An arrowhead: the number lies beyond what is drawn.
+        marker = "o" if abs(place) <= 1.6 else ">" if place > 0 else "<"
+        color = TRAIN_COLOR if inside else BAD_COLOR
+        axes.plot(min(max(place, -1.6), 1.6), row, marker, color=color, markersize=6.5)
+    axes.set_yticks(range(len(shown)), [_name(number["name"]) for number in shown], parse_math=False)
+    axes.set_xticks([-1, 0, 1], ["low", "mean", "high"])
+    axes.set_xlim(-1.75, 1.75)
+    axes.set_ylim(len(shown) - 0.45, -0.55)
+    axes.tick_params(length=0)
+    axes.tick_params(axis="y", colors=REFERENCE_COLOR)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def draw_rounds(rounds: Sequence[Sequence[Sequence[float]]], *, limit: float) -> Figure:
+    """Seconds of each block, per replica and round, as multiples of the fastest replica's median of that round."""
+    figure, axes = _create(2.7)
+    num_replicas = len(rounds[0])
+    with_blocks = num_replicas <= MAX_REPLICAS_WITH_BLOCKS
+    highest = limit
+    for index, (replicas, (color, _)) in enumerate(zip(rounds, _LINES, strict=False)):
+        fastest = min(median(blocks) for blocks in replicas)
+        shift = (index - (len(rounds) - 1) / 2) * 0.22 if with_blocks else 0
+        x = [replica + shift for replica, blocks in enumerate(replicas) for _ in (blocks if with_blocks else [0])]
+        y = [
+            seconds / fastest for blocks in replicas for seconds in (blocks if with_blocks else [float(median(blocks))])
+        ]
+        look = {"markersize": 4.5 if with_blocks else 2.5, "alpha": 0.75, "markeredgewidth": 0}
+        axes.plot(x, y, "o", color=color, label=f"round {index + 1}", **look)
+        highest = max(highest, *y)
+    axes.axhline(limit, color=REFERENCE_COLOR, linewidth=1.2, linestyle=(0, (4, 2)), label=f"limit: {limit:g}")
+    axes.set_ylim(min(0.9, 1 - 0.06 * (highest - 1)), 1 + 1.08 * (highest - 1))
+    axes.set_xlim(-0.6, num_replicas - 0.4)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+    axes.set_xlabel("Replica")
+    axes.set_ylabel("Time against the fastest")
+    add_grid(axes, "y")
+    _add_legend(figure)
+    return figure
+
+
+def draw_throughput(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Images a second over replicas, with the line of an ideal scaling."""
+    figure, axes = _create(2.7)
+    highest = 0.0
+    for kind, x, y in _series(points, "images_per_s"):
+        color, marker = _LINES[0] if kind == "strong" else _LINES[1]
+        axes.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.6, label=_name(kind))
+        ideal = [y[0] / x[0] * count for count in x]
+        label = None if highest else "ideal"
+        axes.plot(x, ideal, color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (4, 2)), label=label, zorder=1)
+        highest = max(highest, *y, *ideal)
+    axes.set_ylim(0, 1.05 * highest)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
+    axes.set_ylabel("Images a second")
+    _finish_scaling(figure, axes, points)
+    return figure
+
+
+def draw_efficiency(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Efficiency over replicas; 100 % is ideal."""
+    figure, axes = _create(2.7)
+    for kind, x, y in _series(points, "efficiency"):
+        color, marker = _LINES[0] if kind == "strong" else _LINES[1]
+        axes.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.6, label=_name(kind))
+    axes.axhline(1, color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (4, 2)), label="ideal", zorder=1)
+    axes.set_ylim(0, max(1.1, *(1.05 * point["efficiency"] for point in points)))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.set_ylabel("Efficiency")
+    _finish_scaling(figure, axes, points)
+    return figure
+
+
+def draw_ratios(compared: Sequence[Mapping[str, Any]]) -> Figure:
+    """Each time as a multiple of the reference's, the slowest first, with its limit."""
+    shown = sorted(compared, key=lambda entry: -entry["ratio"])[:MAX_ROWS]
+    figure, axes = _create(0.95 + 0.29 * len(shown))
+    for row, entry in enumerate(shown):
+        color = BAD_COLOR if entry["ratio"] > entry["limit"] else TRAIN_COLOR
+        axes.barh(row, entry["ratio"] - 1, left=1, height=0.45, color=color, alpha=0.85)
+        axes.plot([entry["limit"]] * 2, [row - 0.38, row + 0.38], color=REFERENCE_COLOR, linewidth=1.4)
+        side = 1 if entry["ratio"] >= 1 else -1
+        axes.annotate(
+            f"{entry['ratio']:.2f}",
+            (entry["ratio"], row),
+            xytext=(4 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=9.5,
+        )
+    axes.axvline(1, color=MUTED_COLOR, linewidth=0.8)
+    low = min(0.95, *(entry["ratio"] for entry in shown))
+    high = max(1.05, *(max(entry["ratio"], entry["limit"]) for entry in shown))
+    room = 0.15 * (high - low)
+    axes.set_xlim(low - room, high + room)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_yticks(range(len(shown)), [_name(entry["name"]) for entry in shown], parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.set_xlabel("Time against the reference; the stroke is the limit")
+    axes.tick_params(axis="y", length=0, colors=REFERENCE_COLOR)
+    add_grid(axes, "x")
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def _create(height: float) -> tuple[Figure, Axes]:
+    figure = create_page_figure(height)
+    return figure, figure.add_subplot()
+
+
+def _add_legend(figure: Figure) -> None:
+    """All entries in one line above the axes, where they hide nothing."""
+    handles = [line for line in figure.axes[0].get_lines() if not str(line.get_label()).startswith("_")]
+    entries = [_legend_entry(line) for line in handles]
+    legend = figure.legend(
+        handles=entries,
+        loc="outside upper left",
+        ncols=len(entries),
+        frameon=False,
+        fontsize=9.5,
+        handlelength=1.5,
+        columnspacing=1.2,
+        borderpad=0,
+    )
+    for label in legend.get_texts():
+        label.set_parse_math(False)
+
+
+def _legend_entry(line: Line2D) -> Line2D:
+    """The same look, without the transparency."""
+    entry = Line2D([], [], label=str(line.get_label()))
+    entry.update_from(line)
+    entry.set_label(str(line.get_label()))
+    entry.set_alpha(None)
+    if line.get_linestyle() == "None":
+        entry.set_markersize(5)
+    return entry
+
+
+def _finish_scaling(figure: Figure, axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    counts = sorted({point["replicas"] for point in points})
+    if counts[-1] > 8:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(counts if len(counts) <= 10 else _spread(counts, 8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.margins(x=0.06)
+    axes.set_xlabel("Replicas")
+    add_grid(axes)
+    _add_legend(figure)
+
+
+def _series(points: Sequence[Mapping[str, Any]], key: str) -> Iterable[tuple[str, list[int], list[float]]]:
+    """The points of each kind, by the number of replicas."""
+    for kind in dict.fromkeys(str(point["kind"]) for point in points):
+        chosen = sorted((point["replicas"], point[key]) for point in points if point["kind"] == kind)
+        yield kind, [replicas for replicas, _ in chosen], [value for _, value in chosen]
+
+
+def _place_in_band(number: Mapping[str, Any]) -> float:
+    """-1 at the low end, 0 at the mean, 1 at the high end, whose distances from the mean may differ."""
+    away = number["value"] - number["mean"]
+    width = number["high"] - number["mean"] if away > 0 else number["mean"] - number["low"]
+    if away == 0:
+        return 0.0
+    return float(away / width) if width > 0 else math.copysign(math.inf, away)
+
+
+def _share_of_axis(value: float, left: float, right: float, *, logarithmic: bool) -> float:
+    if not logarithmic:
+        return (value - left) / (right - left)
+    return math.log(max(value, left) / left) / math.log(right / left)
+
+
+def _spread(values: Sequence[int], number: int) -> list[int]:
+    """At most `number` of the values, evenly spread, with the first and the last."""
+    if len(values) <= number:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (number - 1))] for i in range(number)]
+
+
+def _name(value: object) -> str:
+    return shorten_name(printable(value))
