@@ -14,7 +14,7 @@ from typing import Literal, NewType
 Html = NewType("Html", str)
 """Text that may stand in a page as it is."""
 
-Tone = Literal["good", "bad", "warn", "unsure", "note", "quiet"]
+Tone = Literal["good", "bad", "warn", "unsure", "info", "quiet"]
 """How something is meant; `page.css` has a pair of colours for each."""
 
 # A browser shows none of them, XML forbids most, and lone surrogates (from file names) cannot be written as UTF-8.
@@ -98,9 +98,9 @@ def badge(word: str, glyph: str, tone: Tone) -> Html:
     return Html(f'<span class="badge {tone}"><span aria-hidden="true">{text(glyph)}</span> {text(word)}</span>')
 
 
-def note(sentence: Html, tone: Tone = "quiet") -> Html:
+def remark(sentence: Html, tone: Tone = "quiet") -> Html:
     """A sentence in a section."""
-    return Html(f'<p class="note {tone}">{sentence}</p>')
+    return Html(f'<p class="remark {tone}">{sentence}</p>')
 
 
 def code(value: object) -> Html:
@@ -120,7 +120,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Html]], *, caption:
     body = "\n".join(_row(columns, row) for row in rows)
     # The focus lets a keyboard scroll it.
     return Html(
-        f'<div class="table" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+        f'<div class="table" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -7,6 +7,7 @@ listed as it is.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mnist_dist.results.page import (
@@ -16,9 +17,9 @@ from mnist_dist.results.page import (
     code,
     facts,
     join,
-    note,
     picture,
     printable,
+    remark,
     share_bar,
     side_by_side,
     table,
@@ -67,7 +68,7 @@ def show_evidence(check: CheckResult) -> list[Html]:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             # A page without one picture is worth more than none after minutes on a cluster.
             keys = join((code(key) for key in sorted(view.needs)), ", ")
-            parts.append(note(Html(f"Not shown here, see verify.json: {keys}.")))
+            parts.append(remark(Html(f"Not shown here, see verify.json: {keys}.")))
     rest = {key: value for key, value in check.details.items() if key not in known}
     return parts + _show_rest(rest)
 
@@ -113,7 +114,7 @@ def _show_examples(details: Details, _: str) -> Iterable[Html]:
         pairs.append((f"Each of {len(per_rank)} ranks", text(f"{min(per_rank):,} to {max(per_rank):,}")))
     yield facts(pairs)
     if once != examples:
-        yield note(text(f"{counted(abs(examples - once), 'example')} not seen exactly once."), "bad")
+        yield remark(text(f"{counted(abs(examples - once), 'example')} not seen exactly once."), "bad")
 
 
 def _show_digests(details: Details, _: str) -> Iterable[Html]:
@@ -128,18 +129,20 @@ def _show_digests(details: Details, _: str) -> Iterable[Html]:
     shown = [replica for replica, cells in enumerate(wrong) if len(wrong) <= MAX_LISTED or any(cells)]
     if len(shown) < len(wrong):
         agreeing = len(wrong) - len(shown)
-        yield note(text(f"{counted(agreeing, 'replica')} of {len(wrong):,} agree on all shards, and when asked twice."))
+        yield remark(
+            text(f"{counted(agreeing, 'replica')} of {len(wrong):,} agree on all shards, and when asked twice.")
+        )
     titles = [str(shard) for shard in range(len(majorities))] + ["repeat"]
     rows = [(str(replica), wrong[replica]) for replica in shown[:MAX_LISTED]]
     if rows:
         yield cell_grid("Replica", titles, rows, caption="Gradient of each shard, computed by each replica")
-        yield note(
+        yield remark(
             text(
                 "= like most replicas; \N{NOT EQUAL TO} unlike them, or no majority; repeat: the same when asked twice."
             )
         )
     if len(shown) > MAX_LISTED:
-        yield note(text(f"{counted(len(shown) - MAX_LISTED, 'more replica')} differ; verify.json has them all."))
+        yield remark(text(f"{counted(len(shown) - MAX_LISTED, 'more replica')} differ; verify.json has them all."))
 
 
 def _majority(digests: Sequence[str]) -> str | None:
@@ -155,8 +158,7 @@ def _show_exact_runs(details: Details, name: str) -> Iterable[Html]:
         outcome = "equal" if first is None else f"they differ from step {first}"
         steps = counted(len(run["losses"]), "step")
         title = f"Losses of {steps} with {run['optimizer']}, on all replicas and on one: {outcome}"
-        # `run` is bound now: the figure is drawn before the next turn, but a reader need not know.
-        svg = to_svg(lambda run=run: draw_losses(run), name=f"{name}-{index}", title=printable(title))  # type: ignore[misc]
+        svg = to_svg(partial(draw_losses, run), name=f"{name}-{index}", title=printable(title))
         parts.append(picture(svg, caption=f"{run['optimizer']}, {steps}: {outcome}"))
     yield side_by_side(parts)
 
@@ -231,7 +233,7 @@ def _show_overflow(details: Details, _: str) -> Iterable[Html]:
     alone = [replica for replica, did in enumerate(skipped) if not did]
     if alone:
         listed = ", ".join(map(str, alone[:MAX_LISTED])) + (", …" if len(alone) > MAX_LISTED else "")
-        yield note(text(f"Not skipped on replica {listed}."), "bad")
+        yield remark(text(f"Not skipped on replica {listed}."), "bad")
 
 
 def _show_files(details: Details, _: str) -> Iterable[Html]:
@@ -290,7 +292,7 @@ def _show_comparison(details: Details, name: str) -> Iterable[Html]:
 
 def _show_no_comparison(details: Details, _: str) -> Iterable[Html]:
     if details["not_comparable"]:
-        yield note(text(f"Not comparable: {details['not_comparable']}"), "unsure")
+        yield remark(text(f"Not comparable: {details['not_comparable']}"), "unsure")
 
 
 def _show_rest(details: Details) -> list[Html]:

@@ -34,7 +34,7 @@ _LOOKS: Mapping[Status, tuple[str, Tone]] = {
     "fail": ("\N{MULTIPLICATION X}", "bad"),
     "degraded": ("!", "warn"),
     "inconclusive": ("?", "unsure"),
-    "info": ("i", "note"),
+    "info": ("i", "info"),
     "skipped": ("\N{EN DASH}", "quiet"),
 }
 _ORDER: tuple[Status, ...] = ("fail", "degraded", "inconclusive", "pass", "info", "skipped")

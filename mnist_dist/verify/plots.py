@@ -141,7 +141,7 @@ def draw_rounds(rounds: Sequence[Sequence[Sequence[float]]], *, limit: float) ->
         y = [
             seconds / fastest for blocks in replicas for seconds in (blocks if with_blocks else [float(median(blocks))])
         ]
-        look = {"markersize": 4.5 if with_blocks else 2.5, "alpha": 0.75, "markeredgewidth": 0}
+        look: dict[str, Any] = {"markersize": 4.5 if with_blocks else 2.5, "alpha": 0.75, "markeredgewidth": 0}
         axes.plot(x, y, "o", color=color, label=f"round {index + 1}", **look)
         highest = max(highest, *y)
     axes.axhline(limit, color=REFERENCE_COLOR, linewidth=1.2, linestyle=(0, (4, 2)), label=f"limit: {limit:g}")
