@@ -29,8 +29,8 @@ class Column:
     """A column of a table."""
 
     title: str
-    kind: Literal["text", "number", "code"] = "text"
-    """Numbers stand right-aligned. Code is not broken into lines."""
+    kind: Literal["text", "number", "code", "prose"] = "text"
+    """Numbers stand right-aligned. Only prose is broken into lines."""
 
 
 def printable(value: object) -> str:
@@ -46,6 +46,11 @@ def text(value: object) -> Html:
 def join(parts: Iterable[Html], separator: str = "") -> Html:
     """All parts, one after the other."""
     return Html(html.escape(separator).join(parts))
+
+
+def lines(parts: Iterable[Html]) -> Html:
+    """The parts below each other."""
+    return Html("<br />".join(parts))
 
 
 def build_document(title: str, *, header: Html, sections: Iterable[Html], footer: Html) -> str:
@@ -171,4 +176,9 @@ def cell_grid(corner: str, columns: Sequence[str], rows: Iterable[tuple[str, Seq
 
 
 def _cell(odd: bool) -> str:
-    return '<td class="cell bad">\N{NOT EQUAL TO}</td>' if odd else '<td class="cell good">=</td>'
+    return '<td class="cell bad">\N{MULTIPLICATION X}</td>' if odd else '<td class="cell good">=</td>'
+
+
+def swatch(glyph: str, tone: Tone) -> Html:
+    """A sign as it stands in a cell, to explain it."""
+    return Html(f'<span class="swatch {tone}">{text(glyph)}</span>')

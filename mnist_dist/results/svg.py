@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from mnist_dist.results.png import GRID_COLOR, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR
 
 # A phone's screen is hardly wider: a figure of this width is shown there at its own size, with letters one can read.
-WIDTH_INCHES = 5.0
+WIDTH_INCHES = 4.7
 
 # Okabe and Ito's green is the third one that goes with the two of `png.py`.
 THIRD_COLOR = "#009E73"

@@ -16,6 +16,7 @@ from mnist_dist.results.page import (
     fold,
     headline,
     join,
+    lines,
     section,
     share_bar,
     table,
@@ -84,47 +85,53 @@ def _header(report: Report) -> Html:
 def _sentence(report: Report) -> Html:
     """What is in doubt, then what is wrong, or that nothing is."""
     counts = Counter(check.status for check in report.checks)
-    doubts = [
+    doubts = " and ".join(
         f"{counted(counts[status], 'check')} {'is' if counts[status] == 1 else 'are'} {status}"
         for status in ("inconclusive", "skipped")
         if counts[status]
-    ]
-    sentences = [" and ".join(doubts) + "."] if doubts else []
+    )
     where = f"in {seconds_text(report.seconds)} on {counted(report.num_replicas, 'replica')}"
-    worst = [check for status in ("fail", "degraded") for check in report.checks if check.status == status]
-    if worst:
-        first = worst[0]
-        verb = "failed" if first.status == "fail" else "found the cluster degraded"
-        sentences.append(f"Check {first.number}, {_name(first).lower()}, {verb}: {first.summary}")
-        if len(worst) > 1:
-            sentences[-1] = sentences[-1].rstrip(".") + "."
-            sentences.append(f"{counted(len(worst) - 1, 'more check')} failed or found it degraded.")
-    elif counts["pass"]:
-        others = "The other" if doubts else "All"
-        measured = f", and {counts['info']} only measured," if counts["info"] else ""
-        passed = counted(counts["pass"], "check")
-        if measured or doubts:
-            sentences.append(f"{others if not measured else ''} {passed} passed{measured} {where}.".strip())
-        else:
-            sentences.append(f"All {passed} passed {where}.")
-    else:
-        sentences.append(f"Nothing was proven {where}.")
-    return text(" ".join(sentences))
+    found = _trouble(report.checks) or _success(counts, where) or f"Nothing was tested {where}."
+    return text(f"{doubts}. {found}" if doubts else found)
+
+
+def _trouble(checks: Sequence[CheckResult]) -> str:
+    """The first of the worst checks, and how many more there are; empty without any."""
+    worst = [check for status in ("fail", "degraded") for check in checks if check.status == status]
+    if not worst:
+        return ""
+    first = worst[0]
+    verb = "failed" if first.status == "fail" else "found the cluster degraded"
+    sentence = f"Check {first.number}, {_name(first).lower()}, {verb}: {first.summary}"
+    if len(worst) == 1:
+        return sentence
+    return f"{sentence.rstrip('.')}. {counted(len(worst) - 1, 'more check')} failed or found it degraded."
+
+
+def _success(counts: Mapping[Status, int], where: str) -> str:
+    """How many checks passed; empty if none did."""
+    passed = counts["pass"]
+    if not passed:
+        return ""
+    if passed == sum(counts.values()):
+        return f"All {counted(passed, 'check')} passed {where}."
+    measured = f" and {counts['info']} only measured" if counts["info"] else ""
+    return f"{counted(passed, 'check')} passed{measured}, {where}."
 
 
 def _checks(checks: Sequence[CheckResult], evidence: Mapping[int, Sequence[Html]]) -> Html:
-    total = sum(check.seconds for check in checks)
+    longest = max((check.seconds for check in checks), default=0.0)
     lines = []
     for check in checks:
         name = text(_name(check))
         if evidence[check.number]:
             name = Html(f'<a href="#check-{check.number}">{name}</a>')
-        share = share_bar(check.seconds / total) if total > 0 else Html("")
-        time = "" if check.status == "skipped" and not check.seconds else seconds_text(check.seconds)
+        share = share_bar(check.seconds / longest) if longest > 0 else Html("")
+        took = "" if check.status == "skipped" and not check.seconds else f"{check.seconds:,.1f} s"
         lines.append(
             f'<li><span class="number">{check.number}</span> <span class="name">{name}</span> '
             f'<span class="status">{_badge(check.status)}</span> <span class="summary">{text(check.summary)}</span> '
-            f'<span class="time">{share if time else ""}{text(time)}</span></li>'
+            f'<span class="time">{share if took else ""} <span class="seconds">{text(took)}</span></span></li>'
         )
     return Html('<ol class="checks">\n' + "\n".join(lines) + "\n</ol>")
 
@@ -135,7 +142,7 @@ def _suspects(suspects: Sequence[Suspect]) -> Html:
         Column("Host", "code"),
         Column("Device", "code"),
         Column("Check"),
-        Column("Evidence"),
+        Column("Evidence", "prose"),
     ]
     rows = [
         [
@@ -163,8 +170,8 @@ def _ranks(ranks: Sequence[RankFacts]) -> Html:
         [
             text(f"{rank.rank:,}"),
             text(rank.host),
-            text(", ".join(rank.devices)),
-            join(map(text, rank.gpus), "\n") or text("\N{EN DASH}"),
+            lines(map(text, rank.devices)),
+            lines(map(text, rank.gpus)) or text("\N{EN DASH}"),
             text(rank.cpu),
             text(f"{rank.cores:,}"),
         ]

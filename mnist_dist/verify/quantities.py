@@ -21,12 +21,13 @@ def bytes_text(num_bytes: float) -> str:
 
 
 def digits(value: float) -> str:
-    """About three digits, with no exponent between 0.001 and 1,000,000."""
+    """About three digits, with an exponent only below 0.001 and from a million on."""
     if value == 0:
         return "0"
     size = abs(value)
     if size >= 1e6 or size < 1e-3:
-        return f"{value:.2e}".replace("-", "\N{MINUS SIGN}")
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "\N{MINUS SIGN}")
     decimals = 0 if size >= 99.95 or value == int(value) else 1 if size >= 9.995 else 2 if size >= 0.9995 else 4
     return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
