@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mnist_dist.base.memory import describe_bytes
 from mnist_dist.results.page import (
     Column,
     Html,
@@ -22,6 +23,7 @@ from mnist_dist.results.page import (
     remark,
     share_bar,
     side_by_side,
+    swatch,
     table,
     text,
 )
@@ -135,11 +137,10 @@ def _show_digests(details: Details, _: str) -> Iterable[Html]:
     titles = [str(shard) for shard in range(len(majorities))] + ["repeat"]
     rows = [(str(replica), wrong[replica]) for replica in shown[:MAX_LISTED]]
     if rows:
-        yield cell_grid("Replica", titles, rows, caption="Gradient of each shard, computed by each replica")
+        yield cell_grid("Replica", titles, rows, caption="Gradients by shard")
+        same, other = swatch("=", "good"), swatch("\N{MULTIPLICATION X}", "bad")
         yield remark(
-            text(
-                "= like most replicas; \N{NOT EQUAL TO} unlike them, or no majority; repeat: the same when asked twice."
-            )
+            Html(f"{same} like most replicas {other} unlike them, or no majority. Repeat: the same when asked twice.")
         )
     if len(shown) > MAX_LISTED:
         yield remark(text(f"{counted(len(shown) - MAX_LISTED, 'more replica')} differ; verify.json has them all."))
@@ -169,7 +170,7 @@ def _show_noise(details: Details, name: str) -> Iterable[Html]:
         return
     title = f"Distance {digits(distance)} of the weights from those of one replica; the limit is {digits(limit)}"
     svg = to_svg(lambda: draw_noise(noise, distance=distance, limit=limit), name=name, title=title)
-    yield picture(svg, caption="Distance from one replica, against rounding alone")
+    yield picture(svg, caption=f"Distance {digits(distance)}, limit {digits(limit)}")
 
 
 def _show_numbers(details: Details, name: str) -> Iterable[Html]:
@@ -193,8 +194,9 @@ def _show_numbers(details: Details, name: str) -> Iterable[Html]:
     ]
     inside = sum(number["low"] <= number["value"] <= number["high"] for number in numbers)
     title = f"{inside} of {counted(len(numbers), 'number')} inside the band"
+    values = table(columns, rows, caption="Values and bands")
     svg = to_svg(lambda: draw_bands(numbers), name=name, title=title)
-    yield side_by_side([picture(svg, caption=f"{title}; all bands drawn equally wide"), table(columns, rows)])
+    yield side_by_side([picture(svg, caption=title), values])
 
 
 def _show_history(details: Details, _: str) -> Iterable[Html]:
@@ -210,7 +212,7 @@ def _show_history(details: Details, _: str) -> Iterable[Html]:
             text(row["epoch"]),
             text(f"{row['loss']:.4f}"),
             text(f"{row['val_loss']:.4f}"),
-            text(f"{100 * row['val_accuracy']:.2f} %"),
+            text(f"{100 * row['val_accuracy']:.2f}%"),
         ]
         for row in history
     ]
@@ -239,7 +241,7 @@ def _show_overflow(details: Details, _: str) -> Iterable[Html]:
 def _show_files(details: Details, _: str) -> Iterable[Html]:
     pairs = [(title, text(seconds_text(details[key]))) for title, key in (("Write", "write_s"), ("Read", "read_s"))]
     if "bytes" in details:
-        pairs.append(("Checkpoint", text(bytes_text(details["bytes"]))))
+        pairs.append(("Checkpoint", text(describe_bytes(details["bytes"]))))
     yield facts(pairs)
 
 
@@ -292,7 +294,7 @@ def _show_comparison(details: Details, name: str) -> Iterable[Html]:
 
 def _show_no_comparison(details: Details, _: str) -> Iterable[Html]:
     if details["not_comparable"]:
-        yield remark(text(f"Not comparable: {details['not_comparable']}"), "unsure")
+        yield remark(text(f"Not comparable: {details['not_comparable']}"))
 
 
 def _show_rest(details: Details) -> list[Html]:

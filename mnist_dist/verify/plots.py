@@ -24,6 +24,7 @@ from mnist_dist.verify.quantities import bytes_text, digits
 
 MAX_ROWS = 40
 MAX_REPLICAS_WITH_BLOCKS = 32
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LINES = ((TRAIN_COLOR, "o"), (VALIDATION_COLOR, "s"), (THIRD_COLOR, "^"), (MUTED_COLOR, "D"))
 
 
@@ -56,9 +57,9 @@ def draw_losses(run: Mapping[str, Any]) -> Figure:
     """The losses of a run and of its reference, step by step, and where they first differ."""
     figure, axes = _create(2.5)
     losses, reference = run["losses"], run["reference_losses"]
-    axes.plot(range(1, len(losses) + 1), losses, color=TRAIN_COLOR, linewidth=2.4, label="all replicas")
+    axes.plot(range(1, len(losses) + 1), losses, color=TRAIN_COLOR, linewidth=4.5, alpha=0.45, label="all replicas")
     # Thin and on top: where both are equal, both can be seen.
-    look: dict[str, Any] = {"color": REFERENCE_COLOR, "linewidth": 1.0, "linestyle": (0, (3, 3))}
+    look: dict[str, Any] = {"color": REFERENCE_COLOR, "linewidth": 1.3, "linestyle": (0, (3, 2))}
     axes.plot(range(1, len(reference) + 1), reference, label="one replica", **look)
     first = run.get("first_difference")
     if first is not None:
@@ -73,33 +74,37 @@ def draw_losses(run: Mapping[str, Any]) -> Figure:
 
 def draw_noise(noise: Sequence[float], *, distance: float, limit: float) -> Figure:
     """Distances that come from rounding alone, the limit, and the distance that was measured."""
-    figure, axes = _create(1.55)
+    figure, axes = _create(1.5)
+    highest = max(*noise, distance, limit)
+    # Plain numbers on the axis, their power of ten in its label.
+    exponent = 3 * math.floor(math.log10(highest) / 3) if highest > 0 else 0
+    unit = 10.0**exponent
     color = BAD_COLOR if distance > limit else TRAIN_COLOR
-    axes.plot(noise, [0] * len(noise), "o", color=SURFACE_COLOR, markeredgecolor=MUTED_COLOR, markersize=6, alpha=0.9)
-    axes.plot([distance], [0], "D", color=color, markersize=7, zorder=3)
-    axes.axvline(limit, color=REFERENCE_COLOR, linewidth=1.2, linestyle=(0, (4, 2)))
-    labels = (
-        (median(noise), -0.42, f"{len(noise)} orders of summation", MUTED_COLOR),
-        (distance, 0.42, f"measured: {digits(distance)}", color),
-        (limit, -0.42, f"limit: {digits(limit)}", REFERENCE_COLOR),
-    )
-    positive = [value for value in (*noise, distance, limit) if value > 0]
-    low, high = min(positive), max(positive)
+    look: dict[str, Any] = {"color": SURFACE_COLOR, "markeredgecolor": MUTED_COLOR, "markersize": 6}
+    axes.plot([value / unit for value in noise], [1] * len(noise), "o", **look)
+    axes.plot([distance / unit], [0], "D", color=color, markersize=6.5)
+    axes.axvline(limit / unit, color=REFERENCE_COLOR, linewidth=1.2, linestyle=(0, (4, 2)))
+    left, right = -0.03 * highest / unit, 1.06 * highest / unit
     # What is far beyond the limit would push everything else into a corner.
-    scale = "log" if distance > 4 * limit else "linear"
-    axes.set_xscale(scale)
-    left, right = (low / 2, high * 2) if scale == "log" else (-0.03 * high, high * 1.08)
+    logarithmic = distance > 4 * limit > 0
+    if logarithmic:
+        left = 0.6 * min(value for value in (*noise, limit) if value > 0) / unit
+        right = 1.6 * highest / unit
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlim(left, right)
-    for value, y, label, ink in labels:
-        share = _share_of_axis(value, left, right, logarithmic=scale == "log")
-        side = "left" if share < 0.3 else "right" if share > 0.7 else "center"
-        axes.text(value, y, label, color=ink, ha=side, va="center", fontsize=9.5)
-    axes.set_ylim(-0.75, 0.75)
-    axes.set_yticks([])
-    axes.set_xlabel("Distance of the weights" + (" (log scale)" if scale == "log" else ""))
-    if scale == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    top = axes.get_xaxis_transform()
+    place: dict[str, Any] = {"xycoords": top, "xytext": (0, 2), "textcoords": "offset points"}
+    axes.annotate("limit", (limit / unit, 1), ha="center", fontsize=9.5, **place)
+    axes.set_yticks([0, 1], ["all replicas", f"one replica,\n{len(noise)} orders"])
+    axes.set_ylim(-0.6, 1.6)
+    axes.tick_params(axis="y", length=0, colors=REFERENCE_COLOR)
+    times = "" if exponent == 0 else f" (× 10{str(exponent).translate(_SUPERSCRIPTS)})"
+    axes.set_xlabel(f"Distance of the weights{times}{', log scale' if logarithmic else ''}")
     add_grid(axes, "x")
     axes.spines["left"].set_visible(False)
     return figure
@@ -115,12 +120,12 @@ def draw_bands(numbers: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot([0, 0], [row - 0.31, row + 0.31], color=MUTED_COLOR, linewidth=1)
         place = _place_in_band(number)
         # An arrowhead: the number lies beyond what is drawn.
-        marker = "o" if abs(place) <= 1.6 else ">" if place > 0 else "<"
+        marker = "o" if abs(place) <= 1.3 else ">" if place > 0 else "<"
         color = TRAIN_COLOR if inside else BAD_COLOR
-        axes.plot(min(max(place, -1.6), 1.6), row, marker, color=color, markersize=6.5)
+        axes.plot(min(max(place, -1.3), 1.3), row, marker, color=color, markersize=6.5)
     axes.set_yticks(range(len(shown)), [_name(number["name"]) for number in shown], parse_math=False)
     axes.set_xticks([-1, 0, 1], ["low", "mean", "high"])
-    axes.set_xlim(-1.75, 1.75)
+    axes.set_xlim(-1.4, 1.4)
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.tick_params(length=0)
     axes.tick_params(axis="y", colors=REFERENCE_COLOR)
@@ -162,10 +167,13 @@ def draw_throughput(points: Sequence[Mapping[str, Any]]) -> Figure:
     for kind, x, y in _series(points, "images_per_s"):
         color, marker = _LINES[0] if kind == "strong" else _LINES[1]
         axes.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.6, label=_name(kind))
-        ideal = [y[0] / x[0] * count for count in x]
-        label = None if highest else "ideal"
-        axes.plot(x, ideal, color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (4, 2)), label=label, zorder=1)
-        highest = max(highest, *y, *ideal)
+        highest = max(highest, *y)
+    smallest = min(points, key=lambda point: point["replicas"])
+    each = smallest["images_per_s"] / smallest["replicas"]
+    counts = sorted({point["replicas"] for point in points})
+    ideal = [each * count for count in counts]
+    axes.plot(counts, ideal, color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (4, 2)), label="ideal", zorder=1)
+    highest = max(highest, *ideal)
     axes.set_ylim(0, 1.05 * highest)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
@@ -284,17 +292,9 @@ def _place_in_band(number: Mapping[str, Any]) -> float:
     return float(away / width) if width > 0 else math.copysign(math.inf, away)
 
 
-def _share_of_axis(value: float, left: float, right: float, *, logarithmic: bool) -> float:
-    if not logarithmic:
-        return (value - left) / (right - left)
-    return math.log(max(value, left) / left) / math.log(right / left)
-
-
 def _spread(values: Sequence[int], number: int) -> list[int]:
-    """At most `number` of the values, evenly spread, with the first and the last."""
-    if len(values) <= number:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (number - 1))] for i in range(number)]
+    """At most `number` of the values, evenly spread, from the first one on."""
+    return list(values[:: math.ceil(len(values) / number)])
 
 
 def _name(value: object) -> str:
