@@ -38,7 +38,7 @@ from mnist_dist.verify.plots import (
     draw_rounds,
     draw_throughput,
 )
-from mnist_dist.verify.quantities import bytes_text, counted, digits, seconds_text
+from mnist_dist.verify.quantities import as_title, bytes_text, counted, digits, seconds_text
 from mnist_dist.verify.report import CheckResult
 
 MAX_LISTED = 32
@@ -140,7 +140,7 @@ def _show_digests(details: Details, _: str) -> Iterable[Html]:
         yield cell_grid("Replica", titles, rows, caption="Gradients by shard")
         same, other = swatch("=", "good"), swatch("\N{MULTIPLICATION X}", "bad")
         yield remark(
-            Html(f"{same} like most replicas {other} unlike them, or no majority. Repeat: the same when asked twice.")
+            Html(f"{same} like most replicas, {other} unlike them, or no majority. Repeat: the same when asked twice.")
         )
     if len(shown) > MAX_LISTED:
         yield remark(text(f"{counted(len(shown) - MAX_LISTED, 'more replica')} differ; verify.json has them all."))
@@ -156,7 +156,7 @@ def _show_exact_runs(details: Details, name: str) -> Iterable[Html]:
     parts = []
     for index, run in enumerate(details["runs"]):
         first = run.get("first_difference")
-        outcome = "equal" if first is None else f"they differ from step {first}"
+        outcome = "equal" if first is None else f"different from step {first} on"
         steps = counted(len(run["losses"]), "step")
         title = f"Losses of {steps} with {run['optimizer']}, on all replicas and on one: {outcome}"
         svg = to_svg(partial(draw_losses, run), name=f"{name}-{index}", title=printable(title))
@@ -303,7 +303,7 @@ def _show_rest(details: Details) -> list[Html]:
     for key, value in details.items():
         values = value if isinstance(value, list) else [value]
         if values and len(values) <= 8 and all(isinstance(part, bool | int | float | str) for part in values):
-            pairs.append((str(key).replace("_", " "), text(", ".join(_short(part) for part in values))))
+            pairs.append((as_title(key), text(", ".join(_short(part) for part in values))))
     return [facts(pairs[:MAX_LISTED])] if pairs else []
 
 

@@ -23,7 +23,7 @@ from mnist_dist.results.page import (
     text,
 )
 from mnist_dist.verify.evidence import show_evidence
-from mnist_dist.verify.quantities import counted, seconds_text
+from mnist_dist.verify.quantities import as_title, counted, seconds_text
 from mnist_dist.verify.report import CheckResult, RankFacts, Report, Status, Suspect
 
 MAX_OPEN_ROWS = 16
@@ -52,7 +52,7 @@ def build_page(report: Report) -> str:
     for check in report.checks:
         if evidence[check.number]:
             title = join(
-                [Html(f'<span class="number">{check.number}</span>'), text(_name(check)), _badge(check.status)]
+                [Html(f'<span class="number">{check.number}</span>'), text(as_title(check.name)), _badge(check.status)]
             )
             summary = Html(f"<p>{text(check.summary)}</p>")
             parts.append(section(title, summary, *evidence[check.number], name=f"check-{check.number}"))
@@ -102,7 +102,7 @@ def _trouble(checks: Sequence[CheckResult]) -> str:
         return ""
     first = worst[0]
     verb = "failed" if first.status == "fail" else "found the cluster degraded"
-    sentence = f"Check {first.number}, {_name(first).lower()}, {verb}: {first.summary}"
+    sentence = f"Check {first.number}, {as_title(first.name).lower()}, {verb}: {first.summary}"
     if len(worst) == 1:
         return sentence
     return f"{sentence.rstrip('.')}. {counted(len(worst) - 1, 'more check')} failed or found it degraded."
@@ -123,7 +123,7 @@ def _checks(checks: Sequence[CheckResult], evidence: Mapping[int, Sequence[Html]
     longest = max((check.seconds for check in checks), default=0.0)
     lines = []
     for check in checks:
-        name = text(_name(check))
+        name = text(as_title(check.name))
         if evidence[check.number]:
             name = Html(f'<a href="#check-{check.number}">{name}</a>')
         share = share_bar(check.seconds / longest) if longest > 0 else Html("")
@@ -149,7 +149,7 @@ def _suspects(suspects: Sequence[Suspect]) -> Html:
             text(f"{suspect.rank:,}"),
             text(suspect.host),
             text(suspect.device),
-            text(suspect.check),
+            text(as_title(suspect.check)),
             text(suspect.evidence),
         ]
         for suspect in suspects
@@ -222,11 +222,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
 def _badge(status: Status) -> Html:
     glyph, tone = _LOOKS[status]
     return badge(status, glyph, tone)
-
-
-def _name(check: CheckResult) -> str:
-    name = check.name.replace("_", " ")
-    return name[:1].upper() + name[1:]
 
 
 def _moment(started: str) -> str:

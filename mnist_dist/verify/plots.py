@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from mnist_dist.results.page import printable
@@ -100,10 +99,10 @@ def draw_noise(noise: Sequence[float], *, distance: float, limit: float) -> Figu
     top = axes.get_xaxis_transform()
     place: dict[str, Any] = {"xycoords": top, "xytext": (0, 2), "textcoords": "offset points"}
     axes.annotate("limit", (limit / unit, 1), ha="center", fontsize=9.5, **place)
-    axes.set_yticks([0, 1], ["all replicas", f"one replica,\n{len(noise)} orders"])
+    axes.set_yticks([0, 1], ["all replicas", "rounding alone"])
     axes.set_ylim(-0.6, 1.6)
     axes.tick_params(axis="y", length=0, colors=REFERENCE_COLOR)
-    times = "" if exponent == 0 else f" (× 10{str(exponent).translate(_SUPERSCRIPTS)})"
+    times = "" if exponent == 0 else f" (\N{MULTIPLICATION SIGN} 10{str(exponent).translate(_SUPERSCRIPTS)})"
     axes.set_xlabel(f"Distance of the weights{times}{', log scale' if logarithmic else ''}")
     add_grid(axes, "x")
     axes.spines["left"].set_visible(False)
@@ -204,24 +203,17 @@ def draw_ratios(compared: Sequence[Mapping[str, Any]]) -> Figure:
         color = BAD_COLOR if entry["ratio"] > entry["limit"] else TRAIN_COLOR
         axes.barh(row, entry["ratio"] - 1, left=1, height=0.45, color=color, alpha=0.85)
         axes.plot([entry["limit"]] * 2, [row - 0.38, row + 0.38], color=REFERENCE_COLOR, linewidth=1.4)
-        side = 1 if entry["ratio"] >= 1 else -1
-        axes.annotate(
-            f"{entry['ratio']:.2f}",
-            (entry["ratio"], row),
-            xytext=(4 * side, 0),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            va="center",
-            fontsize=9.5,
-        )
+        # In a column of their own, where no bar and no stroke crosses them.
+        axes.text(1.02, row, f"{entry['ratio']:.2f}", transform=axes.get_yaxis_transform(), va="center")
     axes.axvline(1, color=MUTED_COLOR, linewidth=0.8)
     low = min(0.95, *(entry["ratio"] for entry in shown))
     high = max(1.05, *(max(entry["ratio"], entry["limit"]) for entry in shown))
-    room = 0.15 * (high - low)
+    room = 0.05 * (high - low)
     axes.set_xlim(low - room, high + room)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_yticks(range(len(shown)), [_name(entry["name"]) for entry in shown], parse_math=False)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("Time against the reference; the stroke is the limit")
     axes.tick_params(axis="y", length=0, colors=REFERENCE_COLOR)
     add_grid(axes, "x")
@@ -236,12 +228,9 @@ def _create(height: float) -> tuple[Figure, Axes]:
 
 def _add_legend(figure: Figure) -> None:
     """All entries in one line above the axes, where they hide nothing."""
-    handles = [line for line in figure.axes[0].get_lines() if not str(line.get_label()).startswith("_")]
-    entries = [_legend_entry(line) for line in handles]
     legend = figure.legend(
-        handles=entries,
         loc="outside upper left",
-        ncols=len(entries),
+        ncols=4,
         frameon=False,
         fontsize=9.5,
         handlelength=1.5,
@@ -250,17 +239,6 @@ def _add_legend(figure: Figure) -> None:
     )
     for label in legend.get_texts():
         label.set_parse_math(False)
-
-
-def _legend_entry(line: Line2D) -> Line2D:
-    """The same look, without the transparency."""
-    entry = Line2D([], [], label=str(line.get_label()))
-    entry.update_from(line)
-    entry.set_label(str(line.get_label()))
-    entry.set_alpha(None)
-    if line.get_linestyle() == "None":
-        entry.set_markersize(5)
-    return entry
 
 
 def _finish_scaling(figure: Figure, axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:

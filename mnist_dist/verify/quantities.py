@@ -1,4 +1,4 @@
-"""Quantities as people read them."""
+"""Quantities and names as people read them."""
 
 
 def seconds_text(seconds: float) -> str:
@@ -35,3 +35,9 @@ def digits(value: float) -> str:
 def counted(number: int, noun: str) -> str:
     """1 check, 2 checks."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def as_title(name: str) -> str:
+    """The name of a check or a value with spaces and a capital: Slow rank."""
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
