@@ -118,21 +118,33 @@ def command_line(value: str) -> Html:
     return Html(f'<pre class="command"><code>{text(value)}</code></pre>')
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[Html]], *, caption: str = "") -> Html:
-    """A table, which scrolls in a box of its own if it is wider than the screen."""
+def table(
+    columns: Sequence[Column], rows: Iterable[Sequence[Html]], *, caption: str = "", stacked: bool = False
+) -> Html:
+    """A table, which scrolls in a box of its own if it is wider than the screen.
+
+    Args:
+        columns: From left to right.
+        rows: A cell for each column.
+        caption: Stands above it.
+        stacked: On a phone the cells of a row stand below each other instead, and nothing is out of sight.
+    """
     title = f"<caption>{text(caption)}</caption>" if caption else ""
     head = "".join(f'<th scope="col" class="{column.kind}">{text(column.title)}</th>' for column in columns)
-    body = "\n".join(_row(columns, row) for row in rows)
+    body = "\n".join(_row(columns, row, stacked=stacked) for row in rows)
     # The focus lets a keyboard scroll it.
     return Html(
-        f'<div class="table" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead>\n'
+        f'<div class="table{" stacked" if stacked else ""}" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _row(columns: Sequence[Column], cells: Sequence[Html]) -> str:
-    paired = zip(columns, cells, strict=True)
-    return "<tr>" + "".join(f'<td class="{column.kind}">{cell}</td>' for column, cell in paired) + "</tr>"
+def _row(columns: Sequence[Column], cells: Sequence[Html], *, stacked: bool) -> str:
+    tags = [
+        f'<td class="{column.kind}"' + (f' data-title="{text(column.title)}">' if stacked else ">")
+        for column in columns
+    ]
+    return "<tr>" + "".join(f"{tag}{cell}</td>" for tag, cell in zip(tags, cells, strict=True)) + "</tr>"
 
 
 def facts(pairs: Iterable[tuple[str, Html]], *, kind: Literal["few", "many"] = "few") -> Html:

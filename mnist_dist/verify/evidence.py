@@ -79,24 +79,19 @@ def _show_bandwidth(details: Details, name: str) -> Iterable[Html]:
     transfers = details["transfers"]
     if not transfers:
         return
+    smallest = min(transfer["bytes"] for transfer in transfers)
+    largest = max(transfer["bytes"] for transfer in transfers)
     columns = [
         Column("Collective"),
-        Column("Smallest", "number"),
-        Column("Latency", "number"),
-        Column("Largest", "number"),
-        Column("Bandwidth", "number"),
+        Column(f"Latency, {bytes_text(smallest)}", "number"),
+        Column(f"Bandwidth, {bytes_text(largest)}", "number"),
     ]
     rows = []
     for collective in dict.fromkeys(transfer["collective"] for transfer in transfers):
-        own = sorted((t for t in transfers if t["collective"] == collective), key=lambda t: t["bytes"])
-        cells = (
-            str(collective).replace("_", "-"),
-            bytes_text(own[0]["bytes"]),
-            seconds_text(own[0]["seconds"]),
-            bytes_text(own[-1]["bytes"]),
-            f"{digits(own[-1]['bus_gb_per_s'])} GB/s",
-        )
-        rows.append([text(cell) for cell in cells])
+        own = {transfer["bytes"]: transfer for transfer in transfers if transfer["collective"] == collective}
+        latency = seconds_text(own[smallest]["seconds"]) if smallest in own else ""
+        bandwidth = f"{digits(own[largest]['bus_gb_per_s'])} GB/s" if largest in own else ""
+        rows.append([text(cell) for cell in (str(collective).replace("_", "-"), latency, bandwidth)])
     parts = [table(columns, rows, caption="Latency and bandwidth")]
     # Without a second replica nothing is sent, and a logarithm has no zero.
     moved = [transfer for transfer in transfers if transfer["bus_gb_per_s"] > 0]

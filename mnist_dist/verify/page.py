@@ -27,7 +27,7 @@ from mnist_dist.verify.quantities import as_title, counted, seconds_text
 from mnist_dist.verify.report import CheckResult, RankFacts, Report, Status, Suspect
 
 MAX_OPEN_ROWS = 16
-"""A longer table of ranks or suspects is folded."""
+"""Of ranks or suspects; more of them are folded."""
 
 # Signs and words as well as colours: not everybody tells these apart.
 _LOOKS: Mapping[Status, tuple[str, Tone]] = {
@@ -148,13 +148,17 @@ def _suspects(suspects: Sequence[Suspect]) -> Html:
         [
             text(f"{suspect.rank:,}"),
             text(suspect.host),
-            text(suspect.device),
+            text(suspect.device or "\N{EN DASH}"),
             text(as_title(suspect.check)),
             text(suspect.evidence),
         ]
         for suspect in suspects
     ]
-    return _foldable(columns, rows, what="suspect")
+    first = table(columns, rows[:MAX_OPEN_ROWS], stacked=True)
+    rest = rows[MAX_OPEN_ROWS:]
+    if not rest:
+        return first
+    return join([first, fold(text(counted(len(rest), "more suspect")), table(columns, rest, stacked=True))])
 
 
 def _ranks(ranks: Sequence[RankFacts]) -> Html:
@@ -177,15 +181,10 @@ def _ranks(ranks: Sequence[RankFacts]) -> Html:
         ]
         for rank in ranks
     ]
-    num_hosts = len({rank.host for rank in ranks})
-    return _foldable(columns, rows, what="rank", where=f" on {counted(num_hosts, 'host')}")
-
-
-def _foldable(columns: Sequence[Column], rows: Sequence[Sequence[Html]], *, what: str, where: str = "") -> Html:
-    """A table, which a click opens if it is long."""
     if len(rows) <= MAX_OPEN_ROWS:
         return table(columns, rows)
-    return fold(text(f"{counted(len(rows), what)}{where}"), table(columns, rows))
+    num_hosts = len({rank.host for rank in ranks})
+    return fold(text(f"{counted(len(rows), 'rank')} on {counted(num_hosts, 'host')}"), table(columns, rows))
 
 
 def _run(report: Report) -> Iterable[Html]:

@@ -23,6 +23,7 @@ from mnist_dist.verify.quantities import bytes_text, digits
 
 MAX_ROWS = 40
 MAX_REPLICAS_WITH_BLOCKS = 32
+MAX_LINEAR_REPLICAS = 8
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LINES = ((TRAIN_COLOR, "o"), (VALIDATION_COLOR, "s"), (THIRD_COLOR, "^"), (MUTED_COLOR, "D"))
 
@@ -56,7 +57,7 @@ def draw_losses(run: Mapping[str, Any]) -> Figure:
     """The losses of a run and of its reference, step by step, and where they first differ."""
     figure, axes = _create(2.5)
     losses, reference = run["losses"], run["reference_losses"]
-    axes.plot(range(1, len(losses) + 1), losses, color=TRAIN_COLOR, linewidth=4.5, alpha=0.45, label="all replicas")
+    axes.plot(range(1, len(losses) + 1), losses, color=TRAIN_COLOR, linewidth=4.5, alpha=0.6, label="all replicas")
     # Thin and on top: where both are equal, both can be seen.
     look: dict[str, Any] = {"color": REFERENCE_COLOR, "linewidth": 1.3, "linestyle": (0, (3, 2))}
     axes.plot(range(1, len(reference) + 1), reference, label="one replica", **look)
@@ -155,7 +156,7 @@ def draw_rounds(rounds: Sequence[Sequence[Sequence[float]]], *, limit: float) ->
     axes.set_xlabel("Replica")
     axes.set_ylabel("Time against the fastest")
     add_grid(axes, "y")
-    _add_legend(figure)
+    _add_legend(figure, marker_scale=1 if with_blocks else 2)
     return figure
 
 
@@ -173,9 +174,14 @@ def draw_throughput(points: Sequence[Mapping[str, Any]]) -> Figure:
     ideal = [each * count for count in counts]
     axes.plot(counts, ideal, color=REFERENCE_COLOR, linewidth=1, linestyle=(0, (4, 2)), label="ideal", zorder=1)
     highest = max(highest, *ideal)
-    axes.set_ylim(0, 1.05 * highest)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
+    if counts[-1] > MAX_LINEAR_REPLICAS:
+        # With both scales logarithmic an ideal scaling is a straight line.
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, 1.05 * highest)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_ylabel("Images a second")
     _finish_scaling(figure, axes, points)
     return figure
@@ -226,7 +232,7 @@ def _create(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _add_legend(figure: Figure) -> None:
+def _add_legend(figure: Figure, *, marker_scale: float = 1) -> None:
     """All entries in one line above the axes, where they hide nothing."""
     legend = figure.legend(
         loc="outside upper left",
@@ -236,6 +242,7 @@ def _add_legend(figure: Figure) -> None:
         handlelength=1.5,
         columnspacing=1.2,
         borderpad=0,
+        markerscale=marker_scale,
     )
     for label in legend.get_texts():
         label.set_parse_math(False)
@@ -243,7 +250,7 @@ def _add_legend(figure: Figure) -> None:
 
 def _finish_scaling(figure: Figure, axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
     counts = sorted({point["replicas"] for point in points})
-    if counts[-1] > 8:
+    if counts[-1] > MAX_LINEAR_REPLICAS:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(counts if len(counts) <= 10 else _spread(counts, 8))
