@@ -19,7 +19,7 @@ from mnist_dist.results.svg import (
     THIRD_COLOR,
     create_page_figure,
 )
-from mnist_dist.verify.quantities import bytes_text, digits
+from mnist_dist.verify.quantities import bytes_text
 
 MAX_ROWS = 40
 MAX_REPLICAS_WITH_BLOCKS = 32
