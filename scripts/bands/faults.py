@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.data.splits import Splits
+from mnist_dist.data.splits import SplitName, Splits
 from mnist_dist.engine.batches import PADDING, BatchPlan
 from mnist_dist.engine.build import Engine
 from mnist_dist.engine.flat_model import FlatModel
-from mnist_dist.engine.layers.dropout import BatchPosition
+from mnist_dist.engine.layers.dropout import BatchPosition, at_position
 from mnist_dist.engine.optimizer import Adam, Optimizer, create_optimizer
 from mnist_dist.engine.precision import LossScale
 from mnist_dist.engine.programs.state import TrainState
@@ -26,12 +26,17 @@ Kind = Literal["must", "informs", "harmless"]
 """must: a used number must see it. informs: it is good to know what does. harmless: no fault, must stay inside."""
 
 
+Stage = Literal["training", "validation"]
+"""Where it sits: what goes wrong in validation cannot show in the training losses."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A fault, by what it changes."""
 
     text: str
     """For the table."""
+    stage: Stage = "training"
     kind: Kind = "must"
     overrides: tuple[str, ...] = ()
     """Keys of the configuration."""
@@ -40,26 +45,26 @@ class Fault:
     spoil_engine: Callable[[Engine], Engine] | None = None
 
 
-def shuffle_labels(share: float) -> Callable[[Splits, int], Splits]:
-    """A share of the training examples exchange their labels at random."""
+def shuffle_labels(share: float, name: SplitName = "train") -> Callable[[Splits, int], Splits]:
+    """A share of the examples of a split exchange their labels at random."""
 
     def spoil(splits: Splits, seed: int) -> Splits:
-        generator = np.random.default_rng(seed)
-        chosen = generator.choice(len(splits.train), round(share * len(splits.train)), replace=False)
-        labels = splits.train.labels.copy()
+        generator, split = np.random.default_rng(seed), splits[name]
+        chosen = generator.choice(len(split), round(share * len(split)), replace=False)
+        labels = split.labels.copy()
         labels[chosen] = labels[generator.permutation(chosen)]
-        return replace(splits, train=replace(splits.train, labels=labels))
+        return replace(splits, **{name: replace(split, labels=labels)})
 
     return spoil
 
 
-def scale_images(factor: float) -> Callable[[Splits, int], Splits]:
-    """Pixels in another range, in training and validation."""
+def scale_images(factor: float, *names: SplitName) -> Callable[[Splits, int], Splits]:
+    """Pixels of these splits in another range."""
 
     def spoil(splits: Splits, seed: int) -> Splits:
         del seed
-        train, val = (replace(part, images=part.images * np.float32(factor)) for part in (splits.train, splits.val))
-        return replace(splits, train=train, val=val)
+        changed = {name: replace(splits[name], images=splits[name].images * np.float32(factor)) for name in names}
+        return replace(splits, **changed)
 
     return spoil
 
@@ -89,7 +94,9 @@ class CoarseLogitsModel(FlatModel):
     """Its loss is computed from logits in bfloat16."""
 
     def _call(self, weights: list[tf.Tensor], images: tf.Tensor, *, training: bool) -> tf.Tensor:
-        return round_to(super()._call(weights, images, training=training), 8)
+        logits = super()._call(weights, images, training=training)
+        # The gradient passes as if nothing were rounded.
+        return logits + tf.stop_gradient(round_to(logits, 8) - logits)
 
 
 class FrozenMasksModel(FlatModel):
@@ -99,6 +106,15 @@ class FrozenMasksModel(FlatModel):
         """As if every step were the first."""
         frozen = position._replace(global_step=tf.zeros_like(position.global_step))
         return super().training_logits(weights, images, frozen)
+
+
+class NoisyEvaluationModel(FlatModel):
+    """Its dropout is active during evaluation too."""
+
+    def logits(self, weights: list[tf.Tensor], images: tf.Tensor) -> tf.Tensor:
+        """As in the first training step."""
+        with at_position(BatchPosition(tf.constant(0, tf.int64), tf.constant(0, tf.int64))):
+            return self._call(weights, images, training=True)
 
 
 def exchange_model(kind: type[FlatModel], **attributes: Any) -> Callable[[Engine], Engine]:
@@ -198,8 +214,8 @@ def lose_last(share: int) -> Callable[[tf.Tensor], tf.Tensor]:
     """The last of so many equal parts of the gradient arrives as zeros."""
 
     def spoil(gradient: tf.Tensor) -> tf.Tensor:
-        size = gradient.shape[0] // share
-        return tf.concat([gradient[:-size], tf.zeros(size)], axis=0)
+        size = tf.size(gradient)
+        return tf.where(tf.range(size) < size - size // share, gradient, 0.0)
 
     return spoil
 
@@ -209,71 +225,78 @@ def skip_steps(engine: Engine) -> Engine:
     return replace(engine, learning_rate=HaltingRate(engine))  # type: ignore[arg-type]
 
 
-FAULTS: dict[str, Fault] = {
-    "rate_x2": Fault("learning rate x 2 (scaled by a world size of 2)", overrides=("optimizer.learning_rate=0.002",)),
-    "rate_x4": Fault("learning rate x 4 (scaled by a world size of 4)", overrides=("optimizer.learning_rate=0.004",)),
-    "rate_half": Fault("learning rate x 1/2", overrides=("optimizer.learning_rate=0.0005",)),
-    "rate_x1.1": Fault("learning rate x 1.1", "informs", ("optimizer.learning_rate=0.0011",)),
-    "batch_x2": Fault("global batch x 2 (each of 2 ranks takes a whole batch)", overrides=("batch.global_size=1024",)),
-    "dropout_0": Fault("no dropout", overrides=("model.dropout=0",)),
-    "dropout_0.2": Fault("dropout rate 0.2 in place of 0.4", overrides=("model.dropout=0.2",)),
-    "dropout_0.6": Fault("dropout rate 0.6 (rates of keeping and dropping exchanged)", overrides=("model.dropout=0.6",)),
-    "dropout_0.35": Fault("dropout rate 0.35", "informs", ("model.dropout=0.35",)),
-    "masks": Fault("same dropout masks at every step", "informs", spoil_engine=exchange_model(FrozenMasksModel)),
-    "labels_10": Fault("10 % of the labels shuffled", spoil_splits=shuffle_labels(0.1)),
-    "labels_1": Fault("1 % of the labels shuffled", spoil_splits=shuffle_labels(0.01)),
-    "pixels": Fault("pixels 0..255, not divided by 255", spoil_splits=scale_images(255)),
-    "pixels_half": Fault("pixels 0..0.5", spoil_splits=scale_images(0.5)),
-    "initial": Fault(
-        "initial weights of glorot_normal, not he_normal", overrides=("model.kernel_initializer=glorot_normal",)
-    ),
-    "twice_half": Fault(
-        "half of each batch seen twice, the other half never",
-        "informs",
-        spoil_engine=exchange_plan(RepeatingPlan, num_parts=2),
-    ),
-    "twice_eighth": Fault(
-        "one shard of eight seen twice, another one never",
-        "informs",
-        spoil_engine=exchange_plan(RepeatingPlan, num_parts=8),
-    ),
-    "same_order": Fault("every epoch in the order of the first", "informs", spoil_engine=exchange_plan(SameOrderPlan)),
-    "lost_tenth": Fault("the last tenth of the gradient lost", spoil_engine=exchange_state(spoil_gradient=lose_last(10))),
-    "lost_half": Fault("the last half of the gradient lost", spoil_engine=exchange_state(spoil_gradient=lose_last(2))),
-    "skipped": Fault("every tenth step skipped", "informs", spoil_engine=skip_steps),
-    "beta_1": Fault("Adam without momentum (beta_1 = 0)", "informs", ("optimizer.beta_1=0",)),
-    "beta_2": Fault("Adam with beta_2 = 0.9 in place of 0.999", "informs", ("optimizer.beta_2=0.9",)),
-    "epsilon": Fault("Adam with epsilon = 1e-3 in place of 1e-7", overrides=("optimizer.epsilon=1e-3",)),
-    "bias": Fault("Adam without correction of the bias", spoil_engine=exchange_state(UncorrectedAdam)),
-    "bits_4": Fault(
-        "weights and pixels in 4 significant bits (float8)",
-        "informs",
-        spoil_engine=exchange_model(CoarseModel, bits=4),
-    ),
-    "bits_2": Fault("weights and pixels in 2 significant bits", spoil_engine=exchange_model(CoarseModel, bits=2)),
-    "stored_8": Fault(
-        "weights stored in bfloat16, without a copy in float32",
-        spoil_engine=exchange_state(spoil_weights=lambda weights: round_to(weights, 8)),
-    ),
-    "gradient_8": Fault(
-        "gradient reduced in bfloat16",
-        "informs",
-        spoil_engine=exchange_state(spoil_gradient=lambda gradient: round_to(gradient, 8)),
-    ),
-    "gradient_16": Fault(
-        "gradient in float16 without a loss scale",
-        "informs",
-        spoil_engine=exchange_state(spoil_gradient=lambda gradient: tf.cast(tf.cast(gradient, tf.float16), tf.float32)),
-    ),
-    "logits_8": Fault("loss computed in bfloat16", "informs", spoil_engine=exchange_model(CoarseLogitsModel)),
-    "gradient_half": Fault(
-        "gradient divided twice by 2 (Adam does not see a factor; the checks with SGD do)",
-        "informs",
-        spoil_engine=exchange_state(spoil_gradient=lambda gradient: gradient / 2),
-    ),
-    "tf32": Fault("weights and pixels in 11 significant bits (TF32)", "harmless", spoil_engine=exchange_model(CoarseModel, bits=11)),
-    "shards": Fault("batch.num_shards=3", "harmless", ("batch.num_shards=3",)),
-    "fast": Fault("reproducibility=fast", "harmless", ("reproducibility=fast",)),
-    "xla": Fault("compile=xla", "harmless", ("compile=xla",)),
-}
-"""By the name in the files."""
+def _faults() -> dict[str, Fault]:
+    rate, dropout = "optimizer.learning_rate=", "model.dropout="
+    model, state, plan = exchange_model, exchange_state, exchange_plan
+
+    def half(gradient: tf.Tensor) -> tf.Tensor:
+        return gradient / 2
+
+    def to_float16(gradient: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tf.cast(gradient, tf.float16), tf.float32)
+
+    def stored(bits: int) -> Callable[[Engine], Engine]:
+        return state(spoil_weights=lambda weights: round_to(weights, bits))
+
+    must = {
+        "rate_x2": Fault("learning rate x 2 (scaled by a world size of 2)", overrides=(f"{rate}0.002",)),
+        "rate_x4": Fault("learning rate x 4", overrides=(f"{rate}0.004",)),
+        "rate_half": Fault("learning rate x 1/2", overrides=(f"{rate}0.0005",)),
+        "batch_x2": Fault("global batch x 2", overrides=("batch.global_size=1024",)),
+        "dropout_0": Fault("no dropout", overrides=(f"{dropout}0",)),
+        "dropout_0.2": Fault("dropout rate 0.2, not 0.4", overrides=(f"{dropout}0.2",)),
+        "dropout_0.6": Fault("dropout rate 0.6 (dropped and kept exchanged)", overrides=(f"{dropout}0.6",)),
+        "labels_10": Fault("10 % of the labels shuffled", spoil_splits=shuffle_labels(0.1)),
+        "labels_1": Fault("1 % of the labels shuffled", spoil_splits=shuffle_labels(0.01)),
+        "pixels": Fault("pixels not divided by 255", spoil_splits=scale_images(255, "train", "val")),
+        "lost_tenth": Fault("last tenth of the gradient lost", spoil_engine=state(spoil_gradient=lose_last(10))),
+        "epsilon": Fault("Adam: epsilon 1e-3, not 1e-7", overrides=("optimizer.epsilon=1e-3",)),
+        "bias": Fault("Adam: bias of the averages not corrected", spoil_engine=state(UncorrectedAdam)),
+        "stored_4": Fault("weights stored in 4 significant bits (float8)", spoil_engine=stored(4)),
+    }
+    validation = {
+        "val_labels_10": Fault(
+            "10 % of the validation labels shuffled", "validation", spoil_splits=shuffle_labels(0.1, "val")
+        ),
+        "val_labels_1": Fault(
+            "1 % of the validation labels shuffled", "validation", spoil_splits=shuffle_labels(0.01, "val")
+        ),
+        "val_pixels": Fault("validation pixels not divided", "validation", spoil_splits=scale_images(255, "val")),
+        "val_dropout": Fault("dropout during validation", "validation", spoil_engine=model(NoisyEvaluationModel)),
+    }
+    informing: dict[str, dict[str, Any]] = {
+        "rate_x1.1": {"text": "learning rate x 1.1", "overrides": (f"{rate}0.0011",)},
+        "masks": {"text": "same dropout masks at every step", "spoil_engine": model(FrozenMasksModel)},
+        "initial": {"text": "initial weights glorot_normal", "overrides": ("model.kernel_initializer=glorot_normal",)},
+        "twice_half": {"text": "half of each batch twice, the rest never", "spoil_engine": plan(RepeatingPlan, num_parts=2)},
+        "twice_eighth": {"text": "one shard of 8 twice, another never", "spoil_engine": plan(RepeatingPlan, num_parts=8)},
+        "same_order": {"text": "every epoch in the first one's order", "spoil_engine": plan(SameOrderPlan)},
+        "skipped": {"text": "every tenth step skipped", "spoil_engine": skip_steps},
+        "beta_1": {"text": "Adam: no momentum (beta_1 = 0)", "overrides": ("optimizer.beta_1=0",)},
+        "beta_2": {"text": "Adam: beta_2 = 0.9, not 0.999", "overrides": ("optimizer.beta_2=0.9",)},
+        "stored_8": {"text": "weights stored in bfloat16 only", "spoil_engine": stored(8)},
+        "bits_4": {"text": "products of 4 significant bits", "spoil_engine": model(CoarseModel, bits=4)},
+        "bits_2": {"text": "products of 2 significant bits", "spoil_engine": model(CoarseModel, bits=2)},
+        "gradient_8": {
+            "text": "gradient reduced in bfloat16", "spoil_engine": state(spoil_gradient=lambda g: round_to(g, 8))
+        },
+        "gradient_16": {"text": "gradient in float16, no loss scale", "spoil_engine": state(spoil_gradient=to_float16)},
+        "logits_8": {"text": "loss computed in bfloat16", "spoil_engine": model(CoarseLogitsModel)},
+        "gradient_half": {"text": "gradient divided by 2 once more", "spoil_engine": state(spoil_gradient=half)},
+    }
+    harmless: dict[str, dict[str, Any]] = {
+        "tf32": {"text": "products of 11 significant bits (TF32)", "spoil_engine": model(CoarseModel, bits=11)},
+        "shards": {"text": "batch.num_shards=3", "overrides": ("batch.num_shards=3",)},
+        "fast": {"text": "reproducibility=fast", "overrides": ("reproducibility=fast",)},
+        "xla": {"text": "compile=xla", "overrides": ("compile=xla",)},
+    }
+    return {
+        **must,
+        **validation,
+        **{name: Fault(kind="informs", **values) for name, values in informing.items()},
+        **{name: Fault(kind="harmless", **values) for name, values in harmless.items()},
+    }
+
+
+FAULTS = _faults()
+"""By the name in the records."""

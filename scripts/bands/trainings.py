@@ -1,6 +1,7 @@
 """Many short trainings, in one process per core, remembered in a file so that an interrupted build continues."""
 
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,10 +89,14 @@ def train_all(tasks: Iterable[Task], records: Records, sources: Sources, *, num_
     with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(counter, sources)) as pool:
         # Neighbours have the same data set, fault and so on: what a process keeps of the last one serves the next.
         futures = {pool.submit(_train, task): task for task in missing}
-        for number, future in enumerate(as_completed(futures), start=1):
-            records.add(futures[future], future.result())
-            if number % 50 == 0:
-                print(f"{number} of {len(missing)} trainings", flush=True)
+        try:
+            for number, future in enumerate(as_completed(futures), start=1):
+                records.add(futures[future], future.result())
+                if number % 50 == 0:
+                    print(f"{number} of {len(missing)} trainings", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 _sources: Sources
@@ -106,6 +111,7 @@ def _start(counter: Any, sources: Sources) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[number % len(cores)]})
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # every training traces its programs anew
     from mnist_dist.engine.build import start_devices
 
     _sources = sources
