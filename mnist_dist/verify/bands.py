@@ -1,7 +1,7 @@
 """Bands: within which bounds the numbers of a correct training of the recipe lie, whatever its seed.
 
-Where all ranks have a fault in common, N replicas agree with one replica, and only what a training achieves can show it.
-`bands.json` has the numbers of many trainings that differ in their seeds alone, for each data set and precision; a new
+Where all ranks share a fault, N replicas agree with one replica, and only what a training achieves can show it.
+`bands.json` has the numbers of many trainings that differ only in their seeds, for each data set and precision; a new
 training is judged by the prediction interval of each number. `docs/bands.md` says which faults that sees.
 """
 
@@ -22,7 +22,7 @@ EPOCHS = 3
 ALPHA = 1e-4
 """How often a number of a correct training is outside its interval: 20 correct trainings must pass 20 times."""
 FAR = 1.5
-"""Beyond so many times the bound, one training decides; nearer, the mean of `RUNS_TO_DECIDE`."""
+"""Beyond this many times the bound one training decides; between the two, the mean of `RUNS_TO_DECIDE`."""
 RUNS_TO_DECIDE = 3
 EARLY_STEPS = slice(1, 25)
 """The second to the 25th step: the first one is computed with the initial weights."""
@@ -83,7 +83,7 @@ def _val_loss(epoch: int) -> Number:
 
 def _steps_loss(trial: Trial, steps: slice) -> float:
     losses = trial.step_losses[0][steps]
-    return losses.sum().item() / (len(losses) * trial.batch_size)
+    return float(losses.sum()) / (len(losses) * trial.batch_size)
 
 
 def logit_of_count(count: int, total: int) -> float:
@@ -201,9 +201,9 @@ class Bands:
     """Whether they are for differences (`subtract`) to float32 with the same seed."""
 
     def judge(self, measured: Sequence[Mapping[str, float]]) -> Judgement:
-        """Judge one training, or `RUNS_TO_DECIDE` by their mean; `needs_more` is only possible for one.
+        """Judge one training, or `RUNS_TO_DECIDE` by their mean; then `needs_more` is no longer possible.
 
-        A training fails by a number that is not finite, as it does by one far outside.
+        A number that is not finite is outside.
         """
         if not measured:
             raise ValueError("nothing to judge")

@@ -6,8 +6,8 @@
 2. Chooses the numbers that are used, by the rule of docs/bands.md, and checks that they see what they must see.
 3. Trains with `HOLD_OUT`, seeds that are used for nothing else: all must be inside.
 
-It writes only what has passed. Trainings are remembered in `--folder`, so an interrupted build continues; after a change of
-the engine or the faults, start with an empty folder.
+It writes only what has passed. Trainings are remembered in `--folder`, so an interrupted build continues; after a
+change of the engine or the faults, start with an empty folder.
 """
 
 import argparse
@@ -84,14 +84,14 @@ def find_effects(measured: Measured, dataset: str, kind: Kind) -> dict[str, dict
     from faults import FAULTS
 
     fitted = fit(measured.of(dataset, kind, SEEDS))
-    found: dict[str, dict[str, float]] = {}
-    for fault in FAULTS:
-        runs = measured.of(dataset, kind, FAULT_SEEDS, fault)
-        found[fault] = {
-            name: float(np.median([(run[name] - band.mean) / band.std for run in runs]))
+    runs = {fault: measured.of(dataset, kind, FAULT_SEEDS, fault) for fault in FAULTS}
+    return {
+        fault: {
+            name: float(np.median([(run[name] - band.mean) / band.std for run in runs[fault]]))
             for name, band in fitted.items()
         }
-    return found
+        for fault in FAULTS
+    }
 
 
 def choose(effects: Sequence[dict[str, dict[str, float]]]) -> list[str]:
@@ -101,8 +101,8 @@ def choose(effects: Sequence[dict[str, dict[str, float]]]) -> list[str]:
     return [
         name
         for name, number in NUMBERS.items()
-        if all(
-            abs(found[fault][name]) >= LEAST_EFFECT
+        if not any(
+            abs(found[fault][name]) < LEAST_EFFECT  # false for NaN, of trainings that fail by themselves
             for found in effects
             for fault, spoilt in FAULTS.items()
             if spoilt.kind == "must" and spoilt.stage == number.stage
@@ -152,7 +152,7 @@ def describe(measured: Measured, dataset: str, kind: Kind, *, used: Sequence[str
         "leave_one_out": leave_one_out(numbers, used),
         "effects": {
             fault: {
-                "moves": [float(f"{effect:.1f}") for effect in effects[fault].values()],
+                "moves": [round(effect, 1) if np.isfinite(effect) else None for effect in effects[fault].values()],
                 "outcomes": outcomes[fault],
             }
             for fault in FAULTS

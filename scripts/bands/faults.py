@@ -1,7 +1,7 @@
 """Faults that all ranks of a job would have in common, put into a training to see which numbers show them.
 
-N replicas then agree with one replica, so only the bands of `mnist_dist.verify.bands` can notice. Nothing in the package
-can turn a fault on: each is a change of the configuration, of the data, or of a part of an engine.
+N replicas then agree with one replica, so only the bands of `mnist_dist.verify.bands` can notice. Nothing in the
+package can turn a fault on: each is a change of the configuration, of the data, or of a part of an engine.
 """
 
 import dataclasses
@@ -268,8 +268,14 @@ def _faults() -> dict[str, Fault]:
         "rate_x1.1": {"text": "learning rate x 1.1", "overrides": (f"{rate}0.0011",)},
         "masks": {"text": "same dropout masks at every step", "spoil_engine": model(FrozenMasksModel)},
         "initial": {"text": "initial weights glorot_normal", "overrides": ("model.kernel_initializer=glorot_normal",)},
-        "twice_half": {"text": "half of each batch twice, the rest never", "spoil_engine": plan(RepeatingPlan, num_parts=2)},
-        "twice_eighth": {"text": "one shard of 8 twice, another never", "spoil_engine": plan(RepeatingPlan, num_parts=8)},
+        "twice_half": {
+            "text": "half of each batch twice, the rest never",
+            "spoil_engine": plan(RepeatingPlan, num_parts=2),
+        },
+        "twice_eighth": {
+            "text": "one shard of 8 twice, another never",
+            "spoil_engine": plan(RepeatingPlan, num_parts=8),
+        },
         "same_order": {"text": "every epoch in the first one's order", "spoil_engine": plan(SameOrderPlan)},
         "skipped": {"text": "every tenth step skipped", "spoil_engine": skip_steps},
         "beta_1": {"text": "Adam: no momentum (beta_1 = 0)", "overrides": ("optimizer.beta_1=0",)},
@@ -278,7 +284,8 @@ def _faults() -> dict[str, Fault]:
         "bits_4": {"text": "products of 4 significant bits", "spoil_engine": model(CoarseModel, bits=4)},
         "bits_2": {"text": "products of 2 significant bits", "spoil_engine": model(CoarseModel, bits=2)},
         "gradient_8": {
-            "text": "gradient reduced in bfloat16", "spoil_engine": state(spoil_gradient=lambda g: round_to(g, 8))
+            "text": "gradient reduced in bfloat16",
+            "spoil_engine": state(spoil_gradient=lambda g: round_to(g, 8)),
         },
         "gradient_16": {"text": "gradient in float16, no loss scale", "spoil_engine": state(spoil_gradient=to_float16)},
         "logits_8": {"text": "loss computed in bfloat16", "spoil_engine": model(CoarseLogitsModel)},
