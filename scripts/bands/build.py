@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import page
+from faults import FAULTS, faults_in
 from trainings import Records, Sources, Task, train_all
 
 from mnist_dist.base.versions import installed_versions
@@ -81,31 +82,27 @@ def fit(numbers: Sequence[dict[str, float]]) -> dict[str, Band]:
 
 def find_effects(measured: Measured, dataset: str, kind: Kind) -> dict[str, dict[str, float]]:
     """For each fault, by how many standard deviations it moves each number: medians over `FAULT_SEEDS`."""
-    from faults import FAULTS
-
     fitted = fit(measured.of(dataset, kind, SEEDS))
-    runs = {fault: measured.of(dataset, kind, FAULT_SEEDS, fault) for fault in FAULTS}
+    runs = {fault: measured.of(dataset, kind, FAULT_SEEDS, fault) for fault in faults_in(kind.precision)}
     return {
         fault: {
             name: float(np.median([(run[name] - band.mean) / band.std for run in runs[fault]]))
             for name, band in fitted.items()
         }
-        for fault in FAULTS
+        for fault in runs
     }
 
 
 def choose(effects: Sequence[dict[str, dict[str, float]]]) -> list[str]:
     """The numbers that every fault of their own stage that must be seen moves far enough, on every data set."""
-    from faults import FAULTS
-
     return [
         name
         for name, number in NUMBERS.items()
         if not any(
             abs(found[fault][name]) < LEAST_EFFECT  # false for NaN, of trainings that fail by themselves
             for found in effects
-            for fault, spoilt in FAULTS.items()
-            if spoilt.kind == "must" and spoilt.stage == number.stage
+            for fault in found
+            if FAULTS[fault].kind == "must" and FAULTS[fault].stage == number.stage
         )
     ]
 
@@ -126,15 +123,13 @@ def leave_one_out(numbers: Sequence[dict[str, float]], used: Sequence[str]) -> d
 
 def describe(measured: Measured, dataset: str, kind: Kind, *, used: Sequence[str]) -> dict[str, Any]:
     """The entry of `bands.json`, but for the hold-out; fails if a fault is not seen, or something harmless is."""
-    from faults import FAULTS
-
     numbers = measured.of(dataset, kind, SEEDS)
     fitted = fit(numbers)
     judge = Bands(tuple(fitted[name] for name in used), kind.paired)
     effects = find_effects(measured, dataset, kind)
-    outcomes = {fault: count_outcomes(judge, measured.of(dataset, kind, FAULT_SEEDS, fault)) for fault in FAULTS}
-    for fault, spoilt in FAULTS.items():
-        expected = {"must": "outside", "harmless": "inside"}.get(spoilt.kind)
+    outcomes = {fault: count_outcomes(judge, measured.of(dataset, kind, FAULT_SEEDS, fault)) for fault in effects}
+    for fault in effects:
+        expected = {"must": "outside", "harmless": "inside"}.get(FAULTS[fault].kind)
         if expected and outcomes[fault] != {expected: len(FAULT_SEEDS)}:
             sys.exit(f"{dataset} {kind}: {fault} must be {expected} with every seed, but is {outcomes[fault]}")
     return {
@@ -155,7 +150,7 @@ def describe(measured: Measured, dataset: str, kind: Kind, *, used: Sequence[str
                 "moves": [round(effect, 1) if np.isfinite(effect) else None for effect in effects[fault].values()],
                 "outcomes": outcomes[fault],
             }
-            for fault in FAULTS
+            for fault in effects
         },
     }
 
@@ -190,15 +185,18 @@ def clean(seeds: Sequence[int]) -> list[Task]:
 
 def spoilt() -> list[Task]:
     """Those with each fault."""
-    from faults import FAULTS
-
     return [
         Task(dataset, precision, seed, fault)
         for dataset in DATASETS
         for precision in PRECISIONS
-        for fault in FAULTS
+        for fault in faults_in(precision)
         for seed in FAULT_SEEDS
     ]
+
+
+def describe_faults() -> dict[str, dict[str, str]]:
+    """What the table of effects says about each."""
+    return {name: {"text": fault.text, "stage": fault.stage, "kind": fault.kind} for name, fault in FAULTS.items()}
 
 
 def main() -> None:
@@ -237,9 +235,16 @@ def main() -> None:
     measured = Measured(records)
     for entry in entries:
         entry["hold_out"] = hold_out(measured, entry, Kind(entry["precision"], entry["paired"]))
-    stored = {"alpha": bands.ALPHA, "epochs": bands.EPOCHS, "versions": made_with, "recipe": recipe, "bands": entries}
+    stored = {
+        "alpha": bands.ALPHA,
+        "epochs": bands.EPOCHS,
+        "versions": made_with,
+        "recipe": recipe,
+        "faults": describe_faults(),
+        "bands": entries,
+    }
     STORED.write_text(to_text(stored))
-    page.write(stored)
+    page.PAGE.write_text(page.render(page.PAGE.read_text(), stored))
     print(f"{STORED.name}: {STORED.stat().st_size} bytes, after {(time.monotonic() - start) / 60:.0f} minutes")
 
 

@@ -43,6 +43,8 @@ class Fault:
     spoil_splits: Callable[[Splits, int], Splits] | None = None
     """Given the seed."""
     spoil_engine: Callable[[Engine], Engine] | None = None
+    in_mixed: bool = False
+    """Whether it is tried in mixed precision too; most faults would move the numbers there just as far."""
 
 
 def shuffle_labels(share: float, name: SplitName = "train") -> Callable[[Splits, int], Splits]:
@@ -88,15 +90,6 @@ class CoarseModel(FlatModel):
 
     def _call(self, weights: list[tf.Tensor], images: tf.Tensor, *, training: bool) -> tf.Tensor:
         return super()._call(weights, round_to(images, self.bits), training=training)
-
-
-class CoarseLogitsModel(FlatModel):
-    """Its loss is computed from logits in bfloat16."""
-
-    def _call(self, weights: list[tf.Tensor], images: tf.Tensor, *, training: bool) -> tf.Tensor:
-        logits = super()._call(weights, images, training=training)
-        # The gradient passes as if nothing were rounded.
-        return logits + tf.stop_gradient(round_to(logits, 8) - logits)
 
 
 class FrozenMasksModel(FlatModel):
@@ -179,15 +172,6 @@ class RepeatingPlan(BatchPlan):
         return rows
 
 
-class SameOrderPlan(BatchPlan):
-    """Every epoch has the order of the first."""
-
-    def shuffled(self, *, seed: int, epoch: int) -> npt.NDArray[np.int32]:
-        """As if the epoch were 1."""
-        del epoch
-        return super().shuffled(seed=seed, epoch=1)
-
-
 def exchange_plan(kind: type[BatchPlan], **attributes: Any) -> Callable[[Engine], Engine]:
     """Another plan of the same sizes."""
 
@@ -225,15 +209,18 @@ def skip_steps(engine: Engine) -> Engine:
     return replace(engine, learning_rate=HaltingRate(engine))  # type: ignore[arg-type]
 
 
+_IN_MIXED = (
+    *("rate_x2", "rate_half", "dropout_0", "dropout_0.6", "labels_1", "lost_tenth", "val_labels_1", "val_dropout"),
+    *("stored_8", "bits_4", "gradient_8", "fast", "xla"),
+)
+
+
 def _faults() -> dict[str, Fault]:
     rate, dropout = "optimizer.learning_rate=", "model.dropout="
     model, state, plan = exchange_model, exchange_state, exchange_plan
 
     def half(gradient: tf.Tensor) -> tf.Tensor:
         return gradient / 2
-
-    def to_float16(gradient: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tf.cast(gradient, tf.float16), tf.float32)
 
     def stored(bits: int) -> Callable[[Engine], Engine]:
         return state(spoil_weights=lambda weights: round_to(weights, bits))
@@ -267,7 +254,6 @@ def _faults() -> dict[str, Fault]:
     informing: dict[str, dict[str, Any]] = {
         "rate_x1.1": {"text": "learning rate x 1.1", "overrides": (f"{rate}0.0011",)},
         "masks": {"text": "same dropout masks at every step", "spoil_engine": model(FrozenMasksModel)},
-        "initial": {"text": "initial weights glorot_normal", "overrides": ("model.kernel_initializer=glorot_normal",)},
         "twice_half": {
             "text": "half of each batch twice, the rest never",
             "spoil_engine": plan(RepeatingPlan, num_parts=2),
@@ -276,34 +262,34 @@ def _faults() -> dict[str, Fault]:
             "text": "one shard of 8 twice, another never",
             "spoil_engine": plan(RepeatingPlan, num_parts=8),
         },
-        "same_order": {"text": "every epoch in the first one's order", "spoil_engine": plan(SameOrderPlan)},
         "skipped": {"text": "every tenth step skipped", "spoil_engine": skip_steps},
-        "beta_1": {"text": "Adam: no momentum (beta_1 = 0)", "overrides": ("optimizer.beta_1=0",)},
         "beta_2": {"text": "Adam: beta_2 = 0.9, not 0.999", "overrides": ("optimizer.beta_2=0.9",)},
         "stored_8": {"text": "weights stored in bfloat16 only", "spoil_engine": stored(8)},
         "bits_4": {"text": "products of 4 significant bits", "spoil_engine": model(CoarseModel, bits=4)},
-        "bits_2": {"text": "products of 2 significant bits", "spoil_engine": model(CoarseModel, bits=2)},
         "gradient_8": {
             "text": "gradient reduced in bfloat16",
             "spoil_engine": state(spoil_gradient=lambda g: round_to(g, 8)),
         },
-        "gradient_16": {"text": "gradient in float16, no loss scale", "spoil_engine": state(spoil_gradient=to_float16)},
-        "logits_8": {"text": "loss computed in bfloat16", "spoil_engine": model(CoarseLogitsModel)},
         "gradient_half": {"text": "gradient divided by 2 once more", "spoil_engine": state(spoil_gradient=half)},
     }
     harmless: dict[str, dict[str, Any]] = {
-        "tf32": {"text": "products of 11 significant bits (TF32)", "spoil_engine": model(CoarseModel, bits=11)},
         "shards": {"text": "batch.num_shards=3", "overrides": ("batch.num_shards=3",)},
         "fast": {"text": "reproducibility=fast", "overrides": ("reproducibility=fast",)},
         "xla": {"text": "compile=xla", "overrides": ("compile=xla",)},
     }
-    return {
+    found = {
         **must,
         **validation,
         **{name: Fault(kind="informs", **values) for name, values in informing.items()},
         **{name: Fault(kind="harmless", **values) for name, values in harmless.items()},
     }
+    return {name: replace(fault, in_mixed=name in _IN_MIXED) for name, fault in found.items()}
 
 
 FAULTS = _faults()
 """By the name in the records."""
+
+
+def faults_in(precision: str) -> list[str]:
+    """The names of those that are tried in a precision."""
+    return [name for name, fault in FAULTS.items() if fault.in_mixed or precision == "float32"]

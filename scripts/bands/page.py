@@ -45,22 +45,24 @@ def bands_table(entries: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
                 ]
 
 
-def effects_table(entries: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+def effects_table(entries: Sequence[dict[str, Any]], faults: dict[str, dict[str, str]]) -> Iterator[list[str]]:
     """For each fault the smaller one of the effects on the data sets, and how many runs it puts outside."""
-    from faults import FAULTS
-
     used = [name for name in NUMBERS if entries[0]["numbers"][name]["used"]]
     yield ["fault", *(f"**{head}**" if name in used else head for name, head in HEADS.items()), "caught"]
     for kind, title in GROUPS.items():
         yield [title, *[""] * (len(HEADS) + 1)]
-        for fault, spoilt in FAULTS.items():
-            if spoilt.kind != kind:
+        for fault, about in faults.items():
+            if about["kind"] != kind or fault not in entries[0]["effects"]:
                 continue
             found = [entry["effects"][fault] for entry in entries]
-            moves = [min(pair, key=abs) for pair in zip(*(one["moves"] for one in found), strict=True)]
+            # A training that failed has no numbers.
+            moves = [
+                "none" if None in pair else f"{min(pair, key=abs):.1f}".replace("-0.0", "0.0")
+                for pair in zip(*(one["moves"] for one in found), strict=True)
+            ]
             outside = sum(one["outcomes"].get("outside", 0) for one in found)
             total = sum(sum(one["outcomes"].values()) for one in found)
-            yield [spoilt.text, *(f"{move:.1f}".replace("-0.0", "0.0") for move in moves), f"{outside} of {total}"]
+            yield [about["text"], *moves, f"{outside} of {total}"]
 
 
 def hold_out_table(entries: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
@@ -83,25 +85,24 @@ def to_markdown(rows: Iterator[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(stored: dict[str, Any]) -> None:
-    """Put the tables between their marks."""
+def render(text: str, stored: dict[str, Any]) -> str:
+    """The page with the tables between their marks."""
     entries = stored["bands"]
     alone = [entry for entry in entries if entry["precision"] == "float32"]
     paired = [entry for entry in entries if entry["paired"]]
     tables = {
         "bands": bands_table(entries),
-        "effects": effects_table(alone),
-        "paired effects": effects_table(paired),
+        "effects": effects_table(alone, stored["faults"]),
+        "paired effects": effects_table(paired, stored["faults"]),
         "hold-out": hold_out_table(entries),
     }
-    text = PAGE.read_text()
     for name, rows in tables.items():
         mark = re.compile(rf"(?<=<!-- {name} -->\n\n).*?(?=\n*<!-- end of {name} -->)", re.DOTALL)
         table = to_markdown(rows) + "\n"
         text, count = mark.subn(lambda _, table=table: table, text)
         assert count == 1, name
-    PAGE.write_text(text)
+    return text
 
 
 if __name__ == "__main__":
-    write(load_stored())
+    PAGE.write_text(render(PAGE.read_text(), load_stored()))
