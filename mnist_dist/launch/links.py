@@ -70,7 +70,7 @@ class Links(ABC):
         """Called by the thread several times a second."""
 
     def _start(self, address: str, *, thread_name: str) -> threading.Thread:
-        """Connect to rank 0 at its `address`, and start the thread; raises EnvironmentProblem if rank 0 cannot be reached."""
+        """Connect to rank 0 at its `address`, and start the thread; raises EnvironmentProblem if it is not there."""
         if not self._topology.is_chief:
             self._connect(address)
         thread = threading.Thread(target=self._run, name=thread_name, daemon=True)
@@ -201,4 +201,6 @@ def _own_host(topology: Topology) -> str:
         with socket.create_connection(split_address(store), timeout=_JOIN_S) as probe:
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise EnvironmentProblem(f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})") from error
+        raise EnvironmentProblem(
+            f"horovodrun's store at {store} cannot be reached ({describe_os_error(error)})"
+        ) from error

@@ -141,7 +141,10 @@ def describe_rank(topology: Topology) -> dict[str, object]:
 
 def write(report: Report, run_folder: RunFolder) -> None:
     """Write all files, and log the verdict."""
+    from mnist_dist.verify.page import build_page  # with Matplotlib, which must be imported with our settings
+
     run_folder.write_text("verify.json", report.to_json())
+    run_folder.write_text("verify.html", build_page(report))
     hosts = sorted({suspect.host for suspect in report.suspects})
     run_folder.write_text("suspects.txt", "".join(f"{host}\n" for host in hosts))
     for suspect in report.suspects:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -40,6 +41,9 @@ class Context:
         self.control = control
         self.folder = folder
         """The run folder; only rank 0 writes there."""
+        self.host = socket.gethostname()
+        self.trials: dict[tuple[str, int], dict[str, Any]] = {}
+        """Trainings that several checks look at, by precision and number."""
         self.mixed_precision = ""
         """The mixed precision to check."""
         self._started: tuple[Strategy, Splits] | None = None

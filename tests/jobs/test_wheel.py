@@ -1,4 +1,4 @@
-"""The wheel carries conf/ and runs from anywhere."""
+"""The wheel carries conf/ and the bands, and runs from anywhere."""
 
 import subprocess
 import sys
@@ -34,13 +34,15 @@ def installed(tmp_path_factory):
 
 def test_the_wheel_composes_its_configuration(installed, tmp_path):
     code = "import mnist_dist; from mnist_dist.config.compose import compose_config; print(mnist_dist.__file__)\n"
-    code += "print(compose_config('experiment=debug', 'model=cnn').trainer.epochs)"
+    code += "print(compose_config('experiment=debug', 'model=cnn').trainer.epochs)\n"
+    code += "from mnist_dist.verify.bands import load_stored; print(len(load_stored()['bands']))"
     result = subprocess.run(
         [installed / "python", "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=100, check=True
     )
-    location, epochs = result.stdout.split()
+    location, epochs, num_bands = result.stdout.split()
     assert Path(location).is_relative_to(installed.parent)
     assert epochs == "3"
+    assert num_bands == "6"
 
 
 def test_the_console_scripts_train_and_evaluate(installed, small_npz, tmp_path):

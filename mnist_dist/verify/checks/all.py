@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from mnist_dist.verify.checks.base import Check
+from mnist_dist.verify.checks.environment import Environment
 from mnist_dist.verify.checks.identity import Identity
 from mnist_dist.verify.checks.reference import Reference, SoFar
 from mnist_dist.verify.config import VerifyConfig
@@ -21,6 +22,8 @@ def choose_checks(config: VerifyConfig, *, start: Callable[[Context], None], so_
         )
 
     checks: list[Check] = [Identity(start_and_load)]
+    if config.checks is None or "environment" in config.checks:
+        checks.insert(0, Environment())
     return checks
 
 
@@ -31,6 +34,8 @@ def _with_tensorflow() -> list[Check]:
     from mnist_dist.verify.checks.data import Data
     from mnist_dist.verify.checks.equality import Exact, Fast
     from mnist_dist.verify.checks.interruption import Interruption
+    from mnist_dist.verify.checks.learning import Learning, Precision
     from mnist_dist.verify.checks.speed import Scaling, SlowRank
 
-    return [Collectives(), Data(), CrossExamination(), Exact(), Fast(), Interruption(), SlowRank(), Scaling()]
+    training: list[Check] = [Exact(), Fast(), Learning(), Precision(), Interruption()]
+    return [Collectives(), Data(), CrossExamination(), *training, SlowRank(), Scaling()]

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from mnist_dist.base.versions import package_digest
 from mnist_dist.config.compare import job_keys
+from mnist_dist.doctor.checks.software import code_digest
 from mnist_dist.launch.agreement import job_facts
 from mnist_dist.launch.gpus import own_uuids
 from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, minority, names_of
@@ -30,7 +30,7 @@ class Identity(Check):
             config.pop(key)
         facts = {
             **job_facts(job_keys(config), num_gpus=len(own_uuids(context.topology))),
-            "code": package_digest(),
+            "code": code_digest(),
             "data": context.dataset.sha256,
         }
         all_same = context.settle(facts, lambda values: all(value == values[0] for value in values))
