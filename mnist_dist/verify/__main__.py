@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import platform
 import socket
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
 from mnist_dist.base.versions import installed_versions
+from mnist_dist.benchmark.machine import describe_machine
 from mnist_dist.cli.main import run
 from mnist_dist.config.compose import Command
 from mnist_dist.data.dataset import ImageDataset
@@ -27,7 +27,7 @@ from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.context import Context
-from mnist_dist.verify.report import CheckResult, RankFacts, Report, Verdict, judge
+from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Verdict, judge
 from mnist_dist.verify.runner import Runner, describe, judge_detectors
 
 log = logging.getLogger("mnist_dist.verify")  # __name__ is __main__ when run with -m
@@ -55,10 +55,15 @@ class Verification:
     def finish(self) -> int:
         """Write the report; returns the exit code."""
         assert self.runner is not None and self.context is not None
-        results = [*self.runner.results]
-        if self.config.checks is None or "detectors" in self.config.checks:
+        results, wanted = [*self.runner.results], self.config.checks or CHECK_NAMES
+        if "detectors" in wanted:
             results.append(judge_detectors(self.runner))
             log.info("%s", describe(results[-1]))
+        done = {result.name for result in results}
+        for number, name in enumerate(CHECK_NAMES):
+            if name not in done:
+                why = "the devices were not started" if name in wanted else "not asked for"
+                results.append(CheckResult(number, name, "skipped", why))
         results.sort(key=lambda result: result.number)
         context = self.context
         configuration = {key: value for key, value in asdict(context.config).items() if key != "run_dir"}
@@ -133,7 +138,7 @@ def describe_rank(topology: Topology) -> dict[str, object]:
         host=socket.gethostname(),
         devices=(),
         gpus=tuple(own_uuids(topology)),
-        cpu=platform.processor() or platform.machine(),
+        cpu=describe_machine()["cpu"],
         cores=len(os.sched_getaffinity(0)),
     )
     return asdict(facts)
@@ -156,7 +161,11 @@ def write(report: Report, run_folder: RunFolder) -> None:
 
 def summarize(report: Report) -> str:
     """The verdict in one line: first what could not be judged."""
-    counts = {status: [c.name for c in report.checks if c.status == status] for status in ("inconclusive", "skipped")}
+    kinds = {"inconclusive": "", "skipped": "not asked for"}
+    counts = {
+        status: [check.name for check in report.checks if check.status == status and check.summary != usual]
+        for status, usual in kinds.items()
+    }
     unsure = "".join(f"{len(names)} {status} ({', '.join(names)}); " for status, names in counts.items() if names)
     bad = [check.name for check in report.checks if check.status in ("fail", "degraded")]
     return f"{report.verdict}: {unsure}{', '.join(bad) if bad else 'no fault found'}, {report.seconds:.0f} s"

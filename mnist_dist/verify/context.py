@@ -1,5 +1,6 @@
 """What the checks share: this rank's devices, data and line to rank 0."""
 
+import contextlib
 import hashlib
 import logging
 import socket
@@ -47,6 +48,7 @@ class Context:
         self.mixed_precision = ""
         """The mixed precision to check."""
         self._started: tuple[Strategy, Splits] | None = None
+        self._console: Console | None = None
 
     @property
     def strategy(self) -> "Strategy":
@@ -75,7 +77,7 @@ class Context:
 
     def start(self, console: Console) -> None:
         """Start TensorFlow, the devices and the backend; a collective."""
-        data = self.config.data
+        self._console, data = console, self.config.data
         preparing = ThreadPoolExecutor(1).submit(
             preprocess, self.dataset, val_fraction=data.val_fraction, split_seed=data.split_seed
         )
@@ -123,6 +125,11 @@ class Context:
         from mnist_dist.strategy.base import SingleDevice
 
         return SingleDevice(self.strategy.devices()[0])
+
+    def hushed(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which TensorFlow's messages stay off the terminal, unless asked for."""
+        assert self._console is not None
+        return self._console.tensorflow_start(messages=self.config.console.tensorflow_messages)
 
     def repeats(self, number: int, *, least: int = 3) -> int:
         """How many times to repeat something, within the budget; even numbers stay even."""

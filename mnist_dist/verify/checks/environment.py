@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mnist_dist.doctor.examine import examine
 from mnist_dist.doctor.finding import Finding as Symptom
@@ -21,7 +22,9 @@ class Environment(Check):
 
     def measure(self, context: Context) -> Evidence:
         """This rank's findings."""
-        findings = examine(context.asked, context.topology, timeout_s=_PROBE_S)
+        # A folder like that of a training; this one has files already.
+        config = replace(context.asked, run_dir=str(context.folder / "run"))
+        findings = examine(config, context.topology, timeout_s=_PROBE_S)
         report = RankReport(context.topology.rank, context.host, tuple(findings))
         return {"report": report.to_json()}
 
