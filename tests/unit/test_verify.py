@@ -410,12 +410,12 @@ def test_of_several_references_the_median_counts(versions):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"ranks": report().ranks[:1]}, "the number of ranks was 1, and is 2"),
-        ({"versions": {"python": "3.12"}}, "the version of python was 3.12, and is 3.11"),
-        ({"configuration": {"data": {"name": "mnist"}, "model": {"name": "cnn"}, "seed": 0}}, "model was"),
+        ({"ranks": report().ranks[:1]}, "the number of ranks: 1 there, 2 here"),
+        ({"versions": {"python": "3.12"}}, "the version of python: 3.12 there, 3.11 here"),
+        ({"configuration": {"data": {"name": "mnist"}, "model": {"name": "cnn"}, "seed": 0}}, "model: "),
         (
             {"configuration": {"data": {"name": "digits"}, "model": {"name": "mlp"}, "seed": 0}},
-            "the data set was digits",
+            "the data set: digits there",
         ),
     ],
 )

@@ -115,7 +115,7 @@ def describe_setup(
         "the number of ranks": str(len(ranks)),
         "the processors": str(sorted({rank.cpu for rank in ranks})),
         "the cores of a rank": str(sorted({rank.cores for rank in ranks})),
-        "the GPUs of a rank": str([len(rank.gpus) for rank in ranks]),
+        "the GPUs of a rank": str(sorted({len(rank.gpus) for rank in ranks})),
         "the data set": str(configuration["data"]["name"]),
         **{f"the version of {name}": version for name, version in versions.items()},
         **{key: json.dumps(value, sort_keys=True) for key, value in configuration.items() if key not in _FREE},
@@ -124,9 +124,9 @@ def describe_setup(
 
 def why_not_comparable(one: dict[str, str], other: dict[str, str]) -> str:
     """The first thing that differs, in words; empty if nothing does."""
-    for key in sorted({*one, *other}):
+    for key in {**one, **other}:
         if one.get(key) != other.get(key):
-            return f"{key} was {other.get(key)}, and is {one.get(key)}"
+            return f"{key}: {other.get(key)} there, {one.get(key)} here"
     return ""
 
 
