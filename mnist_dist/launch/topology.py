@@ -6,6 +6,8 @@ Plain values; `environment.read_topology` reads them from the environment variab
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mnist_dist.launch.address import split_address
+
 
 @dataclass(frozen=True)
 class Alone:
@@ -106,6 +108,11 @@ class Topology:
         """A rank and where it runs, in words; `host` is used if the launcher does not tell."""
         if isinstance(self.launcher, TFConfig):
             host = self.launcher.addresses[rank]
-        elif isinstance(self.launcher, SlurmStep):
-            host = self.launcher.hosts[rank]
+        host = host or self.host_of(rank)
         return f"rank {rank} ({host})" if host else f"rank {rank}"
+
+    def host_of(self, rank: int) -> str:
+        """Where a rank runs, as the launcher tells it; empty if it does not."""
+        if isinstance(self.launcher, TFConfig):
+            return split_address(self.launcher.addresses[rank])[0]
+        return self.launcher.hosts[rank] if isinstance(self.launcher, SlurmStep) else ""

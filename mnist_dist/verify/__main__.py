@@ -1,6 +1,5 @@
 """Verify: `python -m mnist_dist.verify KEY=VALUE ...`: does this cluster train correctly? From top to bottom."""
 
-import json
 import logging
 import os
 import socket
@@ -12,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from mnist_dist.base.console import Console, progress
-from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EnvironmentProblem, UserError
 from mnist_dist.base.versions import installed_versions
 from mnist_dist.benchmark.machine import describe_machine
 from mnist_dist.cli.main import run
@@ -21,18 +20,20 @@ from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.data.load import load_dataset
 from mnist_dist.launch.control import Control, Trouble
 from mnist_dist.launch.gpus import own_uuids
+from mnist_dist.launch.reception import FIRST_TOPIC
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.stop import StopRequest
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.context import Context
-from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Verdict, judge
+from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Suspect, Verdict, judge
 from mnist_dist.verify.runner import Runner, describe, judge_detectors
 
 log = logging.getLogger("mnist_dist.verify")  # __name__ is __main__ when run with -m
 
 VERIFY = Command("verify", VerifyConfig)
+NOT_ASKED_FOR = "not asked for"
 _FILES = ("verify.json", "verify.html", "suspects.txt", "verify.log")
 
 
@@ -54,34 +55,54 @@ class Verification:
 
     def finish(self) -> int:
         """Write the report; returns the exit code."""
-        assert self.runner is not None and self.context is not None
-        results, wanted = [*self.runner.results], self.config.checks or CHECK_NAMES
-        if "detectors" in wanted:
+        assert self.runner is not None
+        results = [*self.runner.results]
+        if "detectors" in self._wanted:
             results.append(judge_detectors(self.runner))
             log.info("%s", describe(results[-1]))
+        return self._report(results, "the devices were not started")
+
+    def refuse(self, missing: Sequence[int], topology: Topology, *, waited_s: float) -> int:
+        """Report that ranks never came; returns the exit code."""
+        suspects = tuple(
+            Suspect(rank, topology.host_of(rank), "environment", f"it did not come within {waited_s:.0f} s")
+            for rank in missing
+        )
+        names = ", ".join(topology.describe_rank(rank) for rank in missing[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        text = f"{names}{more} of {topology.world_size} did not come within {waited_s:.0f} s"
+        result = CheckResult(0, "environment", "fail", text, waited_s, suspects)
+        log.info("%s", describe(result))
+        return self._report([result], "not all ranks came")
+
+    @property
+    def _wanted(self) -> Sequence[str]:
+        return self.config.checks or CHECK_NAMES
+
+    def _report(self, results: list[CheckResult], why_skipped: str) -> int:
         done = {result.name for result in results}
         for number, name in enumerate(CHECK_NAMES):
             if name not in done:
-                why = "the devices were not started" if name in wanted else "not asked for"
+                why = why_skipped if name in self._wanted else NOT_ASKED_FOR
                 results.append(CheckResult(number, name, "skipped", why))
         results.sort(key=lambda result: result.number)
-        context = self.context
-        configuration = {key: value for key, value in asdict(context.config).items() if key != "run_dir"}
+        context, config = self.context, self.config
+        started = context is not None and context.is_started
         report = Report(
             verdict=judge(results),
             started=self._started,
             seconds=round(time.perf_counter() - self._start_s, 2),
             command=" ".join(["python -m mnist_dist.verify", *sys.argv[1:]]),
-            strategy=context.strategy.name if context.is_started else self.config.strategy.name,
-            num_replicas=context.strategy.num_replicas if context.is_started else 0,
+            strategy=context.strategy.name if context and started else config.strategy.name,
+            num_replicas=context.strategy.num_replicas if context and started else 0,
             dataset={"name": self.dataset.name, "sha256": self.dataset.sha256, "num_train": len(self.dataset.x_train)},
-            configuration=configuration,
+            configuration=asdict(context.config if context else config),
             versions=installed_versions(),
             ranks=tuple(self.ranks),
             checks=tuple(results),
         )
         write(report, self.run_folder)
-        return exit_code(report.verdict, strict=self.config.strict)
+        return exit_code(report.verdict, strict=config.strict)
 
     def end_early(self, trouble: Trouble) -> int:
         """Report that the ranks cannot go on together, since one is gone or hangs; returns the exit code."""
@@ -111,7 +132,11 @@ def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
         progress("verify") as show,
     ):
         rendezvous.hold_own_port()
-        control.start(meet(rendezvous, control))
+        came = meet(rendezvous, control)
+        if missing := [rank for rank in range(topology.world_size) if rank not in came]:
+            waited_s = config.strategy.start_timeout_s
+            return verification.refuse(missing, topology, waited_s=waited_s) if topology.is_chief else EXIT_FAILURE
+        control.start(came[0])
         facts = [RankFacts(**one) for one in control.settle(describe_rank(topology), list)]
         context = Context(config, dataset, rendezvous=rendezvous, control=control, folder=run_folder.path)
         verification.ranks, verification.context = facts, context
@@ -125,10 +150,16 @@ def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
         return code
 
 
-def meet(rendezvous: Rendezvous, control: Control) -> str:
-    """Rank 0's address of the control line."""
-    address: str = json.loads(rendezvous.exchange(json.dumps(control.address))[0])
-    return address
+def meet(rendezvous: Rendezvous, control: Control) -> dict[int, str]:
+    """The addresses that the ranks which came in time hand in; that of rank 0 is the control line's.
+
+    Raises:
+        UserError: rank 0 is not among them.
+    """
+    came = rendezvous.collect(control.address, topic=FIRST_TOPIC)
+    if 0 not in came:
+        raise EnvironmentProblem(f"{rendezvous.topology.describe_rank(0)} did not come, and only it gives a verdict")
+    return came
 
 
 def describe_rank(topology: Topology) -> dict[str, object]:
@@ -150,7 +181,7 @@ def write(report: Report, run_folder: RunFolder) -> None:
 
     run_folder.write_text("verify.json", report.to_json())
     run_folder.write_text("verify.html", build_page(report))
-    hosts = sorted({suspect.host for suspect in report.suspects})
+    hosts = sorted({suspect.host for suspect in report.suspects if suspect.host})
     run_folder.write_text("suspects.txt", "".join(f"{host}\n" for host in hosts))
     for suspect in report.suspects:
         log.info("Suspect: rank %d on %s %s(%s): %s", suspect.rank, suspect.host,
@@ -161,7 +192,7 @@ def write(report: Report, run_folder: RunFolder) -> None:
 
 def summarize(report: Report) -> str:
     """The verdict in one line: first what could not be judged."""
-    kinds = {"inconclusive": "", "skipped": "not asked for"}
+    kinds = {"inconclusive": "", "skipped": NOT_ASKED_FOR}
     counts = {
         status: [check.name for check in report.checks if check.status == status and check.summary != usual]
         for status, usual in kinds.items()

@@ -205,16 +205,16 @@ class _Overflowing:
 def _overflow(context: Context) -> list[list[dict[str, Any]]]:
     """For each replica of this process its state before and after each of three steps; the second one overflows."""
     config = context.config
-    engine = context.assemble(precision=replace(config.precision, name="mixed_float16"))
-    program = TrainProgram(
-        engine.flat_model,
-        engine.state,
-        split=place_split(engine.splits.train, engine.strategy, dtype=engine.flat_model.compute_dtype),
-        shards=engine.shards,
-        reduction=_Overflowing(engine, replica=context.strategy.num_replicas - 1, step=1),
-    )
-    states = [_states(engine)]
     with context.hushed():  # oneDNN says that it leaves float16 on CPUs to others
+        engine = context.assemble(precision=replace(config.precision, name="mixed_float16"))
+        program = TrainProgram(
+            engine.flat_model,
+            engine.state,
+            split=place_split(engine.splits.train, engine.strategy, dtype=engine.flat_model.compute_dtype),
+            shards=engine.shards,
+            reduction=_Overflowing(engine, replica=context.strategy.num_replicas - 1, step=1),
+        )
+        states = [_states(engine)]
         for indices in first_steps(engine, 3):
             program.run_epoch(indices[np.newaxis], learning_rates=np.full(1, config.optimizer.learning_rate))
             states.append(_states(engine))
