@@ -1,5 +1,6 @@
 """Verify: `python -m mnist_dist.verify KEY=VALUE ...`: does this cluster train correctly? From top to bottom."""
 
+import json
 import logging
 import os
 import socket
@@ -8,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
-from typing import Any
+from typing import NamedTuple
 
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EnvironmentProblem, UserError
@@ -18,6 +19,7 @@ from mnist_dist.cli.main import run
 from mnist_dist.config.compose import Command
 from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.data.load import load_dataset
+from mnist_dist.data.splits import check_val_fraction
 from mnist_dist.launch.control import Control, Trouble
 from mnist_dist.launch.gpus import own_uuids
 from mnist_dist.launch.reception import FIRST_TOPIC
@@ -25,6 +27,8 @@ from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.stop import StopRequest
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.verify.checks.base import Evidence
+from mnist_dist.verify.checks.reference import compare, load_reports
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Suspect, Verdict, judge
@@ -40,18 +44,21 @@ _FILES = ("verify.json", "verify.html", "suspects.txt", "verify.log")
 class Verification:
     """One verification on one rank, and on rank 0 its report."""
 
-    def __init__(self, config: VerifyConfig, dataset: ImageDataset, run_folder: RunFolder) -> None:
-        self.config, self.dataset, self.run_folder = config, dataset, run_folder
+    dataset: ImageDataset
+
+    def __init__(self, config: VerifyConfig, run_folder: RunFolder) -> None:
+        self.config, self.run_folder = config, run_folder
+        self.references: list[tuple[str, Report]] = []
         self.context: Context | None = None
         self.runner: Runner | None = None
         self.ranks: list[RankFacts] = []
         self._started = datetime.now().astimezone().isoformat(timespec="seconds")
         self._start_s = time.perf_counter()
 
-    def so_far(self) -> tuple[list[CheckResult], list[RankFacts], dict[str, Any]]:
-        """Results, ranks and configuration."""
+    def reference(self) -> Evidence:
+        """This job's times so far, and those of the references."""
         assert self.runner is not None and self.context is not None
-        return self.runner.results, self.ranks, asdict(self.context.config)
+        return compare(self.runner.results, self.ranks, asdict(self.context.config), self.references)
 
     def finish(self) -> int:
         """Write the report; returns the exit code."""
@@ -74,6 +81,13 @@ class Verification:
         result = CheckResult(0, "environment", "fail", text, waited_s, suspects)
         log.info("%s", describe(result))
         return self._report([result], "not all ranks came")
+
+    def _ranks_with_devices(self, results: Sequence[CheckResult]) -> list[RankFacts]:
+        """Only `identity` starts the devices, and knows them."""
+        devices = next((result.details.get("devices") for result in results if result.name == "identity"), None)
+        return [
+            replace(facts, devices=tuple(own)) for facts, own in zip(self.ranks, devices, strict=True)
+        ] if devices else self.ranks  # fmt: skip
 
     @property
     def _wanted(self) -> Sequence[str]:
@@ -98,7 +112,7 @@ class Verification:
             dataset={"name": self.dataset.name, "sha256": self.dataset.sha256, "num_train": len(self.dataset.x_train)},
             configuration=asdict(context.config if context else config),
             versions=installed_versions(),
-            ranks=tuple(self.ranks),
+            ranks=tuple(self._ranks_with_devices(results)),
             checks=tuple(results),
         )
         write(report, self.run_folder)
@@ -114,17 +128,7 @@ class Verification:
 def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
     """Check everything, write the report, and return the exit code: 1 for FAIL."""
     run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
-    if (run_folder.path / "verify.json").exists():
-        raise UserError(f"run_dir={run_folder.path}: holds a verification already; name another run_dir")
-    run_folder.check_usable(files=_FILES, folders=())
-    dataset = load_dataset(config.data)
-    config = replace(config, data=replace(config.data, name=dataset.name))
-    if topology.is_chief:
-        run_folder.reserve()
-        console.log_to(run_folder.path / "verify.log")
-    log.info("Run folder: %s", run_folder.path)
-
-    verification = Verification(config, dataset, run_folder)
+    verification = Verification(config, run_folder)
     control = Control(topology, on_trouble=verification.end_early)
     with (
         StopRequest(tell_others=control.tell_why, has_others=topology.world_size > 1),
@@ -132,17 +136,27 @@ def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
         progress("verify") as show,
     ):
         rendezvous.hold_own_port()
-        came = meet(rendezvous, control)
+        problem = read_input(verification, topology)
+        came = meet(rendezvous, Greeting(control.address, str(problem or "")))
+        if problem is not None:
+            raise problem
+        dataset = verification.dataset
+        if topology.is_chief:
+            run_folder.reserve()
+        console.log_to(run_folder.path / "verify.log")
+        log.info("Run folder: %s", run_folder.path)
         if missing := [rank for rank in range(topology.world_size) if rank not in came]:
             waited_s = config.strategy.start_timeout_s
             return verification.refuse(missing, topology, waited_s=waited_s) if topology.is_chief else EXIT_FAILURE
-        control.start(came[0])
+        control.start(came[0].address)
         facts = [RankFacts(**one) for one in control.settle(describe_rank(topology), list)]
-        context = Context(config, dataset, rendezvous=rendezvous, control=control, folder=run_folder.path)
+        context = Context(verification.config, dataset, rendezvous=rendezvous, control=control, folder=run_folder.path)
         verification.ranks, verification.context = facts, context
         from mnist_dist.verify.checks.all import choose_checks
 
-        checks = choose_checks(config, start=lambda context: context.start(console), so_far=verification.so_far)
+        checks = choose_checks(
+            verification.config, start=lambda context: context.start(console), reference=verification.reference
+        )
         verification.runner = Runner(checks, facts, show=lambda done, total: show(round(done), round(total)))
         verification.runner.run(context)
         code: int = control.settle(None, lambda _: verification.finish())
@@ -150,15 +164,45 @@ def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
         return code
 
 
-def meet(rendezvous: Rendezvous, control: Control) -> dict[int, str]:
-    """The addresses that the ranks which came in time hand in; that of rank 0 is the control line's.
+class Greeting(NamedTuple):
+    """What a rank hands in when all meet."""
+
+    address: str
+    """On rank 0, that of the control line."""
+    problem: str
+    """Why the rank cannot take part; empty if it can."""
+
+
+def read_input(verification: "Verification", topology: Topology) -> UserError | None:
+    """Read what the configuration names, on this rank; returns what is wrong with it."""
+    config, run_folder = verification.config, verification.run_folder
+    try:
+        if topology.is_chief:
+            if (run_folder.path / "verify.json").exists():
+                raise UserError(f"run_dir={run_folder.path}: holds a verification already; name another run_dir")
+            run_folder.check_usable(files=_FILES, folders=())
+            verification.references = load_reports(config.reference) if config.reference else []
+        verification.dataset = load_dataset(config.data)
+        check_val_fraction(len(verification.dataset.x_train), config.data.val_fraction)
+        verification.config = replace(config, data=replace(config.data, name=verification.dataset.name))
+    except UserError as error:
+        return error
+    return None
+
+
+def meet(rendezvous: Rendezvous, own: Greeting) -> dict[int, Greeting]:
+    """The greetings of the ranks that have come in time.
 
     Raises:
-        UserError: rank 0 is not among them.
+        UserError: rank 0 is not among them, or another rank cannot take part.
     """
-    came = rendezvous.collect(control.address, topic=FIRST_TOPIC)
+    texts = rendezvous.collect(json.dumps(own), topic=FIRST_TOPIC)
+    came = {rank: Greeting(*json.loads(text)) for rank, text in texts.items()}
     if 0 not in came:
         raise EnvironmentProblem(f"{rendezvous.topology.describe_rank(0)} did not come, and only it gives a verdict")
+    for rank, other in came.items():
+        if other.problem and not own.problem:
+            raise UserError(f"rank {rank} cannot take part: {other.problem}")
     return came
 
 

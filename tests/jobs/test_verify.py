@@ -59,9 +59,9 @@ def test_a_clean_cluster_passes(kind, verify, tmp_path):
     report, codes = verify(kind, checks=[name for name in CHECK_NAMES if name not in ("slow_rank", "scaling")])
     assert set(codes) == {EXIT_OK}
     assert report.verdict == "PASS" and not report.suspects
-    expected = {"environment", "identity", "collectives", "data", "cross_examination", "interruption", "detectors"}
-    if kind != SINGLE:
-        expected |= {"exact", "fast"}
+    expected = {name for name in CHECK_NAMES if name not in ("learning", "slow_rank", "scaling", "reference")}
+    if kind == SINGLE:
+        expected -= {"exact", "fast"}
     assert statuses(report) == dict.fromkeys(expected, "pass")
     assert report.num_replicas == kind[1] and len(report.ranks) == (kind[1] if kind[0] != "mirrored" else 1)
     assert [check.name for check in report.checks] == list(CHECK_NAMES)

@@ -2,22 +2,24 @@
 
 from collections.abc import Callable
 
-from mnist_dist.verify.checks.base import Check
+from mnist_dist.verify.checks.base import Check, Evidence
 from mnist_dist.verify.checks.environment import Environment
 from mnist_dist.verify.checks.identity import Identity
-from mnist_dist.verify.checks.reference import Reference, SoFar
+from mnist_dist.verify.checks.reference import Reference
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.context import Context
 
 
-def choose_checks(config: VerifyConfig, *, start: Callable[[Context], None], so_far: SoFar) -> list[Check]:
+def choose_checks(
+    config: VerifyConfig, *, start: Callable[[Context], None], reference: Callable[[], Evidence]
+) -> list[Check]:
     """Those that the configuration names; `identity` always, since it starts the devices by `start`."""
 
     def start_and_load(context: Context) -> None:
         start(context)
         checks.extend(
             check
-            for check in [*_with_tensorflow(), Reference(so_far)]
+            for check in [*_with_tensorflow(), Reference(reference)]
             if config.checks is None or check.name in config.checks
         )
 

@@ -20,6 +20,7 @@ from mnist_dist.engine.programs.train import StepInputs, TrainProgram
 from mnist_dist.engine.reduction import ExactSum
 from mnist_dist.strategy.base import SingleDevice
 from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, minority, names_of
+from mnist_dist.verify.checks.equality import first_steps
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.replicas import Boxes, checksum, join_sums, odd_factors
 
@@ -126,8 +127,8 @@ def _program(engine: Engine) -> tuple[TrainProgram, DeviceArrays]:
 
 
 def _step(engine: Engine, program: TrainProgram, number: int) -> StepInputs:
-    """What the program needs for one step of the first epoch."""
-    indices = engine.plan.shuffled(seed=engine.config.seed, epoch=1)[number : number + 1]
+    """What the program needs for one of the first steps."""
+    indices = first_steps(engine, number + 1)[number:]
     inputs = program.step_inputs(indices, learning_rates=np.zeros(1))
     step: StepInputs = tf.nest.map_structure(lambda tensor: tensor[0], inputs)
     return step

@@ -49,6 +49,7 @@ class Identity(Check):
                 {name: digest(values[index].tobytes()) for name, values in copies.items()} for index in range(num_local)
             ],
             _RANDOM: digest(engine.flat_model.get_weights().tobytes()),
+            "devices": context.strategy.devices(),
         }
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
@@ -78,7 +79,8 @@ class Identity(Check):
             who = names_of([*blamed]) if blamed else "the replicas"
             return Finding("fail", f"{who} did not start with the same {name}", blamed, {"digests": values})
         summary = f"configuration, code, data and {len(states[0])} variables are the same on {len(states)} replica(s)"
-        return Finding("pass", summary, details={"facts": facts[0], "state": states[0]})
+        devices = [one["devices"] for one in evidence]
+        return Finding("pass", summary, details={"facts": facts[0], "state": states[0], "devices": devices})
 
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:
         """Other weights on the last rank."""

@@ -18,8 +18,6 @@ _FREE = ("run_dir", "checks", "budget_s", "deadline_s", "reference", "strict", "
          "checkpoint", "trainer", "seed")  # fmt: skip
 _MESSAGE_BYTES = (1024**2, 16 * 1024**2)
 
-SoFar = Callable[[], tuple[Sequence[CheckResult], Sequence[RankFacts], dict[str, Any]]]
-
 
 class Reference(Check):
     """Compares times with those of one or several earlier reports, where these are comparable."""
@@ -27,9 +25,9 @@ class Reference(Check):
     name = "reference"
     seconds = 0.1
 
-    def __init__(self, so_far: SoFar) -> None:
-        """Create it; `so_far` returns this job's results, ranks and configuration."""
-        self._so_far = so_far
+    def __init__(self, measure: Callable[[], Evidence]) -> None:
+        """Create it; `measure` returns what `compare` does."""
+        self._measure = measure
 
     def why_not(self, context: Context) -> str:
         """There must be something to compare with."""
@@ -37,18 +35,7 @@ class Reference(Check):
 
     def measure(self, context: Context) -> Evidence:
         """On rank 0 the times of both."""
-        if not context.topology.is_chief:
-            return {}
-        results, ranks, configuration = self._so_far()
-        setup = describe_setup(ranks, installed_versions(), configuration)
-        current, earlier, reasons = times_of(results), [], []
-        for name, report in load_reports(str(context.asked.reference)):
-            reason = why_not_comparable(setup, describe_setup(report.ranks, report.versions, report.configuration))
-            if reason:
-                reasons.append(f"{name}: {reason}")
-            else:
-                earlier.append(times_of(report.checks))
-        return {"current": current, "earlier": earlier, "reasons": reasons, "noise": noise_of(results)}
+        return self._measure() if context.topology.is_chief else {}
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
         """At most a tenth slower than the median of the earlier ones."""
@@ -76,6 +63,24 @@ class Reference(Check):
         """All times are a fifth longer than in the reference, on a quiet machine."""
         evidence[0].update(noise="", reasons=[], earlier=[{"step": 1.0}], current={"step": 1.2})
         return None
+
+
+def compare(
+    results: Sequence[CheckResult],
+    ranks: Sequence[RankFacts],
+    configuration: dict[str, Any],
+    references: Sequence[tuple[str, Report]],
+) -> Evidence:
+    """This job's times, those of the references that are comparable, and why the others are not."""
+    setup = describe_setup(ranks, installed_versions(), configuration)
+    earlier, reasons = [], []
+    for name, report in references:
+        reason = why_not_comparable(setup, describe_setup(report.ranks, report.versions, report.configuration))
+        if reason:
+            reasons.append(f"{name}: {reason}")
+        else:
+            earlier.append(times_of(report.checks))
+    return {"current": times_of(results), "earlier": earlier, "reasons": reasons, "noise": noise_of(results)}
 
 
 def times_of(results: Sequence[CheckResult]) -> dict[str, float]:
@@ -110,7 +115,7 @@ def describe_setup(
         "the number of ranks": str(len(ranks)),
         "the processors": str(sorted({rank.cpu for rank in ranks})),
         "the cores of a rank": str(sorted({rank.cores for rank in ranks})),
-        "the GPUs of a rank": str([len(rank.gpus) for rank in ranks]),
+        "the GPUs of a rank": str(sorted({len(rank.gpus) for rank in ranks})),
         "the data set": str(configuration["data"]["name"]),
         **{f"the version of {name}": version for name, version in versions.items()},
         **{key: json.dumps(value, sort_keys=True) for key, value in configuration.items() if key not in _FREE},
@@ -119,9 +124,9 @@ def describe_setup(
 
 def why_not_comparable(one: dict[str, str], other: dict[str, str]) -> str:
     """The first thing that differs, in words; empty if nothing does."""
-    for key in sorted({*one, *other}):
+    for key in {**one, **other}:
         if one.get(key) != other.get(key):
-            return f"{key} was {other.get(key)}, and is {one.get(key)}"
+            return f"{key}: {other.get(key)} there, {one.get(key)} here"
     return ""
 
 
