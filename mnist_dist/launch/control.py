@@ -51,7 +51,7 @@ class Control(Links):
         self._start(address, thread_name="control")
 
     def enter(self, phase: str, *, deadline_s: float | None = None) -> None:
-        """Say what this rank does next; within `deadline_s` seconds from now the next value must be settled."""
+        """Say what this rank does next; within `deadline_s` seconds from now the last value must be settled."""
         number, _ = self._phases[self._topology.rank]
         self._phases[self._topology.rank] = (number + 1, phase)
         if deadline_s is not None:
@@ -59,9 +59,12 @@ class Control(Links):
         if not self._topology.is_chief:
             self._send({"phase": phase})
 
-    def settle(self, value: Any, decide: Callable[[list[Any]], Any], *, is_failure: bool = False) -> Any:
+    def settle(
+        self, value: Any, decide: Callable[[list[Any]], Any], *, is_last: bool = False, is_failure: bool = False
+    ) -> Any:
         """Hand in a JSON value; rank 0 calls `decide` on those of all ranks, and all get what it returns.
 
+        `is_last`: nothing more is due for the deadline.
         `is_failure`: this rank could not do its part, and the others may wait for it in a collective.
         """
         number, self._number = self._number, self._number + 1
@@ -76,8 +79,13 @@ class Control(Links):
                 self._early.remove((rank, sent, early))
                 self._values[rank] = early
             self._changed.wait_for(lambda: len(self._values) == self._topology.world_size)
-            values, self._values, self._due_s = self._values, {}, None
-        reply = decide([values[rank] for rank in range(self._topology.world_size)])
+            values, self._values = self._values, {}
+            due_s, self._due_s = self._due_s, None  # now all wait for this rank
+        try:
+            reply = decide([values[rank] for rank in range(self._topology.world_size)])
+        finally:
+            if not is_last:
+                self._due_s = due_s
         self._send({"reply": reply, "number": number})
         return reply
 

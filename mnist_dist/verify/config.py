@@ -18,7 +18,7 @@ class VerifyConfig(TrainConfig):
     budget_s: float | None = ruled(
         lambda value: value is None or value > 0, "must be more than 0 seconds, or null", default=None
     )
-    """About how many seconds all may take: fewer repeats, so that less is found; null: as many as it takes."""
+    """Fewer repeats, in proportion to 120 seconds, so that less is found; no limit. null: all repeats."""
     deadline_s: float = timeout_s()
     """Seconds after which a check that has not ended has failed."""
     reference: str | None = None

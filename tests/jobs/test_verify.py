@@ -175,6 +175,13 @@ def test_a_hanging_rank_ends_in_a_verdict(verify):
     assert report.checks[CHECK_NAMES.index("interruption")].summary == "exact ended the job"
 
 
+def test_a_check_that_meets_in_between_has_a_deadline_to_its_end(verify):
+    report, codes = verify(HOROVOD, "deadline_s=15", fault="hang_after_barriers:1", checks=["scaling"])
+    assert found(report) == ("scaling", {1})
+    assert "is in phase 'block 2, weak, 2 replicas'" in report.suspects[0].evidence
+    assert codes == [EXIT_FAILURE] * 2
+
+
 def test_without_rank_0_there_is_no_verdict(start, small_npz, tmp_path):
     job = start(
         MULTIWORKER, "data=npz", f"data.path={small_npz}", f"run_dir={tmp_path / 'run'}", "checks=[exact]",

@@ -219,15 +219,15 @@ def blind_judge(context):
     CrossExamination.judge = lambda self, evidence: Finding("pass", "all is well")
 
 
-def in_the_middle(action):
-    """Do something on one rank in the check "exact", between its two optimizers."""
+def in_the_middle(action, *, of="25 steps of adam"):
+    """Do something on one rank in a phase of a check: in "exact", between its two optimizers."""
 
     def fault(context):
         enter = context.enter
 
         def enter_and_act(phase):
             enter(phase)
-            if phase.endswith("of adam") and is_here(context):
+            if phase.startswith(of) and is_here(context):
                 action()
 
         context.enter = enter_and_act
@@ -236,6 +236,7 @@ def in_the_middle(action):
 
 
 hang = in_the_middle(lambda: time.sleep(3600))
+hang_after_barriers = in_the_middle(lambda: time.sleep(3600), of="block 2")
 freeze = in_the_middle(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 killed = in_the_middle(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
