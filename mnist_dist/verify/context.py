@@ -142,7 +142,7 @@ class Context:
         return min(number, fewer)
 
 
-FULL_S = 120.0
+FULL_S = 60.0
 """About how long all checks take without a budget, with two processes on two cores."""
 
 

@@ -37,14 +37,20 @@ class Runner:
 
     def run(self, context: Context) -> None:
         """Run all of them; the same on every rank."""
-        for number, check in enumerate(self.checks):  # which grow while they run, once TensorFlow has started
-            self._show(
-                sum(check.seconds for check in self.checks[:number]), sum(check.seconds for check in self.checks)
-            )
+        for check in self.checks:  # which grow while they run, once TensorFlow has started
+            self._show(*self._progress())
             if reason := self._why_not(check, context):
                 self._note(check, Finding("skipped", reason), seconds=0.0)
             else:
                 self._run_one(check, context)
+
+    def _progress(self) -> tuple[float, float]:
+        """Expected seconds of the checks that are done, and of all."""
+        done = {result.name for result in self.results}
+        return (
+            sum(check.seconds for check in self.checks if check.name in done),
+            sum(check.seconds for check in self.checks),
+        )
 
     def end_early(self, trouble: Trouble) -> None:
         """Note trouble in the running check, and skip the others; on rank 0."""
@@ -145,7 +151,9 @@ class Runner:
             finding.details,
         )
         self.results.append(result)
-        log.info("%s", describe(result))
+        done_s, all_s = self._progress()
+        left = f" (about {all_s - done_s:.0f} s left)" if done_s < all_s else ""
+        log.info("%s%s", describe(result), left)
 
 
 def describe(result: CheckResult) -> str:
