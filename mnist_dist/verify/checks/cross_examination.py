@@ -33,7 +33,6 @@ class CrossExamination(Check):
     """Every replica computes all shard gradients of some batches, repeatedly."""
 
     name = "cross_examination"
-    seconds = 3.0
     needs = ("identity", "data")
 
     def measure(self, context: Context) -> Evidence:

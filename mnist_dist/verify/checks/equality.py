@@ -49,7 +49,6 @@ class Exact(Check):
     """The same steps on all replicas and, on each rank, on one alone: with SGD, which shows a wrong scale, and Adam."""
 
     name = "exact"
-    seconds = 4.0
     needs = ("identity", "collectives", "data", "cross_examination")
 
     def why_not(self, context: Context) -> str:
@@ -125,7 +124,6 @@ class Fast(Check):
     """`reproducibility=fast` may change the last bits, as another order of summation does, and no more."""
 
     name = "fast"
-    seconds = 4.0
     needs = ("identity", "collectives", "data", "cross_examination")
 
     def why_not(self, context: Context) -> str:
