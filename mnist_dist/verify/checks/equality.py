@@ -108,9 +108,10 @@ class Exact(Check):
 
 
 def _train(engine: Engine) -> tuple[list[float], list[str]]:
+    """Mean losses of the first steps, and digests of the state after them."""
     programs = Programs(engine)
     sums = programs.train_epoch(first_steps(engine, STEPS), learning_rates=rates(engine, STEPS))
-    return [float(loss) for loss in sums.losses], state_digests(engine)
+    return [float(loss) / engine.plan.global_batch_size for loss in sums.losses], state_digests(engine)
 
 
 def _first_difference(run: dict[str, Any]) -> int | None:
