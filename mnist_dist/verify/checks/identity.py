@@ -66,13 +66,12 @@ class Identity(Check):
         ranks = [rank for rank, one in enumerate(evidence) for _ in one["state"]]
         for name in states[0]:
             values = [state[name] for state in states]
-            if len(set(values)) == 1:
+            # The weights must also be what each rank computes from the seed; that decides between two.
+            expected = [evidence[rank][_RANDOM] for rank in ranks] if name == "weights" else values
+            if len(set(values)) == 1 and values == expected:
                 continue
-            odd = minority(values)
-            if odd is None and name == "weights":
-                expected = [evidence[rank][_RANDOM] for rank in ranks]
-                odd = [index for index, value in enumerate(values) if value != expected[index]]
-            blamed = {index: f"its initial {name} are {values[index]}, not as on the others" for index in odd or ()}
+            odd = minority(values) or [index for index, value in enumerate(values) if value != expected[index]]
+            blamed = {index: f"its initial {name} are {values[index]}, not as on the others" for index in odd}
             who = names_of(blamed, "replica") if blamed else "the replicas"
             return Finding(
                 "fail", f"{who} did not start with the same {name}", blamed, {"digests": values}, of="replica"
@@ -81,9 +80,6 @@ class Identity(Check):
         return Finding("pass", summary, details={"facts": facts[0], "state": states[0]})
 
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:
-        """Other weights on the last rank."""
-        if len(evidence) == 1 and len(evidence[0]["state"]) == 1:
-            evidence[0]["state"].append({**evidence[0]["state"][0], "weights": "spoiled"})
-            return 0
+        """Other weights on the last replica."""
         evidence[-1]["state"][-1]["weights"] = "spoiled"
         return len(evidence) - 1
