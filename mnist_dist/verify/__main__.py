@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from mnist_dist.launch.stop import StopRequest
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.verify.config import VerifyConfig
-from mnist_dist.verify.context import Context
+from mnist_dist.verify.context import Context, node_name
 from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Verdict, judge
 from mnist_dist.verify.runner import Runner, describe, judge_detectors
 
@@ -135,7 +134,7 @@ def describe_rank(topology: Topology) -> dict[str, object]:
     """Where this rank runs; see `RankFacts`."""
     facts = RankFacts(
         rank=topology.rank,
-        host=socket.gethostname(),
+        host=node_name(topology),
         devices=(),
         gpus=tuple(own_uuids(topology)),
         cpu=describe_machine()["cpu"],
