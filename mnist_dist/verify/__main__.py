@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from mnist_dist.base.console import Console, progress
-from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, UserError
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EnvironmentFailed, EnvironmentProblem, UserError
 from mnist_dist.base.versions import installed_versions
 from mnist_dist.benchmark.machine import describe_machine
 from mnist_dist.cli.main import run
@@ -125,8 +125,14 @@ def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
 
 
 def meet(rendezvous: Rendezvous, control: Control) -> str:
-    """Rank 0's address of the control line."""
-    address: str = json.loads(rendezvous.exchange(json.dumps(control.address))[0])
+    """Rank 0's address of the control line; raises EnvironmentFailed for a rank that does not come.
+
+    That is no wrong usage (exit code 2) here: it is what is being verified.
+    """
+    try:
+        address: str = json.loads(rendezvous.exchange(json.dumps(control.address))[0])
+    except EnvironmentProblem as error:
+        raise EnvironmentFailed(str(error)) from error
     return address
 
 
@@ -147,10 +153,10 @@ def write(report: Report, run_folder: RunFolder) -> None:
     """Write all files, and log the verdict."""
     from mnist_dist.verify.page import build_page  # with Matplotlib, which must be imported with our settings
 
-    run_folder.write_text("verify.json", report.to_json())
-    run_folder.write_text("verify.html", build_page(report))
     hosts = sorted({suspect.host for suspect in report.suspects})
     run_folder.write_text("suspects.txt", "".join(f"{host}\n" for host in hosts))
+    run_folder.write_text("verify.json", report.to_json())  # a verdict that can be read is complete but for the page
+    run_folder.write_text("verify.html", build_page(report))
     for suspect in report.suspects:
         log.info("Suspect: rank %d on %s %s(%s): %s", suspect.rank, suspect.host,
                  f"{suspect.device} " if suspect.device else "", suspect.check, suspect.evidence)  # fmt: skip
