@@ -17,87 +17,24 @@
 max_requeues=5
 set -euo pipefail
 
-fail() {
-    echo "error: $*" >&2
+script=slurm/train.sh
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "error: this is a batch script: sbatch $script [KEY=VALUE ...]" >&2
     exit 2
-}
-
-[[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a batch script: sbatch slurm/train.sh [KEY=VALUE ...]"
-cd "${SLURM_SUBMIT_DIR:-.}"
-
-# --- the site: modules, environment, network (slurm/site.sh.example) ----------
-
-python=python3
-[[ ! -x .venv/bin/python ]] || python=$PWD/.venv/bin/python
-launcher=() # what comes before python on each node: a container, for example
-srun_options=()
-site=${MNIST_DIST_SITE:-slurm/site.sh}
-if [[ -f $site ]]; then
-    # Modules and environments are often not written for these two options.
-    set +eu
-    # shellcheck source=/dev/null
-    source "$site"
-    set -eu
 fi
-
-# --- how many processes -------------------------------------------------------
-
-strategy=auto
-run_dir=
-arguments=()
-for argument in "$@"; do
-    argument=${argument//%a/${SLURM_ARRAY_TASK_ID:-%a}} # seed=%a: the number of the array's task
-    case $argument in
-        strategy=*) strategy=${argument#*=} ;;
-        run_dir=* | +run_dir=* | ++run_dir=*) run_dir=${argument#*=} ;;
-    esac
-    arguments+=("$argument")
-done
-
-nodes=$SLURM_JOB_NUM_NODES
-gpus=${SLURM_GPUS_ON_NODE:-0}
-per_node=${SLURM_NTASKS_PER_NODE:-1}
-case $strategy in
-    single | mirrored)
-        ((nodes == 1)) || fail "strategy=$strategy trains on one node and the job has $nodes;" \
-            "in slurm/train.sh: #SBATCH --nodes=1 (or sbatch --nodes=1), or strategy=horovod or multiworker"
-        per_node=1
-        ;;
-    multiworker) per_node=1 ;;
-    *) # horovod; auto, which takes horovod or multiworker for several processes
-        if [[ $strategy == auto ]] && ((nodes == 1)); then
-            per_node=1 # mirrored, with all GPUs
-        elif ((gpus > 0 && per_node != gpus)); then
-            fail "strategy=$strategy needs one task per GPU and the job has $per_node task(s) and $gpus GPU(s) on a" \
-                "node; in slurm/train.sh: #SBATCH --ntasks-per-node=$gpus (or sbatch --ntasks-per-node=$gpus)"
-        fi
-        ;;
-esac
-# The job's cores on the node where it has fewest: 4(x2),2 means 4, 4 and 2.
-cores=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-1}" | sed 's/(.*//' | sort -n | sed -n 1p)
-per_task=$((cores >= per_node ? cores / per_node : 1))
-
-# --- where the results go -----------------------------------------------------
-
-# A requeued job keeps its number.
-id=$SLURM_JOB_ID
-[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+cd "${SLURM_SUBMIT_DIR:-.}"
+# shellcheck source-path=SCRIPTDIR/.. source=slurm/common.sh
+source slurm/common.sh # the site, how many processes, and the number of the job
 [[ -n $run_dir ]] || arguments+=("run_dir=${run_dir:=runs/job-$id}")
 
 # --- go -----------------------------------------------------------------------
 
 echo "Job $id on $SLURM_JOB_NODELIST: $nodes node(s), $per_node process(es) on each with $per_task core(s)," \
     "$gpus GPU(s) on each, restarted ${SLURM_RESTART_COUNT:-0} time(s)"
-log=/proc/$$/fd/2 # where srun reports how each process ended
-[[ -f $log ]] || log=/dev/null
-log_size=$(stat --dereference --format=%s "$log")
 
 # No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/launch/slurm.py). When one fails,
 # srun ends the others.
-export PYTHONUNBUFFERED=1 # each line goes into the log at once (srun --unbuffered would pretend a terminal)
-srun --mpi=none --distribution=block --kill-on-bad-exit=1 \
-    --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" --cpus-per-task="$per_task" \
-    ${srun_options[@]+"${srun_options[@]}"} \
+srun "${layout[@]}" --kill-on-bad-exit=1 ${srun_options[@]+"${srun_options[@]}"} \
     ${launcher[@]+"${launcher[@]}"} "$python" -m mnist_dist.train "${arguments[@]}" &
 srun=$!
 # Slurm signals the processes and not this shell, but for --signal=B:..., scancel --batch and the like: pass it on.
@@ -114,7 +51,7 @@ trap '' TERM USR2 # a job that is being requeued gets these too; the lines below
 
 # srun exits with the highest of the exit codes, which may be that of a process that was ended because of another one.
 # The cause is in the first line of "srun: error: node7: task 3: Killed", "tasks 0,2: Exited with exit code 75" ...
-ends=$(tail --bytes="+$((log_size + 1))" "$log" | grep -oE 'srun: error: [^ ]+: tasks? [-0-9,]+: .+' || true)
+ends=$(ends_of_tasks)
 first=${ends%%$'\n'*}
 case $first in
     *" exit code "*) code=${first##* } ;;

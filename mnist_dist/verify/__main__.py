@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.verify.checks.base import Evidence
 from mnist_dist.verify.checks.reference import compare, load_reports
 from mnist_dist.verify.config import VerifyConfig
-from mnist_dist.verify.context import Context
+from mnist_dist.verify.context import Context, node_name
 from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Suspect, Verdict, judge
 from mnist_dist.verify.runner import Runner, describe, judge_detectors
 
@@ -211,7 +210,7 @@ def describe_rank(topology: Topology) -> dict[str, object]:
     """Where this rank runs; see `RankFacts`."""
     facts = RankFacts(
         rank=topology.rank,
-        host=socket.gethostname(),
+        host=node_name(topology),
         devices=(),
         gpus=tuple(own_uuids(topology)),
         cpu=describe_machine()["cpu"],
@@ -224,10 +223,10 @@ def write(report: Report, run_folder: RunFolder) -> None:
     """Write all files, and log the verdict."""
     from mnist_dist.verify.page import build_page  # with Matplotlib, which must be imported with our settings
 
-    run_folder.write_text("verify.json", report.to_json())
-    run_folder.write_text("verify.html", build_page(report))
     hosts = sorted({suspect.host for suspect in report.suspects if suspect.host})
     run_folder.write_text("suspects.txt", "".join(f"{host}\n" for host in hosts))
+    run_folder.write_text("verify.json", report.to_json())  # a verdict that can be read is complete but for the page
+    run_folder.write_text("verify.html", build_page(report))
     for suspect in report.suspects:
         log.info("Suspect: rank %d on %s %s(%s): %s", suspect.rank, suspect.host,
                  f"{suspect.device} " if suspect.device else "", suspect.check, suspect.evidence)  # fmt: skip

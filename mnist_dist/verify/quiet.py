@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ class Noise:
 
 def find_noise(readings: Sequence[Mapping[str, Any]]) -> str:
     """What disturbed the measurement, in words; empty if nothing did. `readings` are those of all ranks."""
-    for host in sorted({reading["host"] for reading in readings}):
-        here = [reading for reading in readings if reading["host"] == host]
-        capacity_s = here[0]["cores"] * max(reading["seconds"] for reading in here)
-        others = (max(reading["busy_s"] for reading in here) - sum(reading["own_s"] for reading in here)) / capacity_s
+    return find_withheld(readings) or find_others(readings)
+
+
+def find_withheld(readings: Sequence[Mapping[str, Any]]) -> str:
+    """Whether a machine did not have all of its cores, in words."""
+    for host, here, capacity_s in _by_host(readings):
         steal = max(reading["steal_s"] for reading in here) / capacity_s
-        if others > _MAX_OTHERS:
-            return f"other processes took {100 * others:.0f} % of the CPU of {host}"
         if steal > _MAX_OTHERS:
             return f"the hypervisor took {100 * steal:.0f} % of the CPU of {host} away"
         if any(reading["throttled"] > 0 for reading in here):
@@ -52,10 +52,49 @@ def find_noise(readings: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+def find_others(readings: Sequence[Mapping[str, Any]]) -> str:
+    """Whether other processes were busy, in words."""
+    for host, here, capacity_s in _by_host(readings):
+        others = (max(reading["busy_s"] for reading in here) - sum(reading["own_s"] for reading in here)) / capacity_s
+        if others > _MAX_OTHERS:
+            return f"other processes took {100 * others:.0f} % of the CPU of {host}"
+    return ""
+
+
+def _by_host(readings: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]], float]]:
+    """Each host, the readings there, and how many seconds of CPU it had."""
+    for host in sorted({reading["host"] for reading in readings}):
+        here = [reading for reading in readings if reading["host"] == host]
+        yield host, here, here[0]["cores"] * max(reading["seconds"] for reading in here)
+
+
 def spread_of(blocks: Sequence[float]) -> float:
     """How far neighbouring blocks, which do the same, are apart: the median of their ratios' distances from 1."""
     ratios = [max(one, other) / min(one, other) - 1 for one, other in itertools.pairwise(blocks)]
     return sorted(ratios)[len(ratios) // 2]
+
+
+class Waiting:
+    """How long this process's threads wait for a core while others use it; Linux counts it for each thread."""
+
+    def __init__(self) -> None:
+        self._start = _waits_s()
+
+    def read(self) -> float | None:
+        """Seconds since, all threads together: what others can have cost at most. None if it is unknown."""
+        now = _waits_s()
+        if not self._start or not self._start.keys() <= now.keys():  # a thread has ended, and its count is lost
+            return None
+        return sum(seconds - self._start.get(thread, 0.0) for thread, seconds in now.items())
+
+
+def _waits_s() -> dict[str, float]:
+    """Of each thread; empty if the kernel does not tell."""
+    waits = {}
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
+            waits[path.parent.name] = int(path.read_text().split()[1]) / 1e9
+    return waits
 
 
 def _busy_s(times: Any) -> float:
