@@ -24,6 +24,7 @@ class VerifyTraining(rfm.RunOnlyRegressionTest):
     earlier = variable(str, value="")
     """A `verify.json` of this system when it was well; bandwidth and images per second may be a tenth below it."""
 
+    descr = "Does this cluster train correctly, and as fast as before?"
     valid_systems = ["*"]
     valid_prog_environs = ["*"]
     sourcesdir = None
