@@ -7,6 +7,7 @@ rank tells in which phase it is, and each step has a deadline.
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,6 +31,18 @@ class Trouble(NamedTuple):
     """Those that are to blame, if it is known."""
 
 
+class OutOfStep(RuntimeError):
+    """The ranks no longer do the same."""
+
+
+class _HandedIn(NamedTuple):
+    """What a rank hands in."""
+
+    value: Any
+    is_last: bool
+    is_failure: bool
+
+
 class Control(Links):
     """All ranks call the same methods in the same order; the main thread computes, another one listens."""
 
@@ -39,9 +52,8 @@ class Control(Links):
         self._on_trouble = on_trouble
         self._changed = threading.Condition()
         self._number = 0  # of the next value to be settled
-        self._values: dict[int, Any] = {}
+        self._values: defaultdict[int, dict[int, _HandedIn]] = defaultdict(dict)
         self._replies: dict[int, Any] = {}
-        self._early: list[tuple[int, int, Any]] = []
         self._phases = dict.fromkeys(range(topology.world_size), (0, "starting"))
         self._due_s: float | None = None
         self._names: dict[int, str] = {}
@@ -64,29 +76,44 @@ class Control(Links):
     ) -> Any:
         """Hand in a JSON value; rank 0 calls `decide` on those of all ranks, and all get what it returns.
 
-        `is_last`: nothing more is due for the deadline.
-        `is_failure`: this rank could not do its part, and the others may wait for it in a collective.
+        Args:
+            value: this rank's.
+            decide: called on rank 0, with the values in rank order.
+            is_last: whether this ends the step that began with a deadline.
+            is_failure: whether this rank could not do its part; the others may wait for it in a collective.
+
+        Raises:
+            OutOfStep: another rank has ended the step already, most likely because it failed.
         """
-        number, self._number = self._number, self._number + 1
-        if not self._topology.is_chief:
-            self._send({"value": value, "number": number, "failure": is_failure})
-            with self._changed:
-                self._changed.wait_for(lambda: number in self._replies)
-                return self._replies.pop(number)
-        with self._changed:
-            self._receive(self._topology.rank, value, is_failure=is_failure)
-            for rank, sent, early in [entry for entry in self._early if entry[1] == number]:
-                self._early.remove((rank, sent, early))
-                self._values[rank] = early
-            self._changed.wait_for(lambda: len(self._values) == self._topology.world_size)
-            values, self._values = self._values, {}
-            due_s, self._due_s = self._due_s, None  # now all wait for this rank
-        try:
-            reply = decide([values[rank] for rank in range(self._topology.world_size)])
-        finally:
+        while True:
+            number, self._number = self._number, self._number + 1
+            handed_in = _HandedIn(value, is_last, is_failure)
+            if self._topology.is_chief:
+                reply = self._settle_as_chief(number, handed_in, decide)
+            else:
+                self._send({"number": number, "value": handed_in})
+                with self._changed:
+                    self._changed.wait_for(lambda number=number: number in self._replies)  # type: ignore[misc]
+                    reply = self._replies.pop(number)
+            if not reply["out_of_step"]:
+                return reply["reply"]
             if not is_last:
+                raise OutOfStep("another rank has given up")
+
+    def _settle_as_chief(self, number: int, own: "_HandedIn", decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        with self._changed:
+            self._receive(number, self._topology.rank, own)
+            self._changed.wait_for(lambda: len(self._values[number]) == self._topology.world_size)
+            received = self._values.pop(number)
+            due_s, self._due_s = self._due_s, None  # now all wait for this rank
+        reply = {"out_of_step": len({one.is_last for one in received.values()}) > 1, "reply": None}
+        try:
+            if not reply["out_of_step"]:
+                reply["reply"] = decide([received[rank].value for rank in range(self._topology.world_size)])
+        finally:
+            if reply["out_of_step"] or not own.is_last:
                 self._due_s = due_s
-        self._send({"reply": reply, "number": number})
+        self._send({"number": number, "reply": reply})
         return reply
 
     def leave(self) -> None:
@@ -101,9 +128,9 @@ class Control(Links):
         self._send({"failed": reason, "code": code})
         self._say_farewell(0.2)
 
-    def _receive(self, rank: int, value: Any, *, is_failure: bool) -> None:
-        self._values[rank] = value
-        if is_failure and self._due_s is not None:
+    def _receive(self, number: int, rank: int, value: "_HandedIn") -> None:
+        self._values[number][rank] = value
+        if value.is_failure and self._due_s is not None:
             self._due_s = min(self._due_s, time.monotonic() + _GRACE_S)
         self._changed.notify_all()
 
@@ -114,13 +141,7 @@ class Control(Links):
             self._phases[link.rank] = (number + 1, str(message["phase"]))
         elif "value" in message:
             with self._changed:
-                # A rank may be one step ahead of rank 0's main thread, never more: it waits for the reply.
-                if message["number"] >= self._number:
-                    self._early.append((link.rank, message["number"], message["value"]))
-                    if message["failure"] and self._due_s is not None:
-                        self._due_s = min(self._due_s, time.monotonic() + _GRACE_S)
-                else:
-                    self._receive(link.rank, message["value"], is_failure=message["failure"])
+                self._receive(message["number"], link.rank, _HandedIn(*message["value"]))
         elif "reply" in message:
             with self._changed:
                 self._replies[message["number"]] = message["reply"]
@@ -145,7 +166,9 @@ class Control(Links):
         """On rank 0: whether the time for a step is up."""
         due_s = self._due_s
         if self._topology.is_chief and due_s is not None and time.monotonic() > due_s and not self._has_left.is_set():
-            late = [rank for rank in self._phases if rank not in self._values]
+            with self._changed:
+                came = {rank for values in self._values.values() for rank in values}
+            late = [rank for rank in self._phases if rank not in came]
             if late:
                 self._end(self._describe_hang(late))
 

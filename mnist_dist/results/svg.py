@@ -48,7 +48,6 @@ _SETTINGS = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
     "svg.fonttype": "none",
-    "svg.hashsalt": "mnist_dist",
     "xtick.color": MUTED_COLOR,
     "ytick.color": MUTED_COLOR,
 }
@@ -114,7 +113,10 @@ def _make_part_of_page(root: ElementTree.Element, *, name: str, title: str) -> N
 
 
 def _rename_ids(root: ElementTree.Element, name: str) -> None:
-    """Number the ids that something refers to, beginning with `name`; drop all others."""
+    """Number the ids that something refers to, beginning with `name`; drop all others.
+
+    Matplotlib's own are random: with these the same figure gives the same text.
+    """
     references = re.compile(r"url\(#([^)]+)\)")
     used: dict[str, str] = {}
     for element in root.iter():

@@ -82,13 +82,6 @@ class Verification:
         log.info("%s", describe(result))
         return self._report([result], "not all ranks came")
 
-    def _ranks_with_devices(self, results: Sequence[CheckResult]) -> list[RankFacts]:
-        """Only `identity` starts the devices, and knows them."""
-        devices = next((result.details.get("devices") for result in results if result.name == "identity"), None)
-        return [
-            replace(facts, devices=tuple(own)) for facts, own in zip(self.ranks, devices, strict=True)
-        ] if devices else self.ranks  # fmt: skip
-
     @property
     def _wanted(self) -> Sequence[str]:
         return self.config.checks or CHECK_NAMES
@@ -112,7 +105,10 @@ class Verification:
             dataset={"name": self.dataset.name, "sha256": self.dataset.sha256, "num_train": len(self.dataset.x_train)},
             configuration=asdict(context.config if context else config),
             versions=installed_versions(),
-            ranks=tuple(self._ranks_with_devices(results)),
+            ranks=tuple(
+                replace(facts, devices=tuple(context.devices[facts.rank])) if context and started else facts
+                for facts in self.ranks
+            ),
             checks=tuple(results),
         )
         write(report, self.run_folder)

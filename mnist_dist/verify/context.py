@@ -47,6 +47,8 @@ class Context:
         """Trainings that several checks look at, by precision and number."""
         self.mixed_precision = ""
         """The mixed precision to check."""
+        self.devices: list[list[str]] = []
+        """Names of each rank's devices, one for each replica, once they have started."""
         self._started: tuple[Strategy, Splits] | None = None
         self._console: Console | None = None
 
@@ -103,6 +105,7 @@ class Context:
             strategy=replace(config.strategy, name=strategy.name),
         )
         self._started = strategy, preparing.result()
+        self.devices = self.settle(strategy.devices(), list)
 
     def assemble(
         self,

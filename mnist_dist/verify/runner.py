@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mnist_dist.base.errors import TrainingFailed, UserError
-from mnist_dist.launch.control import Trouble
+from mnist_dist.launch.control import OutOfStep, Trouble
 from mnist_dist.verify.checks.base import Check, Evidence, Finding, names_of
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.report import CheckResult, RankFacts, Suspect
@@ -33,6 +33,7 @@ class Runner:
         self._statuses: dict[str, str] = {}
         self._running: tuple[Check, float] | None = None
         self._stopped = ""
+        self._devices: list[list[str]] = []
 
     def run(self, context: Context) -> None:
         """Run all of them; the same on every rank."""
@@ -72,11 +73,14 @@ class Runner:
         error, breaks = "", False
         try:
             evidence = check.measure(context)
+        except OutOfStep:
+            evidence = {}  # another rank says why
         except (TrainingFailed, UserError) as found:
             evidence, error = {}, str(found)
         except Exception as found:  # the backend's own errors are of many kinds; each is a finding
             log.debug("%s", check.name, exc_info=True)
             evidence, error, breaks = {}, f"{type(found).__name__}: {' '.join(str(found).split())[:300]}", True
+        self._devices = context.devices
         handed_in = {"evidence": evidence, "error": error, "breaks": breaks}
 
         def decide(values: list[dict[str, Any]]) -> dict[str, Any]:
@@ -95,11 +99,15 @@ class Runner:
         if failed:
             same = len(set(failed.values())) == 1 and len(failed) == len(values) > 1
             text = next(iter(failed.values()))
-            return Finding("fail", f"{'all ranks' if same else names_of([*failed])}: {text}", {} if same else failed)
+            return Finding("fail", f"{'all ranks' if same else names_of(failed)}: {text}", {} if same else failed)
         evidence = [value["evidence"] for value in values]
-        finding = check.judge(evidence)
-        if check.can_fail and finding.status in ("pass", "info", "inconclusive"):
-            self._judge_the_judge(check, evidence)
+        try:
+            finding = check.judge(evidence)
+            if check.can_fail and finding.status in ("pass", "info", "inconclusive"):
+                self._judge_the_judge(check, evidence)
+        except Exception as error:  # the other ranks wait for an answer
+            log.exception("%s cannot be judged", check.name)
+            return Finding("fail", f"cannot be judged, please report it: {type(error).__name__}: {error}")
         return finding
 
     def _judge_the_judge(self, check: Check, evidence: Sequence[Evidence]) -> None:
@@ -109,17 +117,32 @@ class Runner:
         finding = check.judge(spoiled)
         if finding.status not in ("fail", "degraded"):
             self.blind.append(f"{check.name} does not see a fault put into its evidence")
-        elif rank is not None and rank not in finding.blamed:
+        elif rank is not None and rank not in {self._place_of(number, finding)[0] for number in finding.blamed}:
             self.blind.append(f"{check.name} does not blame rank {rank} for a fault put into its evidence")
+
+    def _place_of(self, number: int, finding: Finding) -> tuple[int, str]:
+        """The rank and the device of what a finding blames; all devices of a rank that is blamed as a whole."""
+        devices = self._devices or [[""] for _ in self._ranks]
+        rank, local = number, None
+        if finding.of == "replica":
+            rank, local = [(rank, local) for rank, own in enumerate(devices) for local in range(len(own))][number]
+        names = self._ranks[rank].gpus or devices[rank]
+        return rank, " ".join(names) if local is None or local >= len(names) else names[local]
 
     def _note(self, check: Check, finding: Finding, *, seconds: float) -> None:
         self._statuses[check.name] = finding.status
-        suspects = tuple(
-            Suspect(rank, self._ranks[rank].host, check.name, evidence, device=" ".join(self._ranks[rank].gpus))
-            for rank, evidence in sorted(finding.blamed.items())
-        )
+        suspects = []
+        for number, evidence in sorted(finding.blamed.items()):
+            rank, device = self._place_of(number, finding)
+            suspects.append(Suspect(rank, self._ranks[rank].host, check.name, evidence, device))
         result = CheckResult(
-            check.number, check.name, finding.status, finding.summary, round(seconds, 2), suspects, finding.details
+            check.number,
+            check.name,
+            finding.status,
+            finding.summary,
+            round(seconds, 2),
+            tuple(suspects),
+            finding.details,
         )
         self.results.append(result)
         log.info("%s", describe(result))

@@ -210,7 +210,17 @@ def skip_steps(engine: Engine) -> Engine:
 
 
 _IN_MIXED = (
-    *("rate_x2", "rate_half", "dropout_0", "dropout_0.6", "labels_1", "lost_tenth", "val_labels_1", "val_dropout"),
+    *(
+        "rate_x2",
+        "rate_half",
+        "dropout_0",
+        "dropout_0.6",
+        "labels_1",
+        "lost_tenth",
+        "val_labels_1",
+        "val_dropout",
+        "val_pixels",
+    ),
     *("stored_8", "bits_4", "gradient_8", "fast", "xla"),
 )
 

@@ -182,6 +182,15 @@ def test_a_check_that_meets_in_between_has_a_deadline_to_its_end(verify):
     assert codes == [EXIT_FAILURE] * 2
 
 
+@pytest.mark.parametrize(("fault", "check"), [("raises:1", "exact"), ("raises_between_barriers:1", "scaling")])
+def test_a_rank_that_fails_is_named_and_leaves_nobody_waiting(fault, check, verify):
+    report, codes = verify(HOROVOD, fault=fault, checks=[check, "interruption"])
+    assert found(report) == (check, {1})
+    assert "the device has fallen off the bus" in report.suspects[0].evidence
+    assert codes == [EXIT_FAILURE] * 2
+    assert report.seconds < 60
+
+
 def test_without_rank_0_there_is_no_verdict(start, small_npz, tmp_path):
     job = start(
         MULTIWORKER, "data=npz", f"data.path={small_npz}", f"run_dir={tmp_path / 'run'}", "checks=[exact]",

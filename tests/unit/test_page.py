@@ -557,6 +557,11 @@ def test_examples_that_are_missing():
     assert "not seen" not in get_text(get_evidence(create_details(2)["data"]))
 
 
+def test_what_has_a_view_is_not_listed_again():
+    terms = [get_text(term) for term in get_evidence(create_details(2)["data"]).iter("dt")]
+    assert terms == ["Examples", "Seen exactly once", "Rank 0", "Rank 1"]
+
+
 def test_exact_names_the_first_difference():
     section = get_section(parse(build_page(create_failed())), "check-6")
     captions = [get_text(caption) for caption in section.iter("figcaption")]
@@ -655,7 +660,7 @@ def test_figures_share_a_page():
 
 
 def read_theme(css: str) -> dict[str, str]:
-    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", css))
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6,8});", css))
 
 
 def get_contrast(one: str, other: str) -> float:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mnist_dist.verify.checks.base import minority
+from mnist_dist.verify.checks.base import Finding, minority
 from mnist_dist.verify.checks.collectives import Collectives
 from mnist_dist.verify.checks.cross_examination import CrossExamination, _find_dispute
 from mnist_dist.verify.checks.data import Data, _to_text
@@ -69,6 +69,7 @@ def blocks(*ranks: list[float], noise=None):
              "step_s": own[0]} for own in ranks]  # fmt: skip
 
 
+RANKS = [RankFacts(rank, "ab"[rank], (), (f"GPU-{rank}0", f"GPU-{rank}1"), "cpu", 1) for rank in range(2)]
 GOOD = [1.0, 1.01, 1.0, 1.02, 1.0, 1.01]
 
 
@@ -94,9 +95,9 @@ def test_exact_sums_pass(num_replicas):
 @pytest.mark.parametrize(
     ("digits", "blamed", "text"),
     [
-        ((1, 0, 1), {1}, "rank 1's contribution was missing"),
-        ((1, 1, 2), {2}, "rank 2's contribution was counted 2 times"),
-        ((0, 2, 1), {0, 1}, "rank 0's contribution was missing; rank 1's contribution was counted 2 times"),
+        ((1, 0, 1), {1}, "replica 1's contribution was missing"),
+        ((1, 1, 2), {2}, "replica 2's contribution was counted 2 times"),
+        ((0, 2, 1), {0, 1}, "replica 0's contribution was missing; replica 1's contribution was counted 2 times"),
     ],
 )
 def test_a_wrong_sum_tells_whose_contribution(digits, blamed, text):
@@ -109,13 +110,13 @@ def test_a_wrong_sum_tells_whose_contribution(digits, blamed, text):
 def test_a_contribution_that_nobody_made():
     finding = Collectives().judge(sums(4, 3, everywhere=21.5))
     assert (finding.status, finding.blamed) == ("fail", {})
-    assert "21.5 in place of 21, a contribution that no rank made" in finding.summary
+    assert "21.5 in place of 21, a contribution that none made" in finding.summary
 
 
 def test_a_sum_that_is_wrong_on_its_way_to_one_replica():
     finding = Collectives().judge(sums(4, 3, wrong={2: 22.0}))
     assert finding.status == "fail" and set(finding.blamed) == {2}
-    assert "rank 2 got 22 in place of 21 (1 elements)" in finding.summary
+    assert "replica 2 got 22 in place of 21 (1 elements)" in finding.summary
 
 
 # Data
@@ -287,7 +288,7 @@ EVIDENCE = {
     SlowRank: blocks(GOOD, GOOD),
     Reference: [{"current": {"step": 1.0}, "earlier": [{"step": 1.0}], "reasons": [], "noise": ""}],
     Identity: [
-        {"facts": {"code": "x"}, "state": [{"weights": "w"}], "initial weights as computed here": "w", "devices": ["d"]}
+        {"facts": {"code": "x"}, "state": [{"weights": "w"}], "initial weights as computed here": "w"}
         for _ in range(2)
     ],
     Interruption: [
@@ -315,7 +316,7 @@ def test_a_detector_that_has_gone_blind_is_found():
         def judge(self, evidence):
             return dataclasses.replace(super().judge(digests([[1, 2]] * 2)), status="pass")
 
-    runner, good = Runner([], [], show=lambda *_: None), json.loads(json.dumps(EVIDENCE[CrossExamination]))
+    runner, good = Runner([], RANKS, show=lambda *_: None), json.loads(json.dumps(EVIDENCE[CrossExamination]))
     runner.results.append(CheckResult(5, "cross_examination", "pass", ""))
     runner._judge_the_judge(CrossExamination(), good)
     assert judge_detectors(runner).status == "pass"
@@ -330,9 +331,20 @@ def test_a_detector_that_blames_the_wrong_rank_is_found():
             finding = super().judge(evidence)
             return dataclasses.replace(finding, blamed=dict.fromkeys(finding.blamed and [0], ""))
 
-    runner, good = Runner([], [], show=lambda *_: None), json.loads(json.dumps(EVIDENCE[CrossExamination]))
+    runner, good = Runner([], RANKS, show=lambda *_: None), json.loads(json.dumps(EVIDENCE[CrossExamination]))
     runner._judge_the_judge(Confused(), good)
     assert "does not blame rank 1" in judge_detectors(runner).summary
+
+
+@pytest.mark.parametrize(
+    ("of", "number", "rank", "device"),
+    [("replica", 2, 1, "GPU-10"), ("replica", 1, 0, "GPU-01"), ("rank", 1, 1, "GPU-10 GPU-11")],
+)
+def test_a_suspect_has_its_gpu(of, number, rank, device):
+    runner = Runner([], RANKS, show=lambda *_: None)
+    runner._devices = [["GPU:0", "GPU:1"], ["GPU:0", "GPU:1"]]
+    runner._note(CrossExamination(), Finding("fail", "", {number: "wrong"}, of=of), seconds=1.0)
+    assert runner.results[0].suspects == (Suspect(rank, "ab"[rank], "cross_examination", "wrong", device),)
 
 
 # The report

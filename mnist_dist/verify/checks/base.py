@@ -6,9 +6,9 @@ put into a copy of real evidence, to see that it would have been found (check 1,
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.report import CHECK_NAMES, Status
@@ -24,8 +24,10 @@ class Finding:
     summary: str
     """One sentence."""
     blamed: dict[int, str] = field(default_factory=dict)
-    """Ranks, each with the evidence in one sentence."""
+    """Ranks or replicas, each with the evidence in one sentence."""
     details: dict[str, Any] = field(default_factory=dict)
+    of: Literal["rank", "replica"] = "rank"
+    """What `blamed` counts: processes, or model copies over all processes."""
 
 
 class Check(ABC):
@@ -69,14 +71,13 @@ def minority(values: Sequence[Hashable]) -> list[int] | None:
     return [index for index, value in enumerate(values) if value != common]
 
 
-def by_replica(evidence: Sequence[Evidence], key: str) -> tuple[list[Any], list[int]]:
-    """What the evidence lists under `key` for each of a rank's replicas: all of it by replica, and their ranks."""
-    values = [value for one in evidence for value in one[key]]
-    ranks = [rank for rank, one in enumerate(evidence) for _ in one[key]]
-    return values, ranks
+def by_replica(evidence: Sequence[Evidence], key: str) -> list[Any]:
+    """What the ranks list under `key` for each of their replicas, by replica."""
+    return [value for one in evidence for value in one[key]]
 
 
-def names_of(ranks: Sequence[int]) -> str:
-    """Ranks, in words."""
-    shown = ", ".join(map(str, sorted(set(ranks))[:8]))
-    return f"rank{'s' if len(set(ranks)) > 1 else ''} {shown}{' and others' if len(set(ranks)) > 8 else ''}"
+def names_of(numbers: Iterable[int], kind: Literal["rank", "replica"] = "rank") -> str:
+    """Ranks or replicas, in words."""
+    found = sorted({*numbers})
+    shown = ", ".join(map(str, found[:8]))
+    return f"{kind}{'s' if len(found) > 1 else ''} {shown}{' and others' if len(found) > 8 else ''}"

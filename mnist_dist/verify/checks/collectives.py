@@ -44,12 +44,12 @@ class Collectives(Check):
         """Every element must be exact."""
         transfers = []
         for number, row in enumerate(evidence[0]["rows"]):
-            got, ranks = by_replica([one["rows"][number] for one in evidence], "got")
-            problem = _explain(got, ranks)
+            got = by_replica([one["rows"][number] for one in evidence], "got")
+            problem = _explain(got)
             what = f"{row['collective']} of {row['bytes']} bytes"
             if problem is not None:
-                blamed = {rank: f"{what}: {text}" for rank, text in problem.items() if rank >= 0}
-                return Finding("fail", f"{what}: {'; '.join(problem.values())}", blamed)
+                blamed = {replica: f"{what}: {text}" for replica, text in problem.items() if replica >= 0}
+                return Finding("fail", f"{what}: {'; '.join(problem.values())}", blamed, of="replica")
             seconds = statistics.median(one["rows"][number]["seconds"] for one in evidence)
             transfers.append(
                 {"collective": row["collective"], "bytes": row["bytes"], "seconds": seconds,
@@ -75,8 +75,8 @@ class Collectives(Check):
         return len(evidence) - 1
 
 
-def _explain(got: Sequence[list[dict[str, Any]]], ranks: Sequence[int]) -> dict[int, str] | None:
-    """What is wrong with what the replicas got, by rank (-1: of unknown origin); None if all is exact."""
+def _explain(got: Sequence[list[dict[str, Any]]]) -> dict[int, str] | None:
+    """What is wrong with what the replicas got, by replica (-1: of unknown origin); None if all is exact."""
     for block in range(len(got[0])):
         results = [own[block] for own in got]
         wrong = [index for index, result in enumerate(results) if result["wrong"]]
@@ -87,17 +87,16 @@ def _explain(got: Sequence[list[dict[str, Any]]], ranks: Sequence[int]) -> dict[
         # A fault on the way to one replica, unless (nearly) all got the same wrong sum.
         odd = minority([(result["wrong"], result["value"]) for result in results])
         if len(wrong) < len(results) and not (odd and set(odd).isdisjoint(wrong)):
-            return {
-                ranks[index]: f"rank {ranks[index]} got {shown} ({results[index]['wrong']} elements)" for index in wrong
-            }
-        counts = _contributions(first, num_replicas=min(_BLOCK, len(results) - block * _BLOCK))
+            return {index: f"replica {index} got {shown} ({results[index]['wrong']} elements)" for index in wrong}
+        start = block * _BLOCK
+        counts = _contributions(first, num_replicas=min(_BLOCK, len(results) - start)) or []
         blamed = {
-            ranks[block * _BLOCK + index]: f"rank {ranks[block * _BLOCK + index]}'s contribution was "
-            f"{'missing' if count == 0 else f'counted {count} times'}"
-            for index, count in enumerate(counts or ())
+            start + index: f"replica {start + index}'s contribution was "
+            + ("missing" if count == 0 else f"counted {count} times")
+            for index, count in enumerate(counts)
             if count != 1
         }
-        return blamed or {-1: f"every replica got {shown}, a contribution that no rank made"}
+        return blamed or {-1: f"every replica got {shown}, a contribution that none made"}
     return None
 
 

@@ -53,7 +53,7 @@ class CrossExamination(Check):
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
         """Repeats must be equal, then replicas."""
-        digests, ranks = by_replica(evidence, "digests")
+        digests = by_replica(evidence, "digests")
         num_shards = evidence[0]["shards"]
         stable = [all(repeat == own[0] for repeat in own) for own in digests]
         usual = [[Counter(values).most_common(1)[0][0] for values in zip(*own, strict=True)] for own in digests]
@@ -63,14 +63,18 @@ class CrossExamination(Check):
             "repeats_equal": stable,
         }
         blamed = {
-            ranks[index]: "the same computation gave different results (a transient fault): "
+            index: "the same computation gave different results (a transient fault): "
             f"{_count_deviants(digests[index])} of {len(digests[index]) * len(usual[index])} gradients deviate"
             for index, is_stable in enumerate(stable)
             if not is_stable
         }
         if blamed:
             return Finding(
-                "fail", f"{names_of([*blamed])} did not repeat a computation to the same bits", blamed, details
+                "fail",
+                f"{names_of(blamed, 'replica')} did not repeat a computation to the same bits",
+                blamed,
+                details,
+                of="replica",
             )
         if all(own == usual[0] for own in usual):
             summary = (
@@ -81,16 +85,16 @@ class CrossExamination(Check):
         odd = minority([tuple(own) for own in usual])
         text = "computes other gradients than the others (a persistent fault)"
         if odd is None:
-            distances, _ = by_replica(evidence, "distances")
+            distances = by_replica(evidence, "distances")
             odd = [index for index, distance in enumerate(distances) if not distance < _ROUNDING]
             text = f"computes gradients that are further than {_ROUNDING:g} from those in float64 (a persistent fault)"
             details["distances"] = distances
-        blamed = {ranks[index]: text for index in odd}
-        summary = f"{names_of([*blamed])} {text}" if blamed else (
+        blamed = dict.fromkeys(odd, text)
+        summary = f"{names_of(blamed, 'replica')} {text}" if blamed else (
             "the replicas differ in bits, each within rounding of float64: other hardware or libraries, or a fault in "
             "low bits"
         )  # fmt: skip
-        return Finding("fail", summary, blamed, details)
+        return Finding("fail", summary, blamed, details, of="replica")
 
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:
         """The last replica computes one gradient differently once."""
@@ -109,7 +113,7 @@ def _count_deviants(own: Sequence[Sequence[int]]) -> int:
 
 def _find_dispute(values: Sequence[dict[str, Any]]) -> int | None:
     """The first gradient about which stable replicas disagree without a majority; None if there is none."""
-    digests, _ = by_replica(values, "digests")
+    digests = by_replica(values, "digests")
     if not all(repeat == own[0] for own in digests for repeat in own):
         return None
     firsts = [tuple(own[0]) for own in digests]

@@ -47,8 +47,9 @@ class Data(Check):
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
         """Compare with the plan: which example each row must hold, and which replica must read it."""
-        texts, ranks = by_replica(evidence, "sums")
-        foreign, _ = by_replica(evidence, "foreign")
+        texts = by_replica(evidence, "sums")
+        foreign = by_replica(evidence, "foreign")
+        ranks = [rank for rank, one in enumerate(evidence) for _ in one["sums"]]
         steps, rows = evidence[0]["indices_shape"]
         expected = _from_text(evidence[0]["expected"]).reshape(steps, rows)
         by_rank = [0] * len(evidence)
@@ -68,18 +69,18 @@ class Data(Check):
             num_wrong = int((sums[:, mine] != expected[:, mine]).sum())
             num_others = int((sums[:, ~mine] != 0).sum())
             if foreign[own] or not evidence[ranks[own]]["intact"]:
-                blamed[ranks[own]] = f"{foreign[own]} examples with an image or label that the data set does not have"
+                blamed[own] = f"{foreign[own]} examples with an image or label that the data set does not have"
             elif num_others and is_trusted:
-                blamed[ranks[own]] = f"it read {num_others} rows of other replicas, and not {num_wrong} of its own"
+                blamed[own] = f"it read {num_others} rows of other replicas, and not {num_wrong} of its own"
             elif num_wrong and is_trusted:
-                blamed[ranks[own]] = f"{num_wrong} of its rows hold other examples than planned"
+                blamed[own] = f"{num_wrong} of its rows hold other examples than planned"
         planned = int((expected != 0).sum())
         once = int(((read == 1) & (expected != 0)).sum())
         details = {"examples": planned, "exactly_once": once, "per_rank": by_rank}
         if blamed or once != planned:
-            problems = "; ".join(f"rank {rank}: {text}" for rank, text in blamed.items())
+            problems = "; ".join(f"replica {replica}: {text}" for replica, text in blamed.items())
             summary = f"{once:,} of {planned:,} examples were read exactly once; {problems or 'no rank is to blame'}"
-            return Finding("fail", summary, blamed, details)
+            return Finding("fail", summary, blamed, details, of="replica")
         return Finding("pass", f"{planned:,} examples, each exactly once and with its label", {}, details)
 
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:

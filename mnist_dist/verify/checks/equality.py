@@ -1,6 +1,7 @@
 """Checks 6 and 7: do N replicas train as one does, to the last bit, or in fast mode within rounding?"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class Exact(Check):
         problem: Finding | None = None
         for number, first in enumerate(evidence[0]["runs"]):
             runs = [one["runs"][number] for one in evidence]
-            states, ranks = by_replica(runs, "states")
+            states = by_replica(runs, "states")
             references = [run["reference"] for run in runs]
             step = _first_difference(first)
             shown.append({**{key: first[key] for key in ("optimizer", "losses", "reference_losses")},
@@ -90,15 +91,13 @@ class Exact(Check):
                 continue
             wrong = [index for index, state in enumerate(states) if state != references[0]]
             everyone = len(wrong) == len(states)
-            blamed = {} if everyone else {
-                ranks[index]: f"after {STEPS} steps of {name} its weights or slots are not those of one replica"
-                for index in wrong
-            }  # fmt: skip
-            who = "all replicas" if everyone else names_of([*blamed])
+            text = f"after {STEPS} steps of {name} its weights or slots are not those of one replica"
+            blamed = {} if everyone else dict.fromkeys(wrong, text)
+            who = "all replicas" if everyone else names_of(blamed, "replica")
             when = f"from step {step} on" if step is not None else f"by the end of {STEPS} steps"
-            problem = Finding("fail", f"{who} differ with {name} from one replica {when}", blamed)
+            problem = Finding("fail", f"{who} differ with {name} from one replica {when}", blamed, of="replica")
         if problem is not None:
-            return Finding(problem.status, problem.summary, problem.blamed, {"runs": shown})
+            return replace(problem, details={"runs": shown})
         num_replicas = sum(one["num_local"] for one in evidence)
         summary = f"{STEPS} steps of SGD and of Adam: the same bits on {num_replicas} replicas as on one"
         return Finding("pass", summary, {}, {"runs": shown})
@@ -155,7 +154,7 @@ class Fast(Check):
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
         """At most some times the noise."""
-        distances, ranks = by_replica(evidence, "distances")
+        distances = by_replica(evidence, "distances")
         noise, moved = evidence[0]["noise"], evidence[0]["moved"]
         usual = float(np.sqrt(np.mean(np.square(noise))))
         limit = _FACTOR * usual
@@ -165,11 +164,15 @@ class Fast(Check):
         if not far:
             return Finding("pass", f"the weights are {shown} away from one replica's (limit {_FACTOR:g})", {}, details)
         blamed = {} if len(far) == len(distances) else {
-            ranks[index]: f"in fast mode its weights are {distances[index] / usual:.0f} times the noise away"
+            index: f"in fast mode its weights are {distances[index] / usual:.0f} times the noise away"
             for index in far
         }  # fmt: skip
         return Finding(
-            "fail", f"the weights are {shown} away from one replica's; the limit is {_FACTOR:g}", blamed, details
+            "fail",
+            f"the weights are {shown} away from one replica's; the limit is {_FACTOR:g}",
+            blamed,
+            details,
+            of="replica",
         )
 
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:

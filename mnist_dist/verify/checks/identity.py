@@ -49,7 +49,6 @@ class Identity(Check):
                 {name: digest(values[index].tobytes()) for name, values in copies.items()} for index in range(num_local)
             ],
             _RANDOM: digest(engine.flat_model.get_weights().tobytes()),
-            "devices": context.strategy.devices(),
         }
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
@@ -64,7 +63,8 @@ class Identity(Check):
                 return Finding(
                     "fail", f"{who} differ in {key}: {' and '.join(sorted(set(map(str, values)))[:3])}", blamed
                 )
-        states, ranks = by_replica(evidence, "state")
+        states = by_replica(evidence, "state")
+        ranks = [rank for rank, one in enumerate(evidence) for _ in one["state"]]
         for name in states[0]:
             values = [state[name] for state in states]
             if len(set(values)) == 1:
@@ -73,14 +73,13 @@ class Identity(Check):
             if odd is None and name == "weights":
                 expected = [evidence[rank][_RANDOM] for rank in ranks]
                 odd = [index for index, value in enumerate(values) if value != expected[index]]
-            blamed = {
-                ranks[index]: f"its initial {name} are {values[index]}, not as on the others" for index in odd or ()
-            }
-            who = names_of([*blamed]) if blamed else "the replicas"
-            return Finding("fail", f"{who} did not start with the same {name}", blamed, {"digests": values})
+            blamed = {index: f"its initial {name} are {values[index]}, not as on the others" for index in odd or ()}
+            who = names_of(blamed, "replica") if blamed else "the replicas"
+            return Finding(
+                "fail", f"{who} did not start with the same {name}", blamed, {"digests": values}, of="replica"
+            )
         summary = f"configuration, code, data and {len(states[0])} variables are the same on {len(states)} replica(s)"
-        devices = [one["devices"] for one in evidence]
-        return Finding("pass", summary, details={"facts": facts[0], "state": states[0], "devices": devices})
+        return Finding("pass", summary, details={"facts": facts[0], "state": states[0]})
 
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:
         """Other weights on the last rank."""

@@ -62,14 +62,14 @@ class Interruption(Check):
         if accepted := [kind for kind, is_refused in files["refused"].items() if not is_refused]:
             text = f"a checkpoint that is {' and one that is '.join(accepted)} was taken for a good one"
             return Finding("fail", text, {0: text}, details)
-        through, ranks = by_replica(evidence, "through")
-        resumed, _ = by_replica(evidence, "resumed")
-        wrong = [ranks[index] for index, state in enumerate(resumed) if state != through[0]]
+        through = by_replica(evidence, "through")
+        resumed = by_replica(evidence, "resumed")
+        wrong = [index for index, state in enumerate(resumed) if state != through[0]]
         if wrong or len(set(through)) > 1:
             blamed = {} if len(wrong) == len(resumed) else dict.fromkeys(wrong, "resumed to other bits")
-            return Finding(
-                "fail", f"{names_of(wrong or ranks)} trained on from a checkpoint to other bits", blamed, details
-            )
+            who = names_of(wrong or range(len(resumed)), "replica")
+            text = f"{who} trained on from a checkpoint to other bits"
+            return Finding("fail", text, blamed, details, of="replica")
         size, write_s, read_s = files["bytes"] / 1e6, files["write_s"], files["read_s"]
         summary = (
             f"resumed to the same bits; a flipped byte and a truncated file were refused; {size:.1f} MB written in "

@@ -84,7 +84,7 @@ class Precision(Check):
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
         """Inside the paired band, and all replicas skip the same step and halve the scale."""
-        states, ranks = by_replica(evidence, "overflow")
+        states = by_replica(evidence, "overflow")
         usual = states[0]
         wrong = [index for index, state in enumerate(states) if not _skips_one_step(state) or state != usual]
         details: dict[str, Any] = {
@@ -108,11 +108,10 @@ class Precision(Check):
                 return Finding("fail", text, {}, details)
         if wrong:
             odd = [index for index in wrong if not _skips_one_step(states[index])] or wrong
-            blamed = {ranks[index]: "it did not skip just the step whose gradient overflowed" for index in odd}
+            blamed = dict.fromkeys(odd, "it did not skip just the step whose gradient overflowed")
             blamed = blamed if len(set(odd)) < len(states) else {}
-            return Finding(
-                "fail", f"after an overflow {names_of([ranks[i] for i in odd])} did not skip a step", blamed, details
-            )
+            summary = f"after an overflow {names_of(odd, 'replica')} did not skip a step"
+            return Finding("fail", summary, blamed, details, of="replica")
         return Finding("pass", f"{text}; {scales}", {}, details)
 
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:

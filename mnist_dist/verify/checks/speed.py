@@ -79,13 +79,13 @@ class SlowRank(Check):
         """Slow is what is slower than the fastest in both rounds, by more than repeating itself explains."""
         limit, rounds = evidence[0]["limit"], []
         for number in range(_ROUNDS):
-            blocks, ranks = by_replica([{"blocks": one["rounds"][number]} for one in evidence], "blocks")
+            blocks = by_replica([{"blocks": one["rounds"][number]} for one in evidence], "blocks")
             rounds.append(blocks)
         ratios = np.array([[min(own) / min(min(other) for other in blocks) for own in blocks] for blocks in rounds])
         spread = max(spread_of(own) for blocks in rounds for own in blocks)
         slow = [
             index
-            for index in range(len(ranks))
+            for index in range(ratios.shape[1])
             if (ratios[:, index] > limit).all() and (ratios[:, index] - 1 > 3 * spread).all()
         ]
         worst = float(ratios.min(axis=0).max())
@@ -94,11 +94,10 @@ class SlowRank(Check):
         if noise := find_noise([one["noise"] for one in evidence]):
             return Finding("inconclusive", f"{noise} (slowest to fastest: {worst:.2f})", {}, details)
         if slow:
-            blamed = {ranks[index]: f"a step takes {ratios[:, index].min():.2f} times as long as on the fastest"
+            blamed = {index: f"a step takes {ratios[:, index].min():.2f} times as long as on the fastest"
                       for index in slow}  # fmt: skip
-            return Finding(
-                "degraded", f"{names_of([*blamed])}: {blamed[ranks[slow[-1]]]} (limit {limit})", blamed, details
-            )
+            text = f"{names_of(slow, 'replica')}: {blamed[slow[-1]]} (limit {limit})"
+            return Finding("degraded", text, blamed, details, of="replica")
         if spread > MAX_SPREAD:
             text = f"blocks that do the same differ by {100 * spread:.0f} % (slowest to fastest: {worst:.2f})"
             return Finding("inconclusive", text, {}, details)

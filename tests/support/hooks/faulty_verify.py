@@ -238,6 +238,14 @@ def in_the_middle(action, *, of="25 steps of adam"):
 hang = in_the_middle(lambda: time.sleep(3600))
 hang_after_barriers = in_the_middle(lambda: time.sleep(3600), of="block 2")
 freeze = in_the_middle(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def raise_error():
+    raise RuntimeError("the device has fallen off the bus")
+
+
+raises = in_the_middle(raise_error)
+raises_between_barriers = in_the_middle(raise_error, of="block 2")
 killed = in_the_middle(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
