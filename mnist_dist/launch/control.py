@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from mnist_dist.base.errors import EXIT_LOST_PEER
@@ -40,7 +40,8 @@ class _HandedIn(NamedTuple):
 
     value: Any
     is_last: bool
-    is_failure: bool
+    failure: str
+    """What went wrong; empty if nothing did."""
 
 
 class Control(Links):
@@ -72,7 +73,7 @@ class Control(Links):
             self._send({"phase": phase})
 
     def settle(
-        self, value: Any, decide: Callable[[list[Any]], Any], *, is_last: bool = False, is_failure: bool = False
+        self, value: Any, decide: Callable[[list[Any]], Any], *, is_last: bool = False, failure: str = ""
     ) -> Any:
         """Hand in a JSON value; rank 0 calls `decide` on those of all ranks, and all get what it returns.
 
@@ -80,14 +81,14 @@ class Control(Links):
             value: this rank's.
             decide: called on rank 0, with the values in rank order.
             is_last: whether this ends the step that began with a deadline.
-            is_failure: whether this rank could not do its part; the others may wait for it in a collective.
+            failure: why this rank could not do its part; the others may wait for it in a collective.
 
         Raises:
             OutOfStep: another rank has ended the step already, most likely because it failed.
         """
         while True:
             number, self._number = self._number, self._number + 1
-            handed_in = _HandedIn(value, is_last, is_failure)
+            handed_in = _HandedIn(value, is_last, failure)
             if self._topology.is_chief:
                 reply = self._settle_as_chief(number, handed_in, decide)
             else:
@@ -130,7 +131,7 @@ class Control(Links):
 
     def _receive(self, number: int, rank: int, value: "_HandedIn") -> None:
         self._values[number][rank] = value
-        if value.is_failure and self._due_s is not None:
+        if value.failure and self._due_s is not None:
             self._due_s = min(self._due_s, time.monotonic() + _GRACE_S)
         self._changed.notify_all()
 
@@ -167,10 +168,17 @@ class Control(Links):
         due_s = self._due_s
         if self._topology.is_chief and due_s is not None and time.monotonic() > due_s and not self._has_left.is_set():
             with self._changed:
-                came = {rank for values in self._values.values() for rank in values}
+                came = {rank: one for values in self._values.values() for rank, one in values.items()}
             late = [rank for rank in self._phases if rank not in came]
             if late:
-                self._end(self._describe_hang(late))
+                failures = {rank: one.failure for rank, one in sorted(came.items()) if one.failure}
+                self._end(self._describe_failures(failures) if failures else self._describe_hang(late))
+
+    def _describe_failures(self, failures: Mapping[int, str]) -> Trouble:
+        """Those that are late wait for the ranks that have failed."""
+        texts = [f"{self._name(rank)}: {text}" for rank, text in failures.items()]
+        more = f"; and {len(texts) - 8} more" if len(texts) > 8 else ""
+        return Trouble("; ".join(texts[:8]) + more, tuple(failures))
 
     def _describe_hang(self, late: Sequence[int]) -> Trouble:
         """Who hangs: of the ranks that are late, those that got less far than others."""

@@ -88,7 +88,7 @@ class Runner:
             self._note(check, finding, seconds=time.perf_counter() - started)
             return {"status": finding.status, "breaks": any(value["breaks"] for value in values)}
 
-        reply = context.control.settle(handed_in, decide, is_last=True, is_failure=bool(error))
+        reply = context.control.settle(handed_in, decide, is_last=True, failure=error)
         self._statuses[check.name] = reply["status"]
         if reply["breaks"]:
             # After a failed collective the next one would not meet the same call on the other ranks.
