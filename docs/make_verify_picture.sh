@@ -6,4 +6,4 @@ set -euo pipefail
 
 page=$(realpath "${1:?the run folder of a verification}")/verify.html
 chromium --headless --no-sandbox --hide-scrollbars --force-device-scale-factor=1 --blink-settings=preferredColorScheme=1 \
-    --window-size="1200,${2:-1085}" --screenshot="$(dirname "$0")/images/verify.png" "file://$page"
+    --window-size="1200,${2:-1120}" --screenshot="$(dirname "$0")/images/verify.png" "file://$page"
