@@ -41,7 +41,6 @@ class _HandedIn(NamedTuple):
     value: Any
     is_last: bool
     failure: str
-    """What went wrong; empty if nothing did."""
 
 
 class Control(Links):
@@ -81,7 +80,7 @@ class Control(Links):
             value: this rank's.
             decide: called on rank 0, with the values in rank order.
             is_last: whether this ends the step that began with a deadline.
-            failure: why this rank could not do its part; the others may wait for it in a collective.
+            failure: why this rank could not do its part, if so; the others may wait for it in a collective.
 
         Raises:
             OutOfStep: another rank has ended the step already, most likely because it failed.
@@ -171,14 +170,15 @@ class Control(Links):
                 came = {rank: one for values in self._values.values() for rank, one in values.items()}
             late = [rank for rank in self._phases if rank not in came]
             if late:
-                failures = {rank: one.failure for rank, one in sorted(came.items()) if one.failure}
-                self._end(self._describe_failures(failures) if failures else self._describe_hang(late))
+                failed = {rank: one.failure for rank, one in came.items() if one.failure}
+                self._end(self._describe_failure(failed) if failed else self._describe_hang(late))
 
-    def _describe_failures(self, failures: Mapping[int, str]) -> Trouble:
-        """Those that are late wait for the ranks that have failed."""
-        texts = [f"{self._name(rank)}: {text}" for rank, text in failures.items()]
-        more = f"; and {len(texts) - 8} more" if len(texts) > 8 else ""
-        return Trouble("; ".join(texts[:8]) + more, tuple(failures))
+    def _describe_failure(self, failed: Mapping[int, str]) -> Trouble:
+        """Who has failed, while the others still wait for them."""
+        texts = [
+            f"{self._name(rank)} failed in phase '{self._phases[rank][1]}': {text}" for rank, text in failed.items()
+        ]
+        return Trouble("; ".join(texts[:8]), tuple(failed))
 
     def _describe_hang(self, late: Sequence[int]) -> Trouble:
         """Who hangs: of the ranks that are late, those that got less far than others."""

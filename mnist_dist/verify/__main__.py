@@ -153,7 +153,12 @@ def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
         checks = choose_checks(
             verification.config, start=lambda context: context.start(console), reference=verification.reference
         )
-        verification.runner = Runner(checks, facts, show=lambda done, total: show(round(done), round(total)))
+        verification.runner = Runner(
+            checks,
+            facts,
+            wanted=config.checks or CHECK_NAMES,
+            show=lambda done, total: show(round(done), round(total)),
+        )
         verification.runner.run(context)
         code: int = control.settle(None, lambda _: verification.finish())
         control.leave()

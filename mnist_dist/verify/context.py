@@ -18,6 +18,7 @@ from mnist_dist.data.splits import Splits, preprocess
 from mnist_dist.launch.control import Control
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.verify.config import VerifyConfig
+from mnist_dist.verify.report import EXPECTED_S
 
 if TYPE_CHECKING:
     from mnist_dist.engine.build import Engine
@@ -135,15 +136,11 @@ class Context:
         return self._console.tensorflow_start(messages=self.config.console.tensorflow_messages)
 
     def repeats(self, number: int, *, least: int = 3) -> int:
-        """How many times to repeat something, within the budget; even numbers stay even."""
+        """How many times to repeat something, within the budget."""
         if self.asked.budget_s is None:
             return number
-        fewer = max(least, round(number * min(1.0, self.asked.budget_s / FULL_S)))
+        fewer = max(least, round(number * min(1.0, self.asked.budget_s / sum(EXPECTED_S.values()))))
         return min(number, fewer)
-
-
-FULL_S = 120.0
-"""About how long all checks take without a budget, with two processes on two cores."""
 
 
 def digest(content: bytes) -> str:

@@ -10,7 +10,7 @@ from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.launch.control import OutOfStep, Trouble
 from mnist_dist.verify.checks.base import Check, Evidence, Finding, names_of
 from mnist_dist.verify.context import Context
-from mnist_dist.verify.report import CheckResult, RankFacts, Suspect
+from mnist_dist.verify.report import CHECK_NAMES, EXPECTED_S, CheckResult, RankFacts, Suspect
 
 log = logging.getLogger("mnist_dist.verify")
 
@@ -21,10 +21,23 @@ class Runner:
     """Runs checks in order; the results are on rank 0."""
 
     def __init__(
-        self, checks: Sequence[Check], ranks: Sequence[RankFacts], *, show: Callable[[float, float], None]
+        self,
+        checks: Sequence[Check],
+        ranks: Sequence[RankFacts],
+        *,
+        wanted: Sequence[str] = CHECK_NAMES,
+        show: Callable[[float, float], None],
     ) -> None:
-        """Create it; `show(done, total)` is called with seconds as expected."""
+        """Create it.
+
+        Args:
+            checks: may grow while they run, once TensorFlow has started.
+            ranks: where the ranks run.
+            wanted: the names of all checks that will run.
+            show: called with how many of the expected seconds are over, and how many there are.
+        """
         self.checks = checks
+        self._wanted = {*wanted, *(check.name for check in checks)}
         self.results: list[CheckResult] = []
         self.blind: list[str] = []
         """Detectors that missed a fault put into their own input."""
@@ -37,14 +50,17 @@ class Runner:
 
     def run(self, context: Context) -> None:
         """Run all of them; the same on every rank."""
-        for number, check in enumerate(self.checks):  # which grow while they run, once TensorFlow has started
-            self._show(
-                sum(check.seconds for check in self.checks[:number]), sum(check.seconds for check in self.checks)
-            )
+        for check in self.checks:
+            self._show(*self._progress())
             if reason := self._why_not(check, context):
                 self._note(check, Finding("skipped", reason), seconds=0.0)
             else:
                 self._run_one(check, context)
+
+    def _progress(self) -> tuple[float, float]:
+        """Expected seconds of the checks that are done, and of all."""
+        done = {result.name for result in self.results}
+        return sum(EXPECTED_S[name] for name in self._wanted & done), sum(EXPECTED_S[name] for name in self._wanted)
 
     def end_early(self, trouble: Trouble) -> None:
         """Note trouble in the running check, and skip the others; on rank 0."""
@@ -145,7 +161,9 @@ class Runner:
             finding.details,
         )
         self.results.append(result)
-        log.info("%s", describe(result))
+        done_s, all_s = self._progress()
+        left = f" (about {all_s - done_s:.0f} s left)" if done_s < all_s else ""
+        log.info("%s%s", describe(result), left)
 
 
 def describe(result: CheckResult) -> str:

@@ -170,7 +170,7 @@ def test_a_hanging_rank_ends_in_a_verdict(verify):
     report, codes = verify(HOROVOD, "deadline_s=15", fault="hang:1")
     result = report.checks[CHECK_NAMES.index("exact")]
     assert result.status == "fail" and result.summary.startswith("the time is up: rank 0 ")
-    assert "rank 1 (127.0.0.1) is in phase '25 steps of adam'" in result.summary
+    assert "rank 1 (" in result.summary and "is in phase '25 steps of adam'" in result.summary
     assert codes == [EXIT_FAILURE] * 2
     assert report.checks[CHECK_NAMES.index("interruption")].summary == "exact ended the job"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mnist_dist.verify.checks.interruption import Interruption
 from mnist_dist.verify.checks.learning import _skips_one_step
 from mnist_dist.verify.checks.reference import Reference, compare, load_reports, times_of
 from mnist_dist.verify.checks.speed import SlowRank
+from mnist_dist.verify.context import Context
 from mnist_dist.verify.quiet import find_noise, spread_of
 from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Suspect, judge
 from mnist_dist.verify.runner import Runner, judge_detectors
@@ -345,6 +347,12 @@ def test_a_suspect_has_its_gpu(of, number, rank, device):
     runner._devices = [["GPU:0", "GPU:1"], ["GPU:0", "GPU:1"]]
     runner._note(CrossExamination(), Finding("fail", "", {number: "wrong"}, of=of), seconds=1.0)
     assert runner.results[0].suspects == (Suspect(rank, "ab"[rank], "cross_examination", "wrong", device),)
+
+
+@pytest.mark.parametrize(("budget_s", "repeats"), [(None, 6), (1e6, 6), (60, 6), (40, 4), (1, 3)])
+def test_a_budget_trims_repeats(budget_s, repeats):
+    context = SimpleNamespace(asked=SimpleNamespace(budget_s=budget_s))
+    assert Context.repeats(context, 6) == repeats
 
 
 # The report

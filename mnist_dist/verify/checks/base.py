@@ -34,8 +34,6 @@ class Check(ABC):
     """One check."""
 
     name: ClassVar[str]
-    seconds: ClassVar[float]
-    """About how long it takes with two processes on two cores."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The checks without whose success this one proves nothing."""
     can_fail: ClassVar[bool] = True

@@ -27,7 +27,6 @@ class Collectives(Check):
     """All-reduce, all-gather and broadcast of 4 bytes to 16 MB, with results that are known exactly."""
 
     name = "collectives"
-    seconds = 7.0
     needs = ("identity",)
 
     def measure(self, context: Context) -> Evidence:

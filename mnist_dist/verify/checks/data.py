@@ -22,7 +22,6 @@ class Data(Check):
     """Sums each image and label up where they are read on the device, as training does, over one epoch's plan."""
 
     name = "data"
-    seconds = 3.0
     needs = ("identity",)
 
     def measure(self, context: Context) -> Evidence:

@@ -18,7 +18,6 @@ class Environment(Check):
     """All that `doctor` looks at."""
 
     name = "environment"
-    seconds = 7.0
 
     def measure(self, context: Context) -> Evidence:
         """This rank's findings."""

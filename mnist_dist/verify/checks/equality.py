@@ -49,7 +49,6 @@ class Exact(Check):
     """The same steps on all replicas and, on each rank, on one alone: with SGD, which shows a wrong scale, and Adam."""
 
     name = "exact"
-    seconds = 14.0
     needs = ("identity", "collectives", "data", "cross_examination")
 
     def why_not(self, context: Context) -> str:
@@ -109,9 +108,10 @@ class Exact(Check):
 
 
 def _train(engine: Engine) -> tuple[list[float], list[str]]:
+    """Mean losses of the first steps, and digests of the state after them."""
     programs = Programs(engine)
     sums = programs.train_epoch(first_steps(engine, STEPS), learning_rates=rates(engine, STEPS))
-    return [float(loss) for loss in sums.losses], state_digests(engine)
+    return [float(loss) / engine.plan.global_batch_size for loss in sums.losses], state_digests(engine)
 
 
 def _first_difference(run: dict[str, Any]) -> int | None:
@@ -125,7 +125,6 @@ class Fast(Check):
     """`reproducibility=fast` may change the last bits, as another order of summation does, and no more."""
 
     name = "fast"
-    seconds = 8.0
     needs = ("identity", "collectives", "data", "cross_examination")
 
     def why_not(self, context: Context) -> str:

@@ -25,7 +25,6 @@ class Interruption(Check):
     """Saves, loads and trains on; and offers damaged copies, which must be refused."""
 
     name = "interruption"
-    seconds = 5.0
     needs = ("identity", "collectives", "data", "cross_examination")
 
     def measure(self, context: Context) -> Evidence:

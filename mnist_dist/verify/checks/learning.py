@@ -30,7 +30,6 @@ class Learning(Check):
     """Three epochs on all replicas, in float32."""
 
     name = "learning"
-    seconds = 10.0
     needs = ("identity", "collectives", "data", "cross_examination", "exact")
 
     def why_not(self, context: Context) -> str:
@@ -66,7 +65,6 @@ class Precision(Check):
     """The same in mixed precision, against float32 with the same seed; and one overflow on one replica."""
 
     name = "precision"
-    seconds = 14.0
     needs = ("identity", "collectives", "data", "cross_examination", "exact", "learning")
 
     def measure(self, context: Context) -> Evidence:

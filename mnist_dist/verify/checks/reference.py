@@ -23,7 +23,6 @@ class Reference(Check):
     """Compares times with those of one or several earlier reports, where these are comparable."""
 
     name = "reference"
-    seconds = 0.1
 
     def __init__(self, measure: Callable[[], Evidence]) -> None:
         """Create it; `measure` returns what `compare` does."""

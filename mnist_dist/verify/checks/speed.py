@@ -52,7 +52,6 @@ class SlowRank(Check):
     """Steps without collectives, between barriers: the same work on every replica at the same time."""
 
     name = "slow_rank"
-    seconds = 8.0
     needs = ("identity",)
 
     def why_not(self, context: Context) -> str:
@@ -118,7 +117,6 @@ class Scaling(Check):
     """Images per second on some of the replicas, with the same global batch (strong) and one that grows (weak)."""
 
     name = "scaling"
-    seconds = 12.0
     needs = ("identity", "collectives")
     can_fail = False
 
