@@ -97,8 +97,8 @@ def render(text: str, stored: dict[str, Any]) -> str:
         "hold-out": hold_out_table(entries),
     }
     for name, rows in tables.items():
-        mark = re.compile(rf"(?<=<!-- {name} -->\n\n).*?(?=\n*<!-- end of {name} -->)", re.DOTALL)
-        table = to_markdown(rows) + "\n"
+        mark = re.compile(rf"(?<=<!-- {name} -->\n\n).*?(?=\n\n<!-- end of {name} -->)", re.DOTALL)
+        table = to_markdown(rows)
         text, count = mark.subn(lambda _, table=table: table, text)
         assert count == 1, name
     return text

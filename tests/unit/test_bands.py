@@ -142,7 +142,10 @@ def test_there_are_bands_for_the_recipe(name, precision, paired):
     found = find_bands(name, DIGESTS[name], precision, RECIPE, paired=paired)
     assert isinstance(found, Bands)
     assert found.paired == paired
-    assert {"loss_3", "val_loss_3"} <= {band.name for band in found.bands}
+    names = {band.name for band in found.bands}
+    assert {"loss_3", "val_loss_3"} <= names
+    assert "val_correct" not in names  # stored, but not used
+    assert {band.num_seeds for band in found.bands} == {128}
 
 
 @pytest.mark.parametrize(
