@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda horovod train evaluate doctor test test-quick slurm-test soak check format clean
+.PHONY: help setup cuda horovod train evaluate doctor verify test test-quick slurm-test soak check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -33,6 +33,9 @@ evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs
 
 doctor: setup ## Say what would go wrong with a training here; for example: make doctor ARGS="strategy=horovod data=mnist"
 	$(BIN)/python -m mnist_dist.doctor $(ARGS)
+
+verify: setup ## Say whether this cluster trains correctly; for example: make verify ARGS="strategy=mirrored"
+	$(BIN)/python -m mnist_dist.verify $(ARGS)
 
 test-quick: $(VENV)/.installed-dev ## Run the tests that start no program: a minute
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup tests/unit $(ARGS)

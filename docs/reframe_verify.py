@@ -24,6 +24,7 @@ class VerifyTraining(rfm.RunOnlyRegressionTest):
     earlier = variable(str, value="")
     """A `verify.json` of this system when it was well; bandwidth and images per second may be a tenth below it."""
 
+    descr = "Does this cluster train correctly, and as fast as before?"
     valid_systems = ["*"]
     valid_prog_environs = ["*"]
     sourcesdir = None
@@ -43,9 +44,9 @@ class VerifyTraining(rfm.RunOnlyRegressionTest):
 
     @run_before("run")
     def set_launcher(self) -> None:
-        """As slurm/verify.sh does: the processes find each other without MPI."""
+        """As slurm/verify.sh does: no MPI, and time for rank 0 to say which process was lost."""
         if self.job.launcher.registered_name == "srun":
-            self.job.launcher.options = ["--mpi=none", "--distribution=block", "--kill-on-bad-exit=1"]
+            self.job.launcher.options = ["--mpi=none", "--distribution=block", "--kill-on-bad-exit=0", "--wait=90"]
 
     @sanity_function
     def trains_correctly(self) -> Any:

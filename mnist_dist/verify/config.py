@@ -18,7 +18,7 @@ class VerifyConfig(TrainConfig):
     budget_s: float | None = ruled(
         lambda value: value is None or value > 0, "must be more than 0 seconds, or null", default=None
     )
-    """Fewer repeats, in proportion to 120 seconds, so that less is found; no limit. null: all repeats."""
+    """Less than the 60 seconds that all take: proportionally fewer repeats, so that less is found. No limit."""
     deadline_s: float = timeout_s()
     """Seconds after which a check that has not ended has failed."""
     reference: str | None = None

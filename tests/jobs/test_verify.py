@@ -182,7 +182,9 @@ def test_a_check_that_meets_in_between_has_a_deadline_to_its_end(verify):
     assert codes == [EXIT_FAILURE] * 2
 
 
-@pytest.mark.parametrize(("fault", "check"), [("raises:1", "exact"), ("raises_between_barriers:1", "scaling")])
+@pytest.mark.parametrize(
+    ("fault", "check"), [("raises:1", "exact"), ("raises_alone:1", "scaling"), ("raises_between_barriers:1", "scaling")]
+)
 def test_a_rank_that_fails_is_named_and_leaves_nobody_waiting(fault, check, verify):
     report, codes = verify(HOROVOD, fault=fault, checks=[check, "interruption"])
     assert found(report) == (check, {1})

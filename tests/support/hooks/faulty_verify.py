@@ -245,6 +245,7 @@ def raise_error():
 
 
 raises = in_the_middle(raise_error)
+raises_alone = in_the_middle(raise_error, of="compiling")
 raises_between_barriers = in_the_middle(raise_error, of="block 2")
 killed = in_the_middle(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
