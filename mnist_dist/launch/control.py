@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from mnist_dist.base.errors import EXIT_LOST_PEER
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER
 from mnist_dist.base.wire import Message
 from mnist_dist.launch.links import Link, Links
 from mnist_dist.launch.stop import end_at_once
@@ -197,7 +197,11 @@ class Control(Links):
     def _end(self, trouble: Trouble) -> NoReturn:
         """Report the trouble, and end all processes: their main threads may hang in a collective."""
         self._due_s = None
-        code = self._on_trouble(trouble)
+        try:
+            code = self._on_trouble(trouble)
+        except Exception:  # a full disk, for example; this thread must not end before the others are told
+            log.exception("error: %s", trouble.text)
+            code = EXIT_FAILURE
         self._send({"end": trouble.text, "code": code})
         self._say_farewell()
         end_at_once(code)

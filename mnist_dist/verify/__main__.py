@@ -115,9 +115,14 @@ class Verification:
 
     def end_early(self, trouble: Trouble) -> int:
         """Report that the ranks cannot go on together, since one is gone or hangs; returns the exit code."""
-        assert self.runner is not None
-        self.runner.end_early(trouble)
-        return self.finish()
+        if self.runner is not None and self.runner.is_running:
+            self.runner.end_early(trouble)
+            return self.finish()
+        hosts = {facts.rank: facts.host for facts in self.ranks}
+        suspects = [Suspect(rank, hosts.get(rank, ""), "environment", trouble.text) for rank in trouble.ranks]
+        result = CheckResult(0, "environment", "fail", trouble.text, suspects=tuple(suspects))
+        log.info("%s", describe(result))
+        return self._report([result], "the job ended before")
 
 
 def verify(config: VerifyConfig, topology: Topology, console: Console) -> int:
@@ -226,7 +231,10 @@ def write(report: Report, run_folder: RunFolder) -> None:
     hosts = sorted({suspect.host for suspect in report.suspects if suspect.host})
     run_folder.write_text("suspects.txt", "".join(f"{host}\n" for host in hosts))
     run_folder.write_text("verify.json", report.to_json())  # a verdict that can be read is complete but for the page
-    run_folder.write_text("verify.html", build_page(report))
+    try:
+        run_folder.write_text("verify.html", build_page(report))
+    except Exception:  # the verdict stands, whatever is wrong with its picture
+        log.exception("verify.html could not be made, please report it")
     for suspect in report.suspects:
         log.info("Suspect: rank %d on %s %s(%s): %s", suspect.rank, suspect.host,
                  f"{suspect.device} " if suspect.device else "", suspect.check, suspect.evidence)  # fmt: skip

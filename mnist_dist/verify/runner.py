@@ -57,6 +57,11 @@ class Runner:
             else:
                 self._run_one(check, context)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a check has begun."""
+        return self._running is not None
+
     def _progress(self) -> tuple[float, float]:
         """Expected seconds of the checks that are done, and of all."""
         done = {result.name for result in self.results}

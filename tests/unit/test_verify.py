@@ -66,8 +66,10 @@ def quiet(seconds: float = 1.0, host: str = "a"):
     return {"host": host, "cores": 2, "seconds": seconds, "busy_s": 1.0, "own_s": 0.98, "steal_s": 0.0, "throttled": 0}
 
 
-def blocks(*ranks: list[float], noise=None):
-    return [{"rounds": [[own], [own]], "noise": noise or {**quiet(), "own_s": 1.0 / len(ranks)}, "limit": 1.33,
+def blocks(*ranks: list[float], noise=None, waited_s: float | None = None):
+    """Evidence of the slow rank check; `waited_s`: how long a rank waited for a core in each block, if it is known."""
+    return [{"rounds": [[own], [own]],
+             "alone": [[[None if waited_s is None else one - waited_s for one in own]]] * 2, "noise": noise or {**quiet(), "own_s": 1.0 / len(ranks)}, "limit": 1.33,
              "step_s": own[0]} for own in ranks]  # fmt: skip
 
 
@@ -245,6 +247,14 @@ def test_a_disturbed_machine_blames_nobody(change, text):
     finding = SlowRank().judge(evidence)
     assert (finding.status, finding.blamed) == ("inconclusive", {})
     assert text in finding.summary
+
+
+@pytest.mark.parametrize(("factor", "waited_s", "status"), [(5, 0.5, "degraded"), (5, 4.0, "inconclusive"),
+                                                              (2, 0.0, "inconclusive")])  # fmt: skip
+def test_what_others_cannot_explain_is_slow_on_a_busy_machine_too(factor, waited_s, status):
+    evidence = blocks(GOOD, [factor * one for one in GOOD], noise={**quiet(), "own_s": 0.2}, waited_s=waited_s)
+    finding = SlowRank().judge(evidence)
+    assert (finding.status, set(finding.blamed)) == (status, {1} if status == "degraded" else set())
 
 
 def test_noise_is_that_of_each_host():
