@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -213,13 +212,15 @@ def meet(rendezvous: Rendezvous, own: Greeting) -> dict[int, Greeting]:
 
 def describe_rank(topology: Topology) -> dict[str, object]:
     """Where this rank runs; see `RankFacts`."""
+    machine = describe_machine()
     facts = RankFacts(
         rank=topology.rank,
         host=node_name(topology),
         devices=(),
         gpus=tuple(own_uuids(topology)),
-        cpu=describe_machine()["cpu"],
-        cores=len(os.sched_getaffinity(0)),
+        cpu=machine["cpu"],
+        cores=machine["cores"],
+        gpu=", ".join(sorted({*machine["gpus"]})),
     )
     return asdict(facts)
 

@@ -71,6 +71,8 @@ class RankFacts:
     """UUIDs."""
     cpu: str
     cores: int
+    gpu: str = ""
+    """The model of its GPUs."""
 
 
 @dataclass(frozen=True)

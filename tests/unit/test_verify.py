@@ -68,9 +68,17 @@ def quiet(seconds: float = 1.0, host: str = "a"):
 
 def blocks(*ranks: list[float], noise=None, waited_s: float | None = None):
     """Evidence of the slow rank check; `waited_s`: how long a rank waited for a core in each block, if it is known."""
-    return [{"rounds": [[own], [own]],
-             "alone": [[[None if waited_s is None else one - waited_s for one in own]]] * 2, "noise": noise or {**quiet(), "own_s": 1.0 / len(ranks)}, "limit": 1.33,
-             "step_s": own[0]} for own in ranks]  # fmt: skip
+    noise = noise or {**quiet(), "own_s": 1.0 / len(ranks)}
+    return [
+        {
+            "rounds": [[own], [own]],
+            "alone": [[[None if waited_s is None else one - waited_s for one in own]]] * 2,
+            "noise": noise,
+            "limit": 1.33,
+            "step_s": own[0],
+        }
+        for own in ranks
+    ]
 
 
 RANKS = [RankFacts(rank, "ab"[rank], (), (f"GPU-{rank}0", f"GPU-{rank}1"), "cpu", 1) for rank in range(2)]
@@ -440,6 +448,10 @@ def test_of_several_references_the_median_counts(versions):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        (
+            {"ranks": tuple(dataclasses.replace(one, gpu="A100") for one in report().ranks)},
+            "the GPUs' model: ['A100'] there",
+        ),
         ({"ranks": report().ranks[:1]}, "the number of ranks: 1 there, 2 here"),
         ({"versions": {"python": "3.12"}}, "the version of python: 3.12 there, 3.11 here"),
         ({"configuration": {"data": {"name": "mnist"}, "model": {"name": "cnn"}, "seed": 0}}, "model: "),

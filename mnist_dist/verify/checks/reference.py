@@ -115,6 +115,7 @@ def describe_setup(
         "the processors": str(sorted({rank.cpu for rank in ranks})),
         "the cores of a rank": str(sorted({rank.cores for rank in ranks})),
         "the GPUs of a rank": str(sorted({len(rank.gpus) for rank in ranks})),
+        "the GPUs' model": str(sorted({rank.gpu for rank in ranks})),
         "the data set": str(configuration["data"]["name"]),
         **{f"the version of {name}": version for name, version in versions.items()},
         **{key: json.dumps(value, sort_keys=True) for key, value in configuration.items() if key not in _FREE},
