@@ -51,7 +51,7 @@ def plan(num_ranks: int, *, steps: int = 3, rows: int = 16, shards: int = 8):
         read[:, columns] = expected[:, columns]
         evidence.append({"foreign": [0], "intact": True, "sums": [_to_text(read)], "shards": shards,
                          "indices_shape": [steps, rows]})  # fmt: skip
-    evidence[0]["expected"] = _to_text(expected)
+    evidence[0] |= {"expected": _to_text(expected), "plan_is_complete": True}
     return evidence, expected
 
 
@@ -156,6 +156,12 @@ def test_data_that_changed_in_memory():
     assert set(Data().judge(evidence).blamed) == {1}
 
 
+def test_a_plan_that_leaves_examples_out():
+    evidence, _ = plan(2)
+    evidence[0]["plan_is_complete"] = False
+    assert "the plan of an epoch" in Data().judge(evidence).summary
+
+
 # Cross-examination
 
 
@@ -200,6 +206,19 @@ def test_the_first_step_that_differs_is_told():
     finding = Exact().judge([runs("x", losses=(3.0, 2.0, 1.5))] * 2)
     assert (finding.status, finding.blamed) == ("fail", {})
     assert "all replicas differ with sgd from one replica from step 2 on" in finding.summary
+
+
+def test_steps_are_counted_from_1():
+    finding = Exact().judge([runs("x", losses=(3.5, 2.0, 1.0))])
+    assert "from step 1 on" in finding.summary
+
+
+def test_weights_that_are_the_same_everywhere_and_not_what_the_seed_gives():
+    evidence = json.loads(json.dumps(EVIDENCE[Identity]))
+    for one in evidence:
+        one["state"][0]["weights"] = "of yesterday"
+    finding = Identity(lambda _: None).judge(evidence)
+    assert finding.status == "fail" and set(finding.blamed) == {0, 1}
 
 
 def test_one_replica_that_differs_is_named():

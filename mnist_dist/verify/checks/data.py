@@ -42,6 +42,8 @@ class Data(Check):
         }
         if context.topology.is_chief:
             evidence["expected"] = _to_text(_expected(engine, indices))
+            planned = np.sort(indices[indices >= 0])
+            evidence["plan_is_complete"] = bool(np.array_equal(planned, np.arange(len(engine.splits.train))))
         return evidence
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
@@ -73,6 +75,8 @@ class Data(Check):
                 blamed[own] = f"it read {num_others} rows of other replicas, and not {num_wrong} of its own"
             elif num_wrong and is_trusted:
                 blamed[own] = f"{num_wrong} of its rows hold other examples than planned"
+        if not evidence[0]["plan_is_complete"]:
+            return Finding("fail", "the plan of an epoch does not have each example exactly once")
         planned = int((expected != 0).sum())
         once = int(((read == 1) & (expected != 0)).sum())
         details = {"examples": planned, "exactly_once": once, "per_rank": by_rank}
