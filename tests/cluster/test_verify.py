@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -10,7 +11,7 @@ from support import CHECKOUT
 from support.batch import Batch, environment_of_user, submitter, wait_until
 from support.hooks import HOOKS
 from support.launchers import horovodrun
-from support.slurm_cluster import NODES, daemon_of, lose_node, run_cluster
+from support.slurm_cluster import NODES, daemon_of, lost_node, run_cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
@@ -110,13 +111,24 @@ def test_a_slow_node(verify):
     assert last_line(batch).startswith("DEGRADED: ")
 
 
+def judge(verdict: str) -> str:
+    """The shell commands by which a stand-in for rank 0 writes a verdict."""
+    return 'mkdir FOLDER; echo \' "verdict": "VERDICT",\' >FOLDER/verify.json'.replace(
+        "FOLDER", "runs/verify-$SLURM_JOB_ID"
+    ).replace("VERDICT", verdict)
+
+
 def test_strict_makes_a_slow_node_a_failure(verify):
-    """A stand-in for rank 0 writes the verdict."""
-    folder = "runs/verify-$SLURM_JOB_ID"
-    judge = f'mkdir {folder}; echo \' "verdict": "DEGRADED",\' >{folder}/verify.json; exit 1'
-    batch = verify(site=played(judge, "exit 1"))()
+    batch = verify(site=played(f"{judge('DEGRADED')}; exit 1", "exit 1"))()
     assert (batch.state, batch.returncode) == ("FAILED", 1), batch.log
     assert last_line(batch).startswith("DEGRADED: ")
+
+
+def test_rank_0_has_time_to_write_its_verdict(verify):
+    """Though another process has been killed."""
+    batch = verify(site=played(f"sleep 8; {judge('FAIL')}; exit 1", "kill -9 $$"))()
+    assert (batch.state, batch.returncode) == ("FAILED", 1), batch.log
+    assert last_line(batch).startswith(f"FAIL: runs/verify-{batch.job_id} "), batch.log
 
 
 def test_a_killed_process(verify):
@@ -164,12 +176,11 @@ def test_no_verdict(first, second, says, blames, verify):
 def test_no_hang(verify):
     """Neither a process that does not end, nor srun, for which a shell function stands in."""
     endless = "trap '' TERM; sleep 300; sleep 300"
-    judge = 'mkdir $0; echo \' "verdict": "PASS",\' >$0/verify.json'.replace("$0", "runs/verify-$SLURM_JOB_ID")
     jobs = [
         verify(site=played(endless, endless) + "; limit_s=5"),
         verify(site="srun() { sleep 300; }; limit_s=5"),
-        verify(site=played(judge, endless) + "; settle_s=3"),
-        verify(site=f"srun() {{ {judge}; sleep 300; }}; settle_s=3"),
+        verify(site=played(judge("PASS"), endless) + "; settle_s=3"),
+        verify(site=f"srun() {{ {judge('PASS')}; sleep 300; }}; settle_s=3"),
     ]
     batches = [job() for job in jobs]
     for batch in batches[:2]:
@@ -205,10 +216,12 @@ def test_an_old_verdict_does_not_count(verify, desk):
 
 
 @pytest.fixture
-def fragile(cluster, desk, small):
+def fragile(cluster, desk, small, tmp_path):
     """A cluster of its own, whose second node may be lost, and a function to verify it."""
+    shutil.copytree(desk / "slurm", tmp_path / "slurm")
+    (tmp_path / "runs").mkdir()  # the numbers of its jobs begin again
     with run_cluster() as environment:
-        yield environment, verifier(submitter(environment_of_user(environment), desk), small)
+        yield environment, verifier(submitter(environment_of_user(environment), tmp_path), small)
 
 
 def wait_for_checks(job) -> None:
@@ -239,15 +252,15 @@ def test_a_node_is_lost(number, fragile):
     environment, verify = fragile
     job = verify("checks=[identity,collectives,exact,interruption]", site="settle_s=10")
     wait_for_checks(job)
-    lose_node(environment, NODES[1], number)
-    check_fails(job(is_node_lost=True), blames=NODES[1])
+    with lost_node(environment, NODES[1], number):
+        check_fails(job(is_node_lost=True), blames=NODES[1])
 
 
 def test_slurm_gives_a_node_up(fragile):
-    """Slurm is told at once that the node is down, and ends the job's part there: rank 0 can still say which it was."""
+    """It notices a frozen node sooner than rank 0, which goes by its silence, and leaves rank 0 alone until then."""
     environment, verify = fragile
     job = verify(STEP, site=with_fault("hang:1") + "settle_s=10")
     wait_for_checks(job)
-    lose_node(environment, NODES[1], signal.SIGKILL)
-    job.ask("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
-    check_fails(job(is_node_lost=True), blames=NODES[1])
+    with lost_node(environment, NODES[1], signal.SIGSTOP):
+        job.ask("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
+        check_fails(job(is_node_lost=True), blames=NODES[1])
