@@ -1,7 +1,6 @@
 """Whether a machine was quiet while something was timed: otherwise its times are nobody's fault."""
 
 import contextlib
-import itertools
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import psutil
 
 MAX_SPREAD = 0.10
-"""Of blocks that do the same; beyond it a time means nothing."""
+"""Of what does the same; beyond it a time means nothing."""
 _MAX_OTHERS = 0.05
 
 
@@ -69,9 +68,9 @@ def _by_host(readings: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[
 
 
 def spread_of(blocks: Sequence[float]) -> float:
-    """How far neighbouring blocks, which do the same, are apart: the median of their ratios' distances from 1."""
-    ratios = [max(one, other) / min(one, other) - 1 for one, other in itertools.pairwise(blocks)]
-    return sorted(ratios)[len(ratios) // 2]
+    """How well a minimum of blocks repeats: how far those of every other block are apart, A against A."""
+    one, other = min(blocks[::2]), min(blocks[1::2])
+    return max(one, other) / min(one, other) - 1
 
 
 class Waiting:

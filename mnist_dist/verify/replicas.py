@@ -7,7 +7,6 @@ import numpy as np
 import tensorflow as tf
 
 from mnist_dist.base.array import Array
-from mnist_dist.engine.build import Programs
 from mnist_dist.strategy.base import Strategy
 
 
@@ -37,12 +36,6 @@ def on_each_replica(strategy: Strategy, function: Callable[..., tf.Tensor], *arg
     )
     compiled(*args)
     return boxes.read()
-
-
-def train_steps(programs: Programs, indices: Array, *, rate: float) -> list[float]:
-    """Train on these steps at a constant learning rate; returns the loss sums of the steps."""
-    sums = programs.train_epoch(indices, learning_rates=np.full(len(indices), rate))
-    return [float(loss) for loss in sums.losses]
 
 
 def odd_factors(number: int, *, key: int = 0) -> Array:
