@@ -66,7 +66,7 @@ if [[ -n $stopped ]]; then
     kill -KILL "$srun" 2>/dev/null || true # Slurm ends the processes with the job
 fi
 code=0
-wait "$srun" || code=$?
+wait "$srun" 2>/dev/null || code=$? # bash would report the KILL
 
 # --- the verdict --------------------------------------------------------------
 

@@ -8,159 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from support import CHECKOUT
+from support.batch import JOB_S, Batch, wait_until
 from support.job import SINGLE, start_job
 from support.launchers import horovodrun
-from support.processes import LAUNCHER_VARIABLES
 from support.runs import summary_of
-from support.slurm_cluster import NODES, missing_programs, run_cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
-
-_JOB_S = 400  # on a busy machine; seconds on an idle one
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """The cluster's environment variables; without Slurm, skip, or fail where skipping is not allowed (CI)."""
-    if missing := missing_programs():
-        reason = f"not installed: {', '.join(missing)}; apt-get install slurm-wlm munge"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    with run_cluster() as environment:
-        yield environment
-
-
-FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
-
-
-class Batch(NamedTuple):
-    """How a batch job ended."""
-
-    returncode: int
-    job_id: str
-    log: str
-    folder: Path
-    state: str
-    num_restarts: int
-
-    @property
-    def summary(self) -> dict:
-        return json.loads((self.folder / "summary.json").read_text())
-
-
-@dataclass(frozen=True)
-class Job:
-    """A batch job or an array task; calling it waits for its end."""
-
-    job_id: str
-    log: Path
-    folder: Path
-    ask: Callable[..., str]
-
-    def __call__(self) -> Batch:
-        # sbatch --wait polls only every 32 s. A job that is requeued passes through other states.
-        wait_until(lambda: self.told("JobState") in FINAL_STATES, self)
-        codes = [
-            int(code) for code in re.findall(r" ExitCode=(\d+):", self.ask("scontrol", "show", "job", self.job_id))
-        ]
-        state, restarts = self.told("JobState"), int(self.told("Restarts"))
-        return Batch(max(codes), self.job_id, self.text(), self.folder, state, restarts)
-
-    def told(self, key: str) -> str:
-        """What `scontrol show job` says about it."""
-        return re.findall(rf"\b{key}=(\S+)", self.ask("scontrol", "show", "job", self.job_id))[-1]
-
-    def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def is_training(self, *, start: int) -> bool:
-        """Whether it has finished some epochs since its `start`-th requeue."""
-        _, put_back, since = self.text().rpartition(f"restarted {start} time(s)\n")
-        return bool(put_back) and since.count("\nEpoch ") >= 3
-
-    def processes(self) -> list[int]:
-        """The PID of each rank's process."""
-        step = f"{self.told('JobId')}.0"
-        found = {}
-        for node in NODES:
-            with contextlib.suppress(subprocess.CalledProcessError):  # a node without any of them
-                for line in self.ask("scontrol", "listpids", step, node).splitlines():
-                    pid, *_, rank = line.split()
-                    if rank.isdecimal():
-                        found.setdefault(int(rank), int(pid))
-        return [found[rank] for rank in sorted(found)]
-
-    def signal_one(self, rank: int, number: signal.Signals, *, start: int = 0) -> None:
-        """Signal only one process, in the middle of training.
-
-        `scancel --signal` only knows jobs and steps, and signals all tasks of a step. So we ask Slurm for the task's
-        process, like a user who types `srun --jobid=... --overlap --nodelist=... kill -USR2 ...`.
-        """
-        wait_until(lambda: self.is_training(start=start), self)
-        os.kill(self.processes()[rank], number)
-
-
-def wait_until(condition: Callable[[], bool], job: Job, *, timeout_s: float = _JOB_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            told = job.ask("scontrol", "show", "job", job.job_id)
-            pytest.fail(f"waited {timeout_s} s in vain\n{told}\n{job.text() or 'no log'}")
-        time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """The folder that a user submits from, with spaces in its name."""
-    folder = tmp_path_factory.mktemp("my own") / "two words"
-    (folder / "runs").mkdir(parents=True)
-    (folder / "slurm").mkdir()
-    shutil.copy(CHECKOUT / "slurm" / "train.sh", folder / "slurm")
-    (folder / "slurm" / "site.sh").write_text(f"python='{sys.executable}'\nexport FROM_THE_SITE=yes\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def small(small_npz, desk):
-    """The arguments of a short training run; the path of its data also has a space."""
-    path = shutil.copy(small_npz, desk / "small data.npz")
-    return ["data=npz", f"data.path={path}", "trainer.epochs=2"]
-
-
-@pytest.fixture(scope="module")
-def environment(cluster):
-    """The variables of a user of the cluster."""
-    kept = {name: value for name, value in cluster.items() if not name.startswith(LAUNCHER_VARIABLES)}
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path, "SLURM_CONF": cluster["SLURM_CONF"]}
-
-
-@pytest.fixture(scope="module")
-def submit(environment, desk):
-    """Start `sbatch OPTIONS slurm/train.sh ARGUMENTS`; `site` is the text of a site.sh just for this job."""
-
-    def ask(*command: str) -> str:
-        return subprocess.run(
-            command, cwd=desk, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
-        ).stdout
-
-    def start(*arguments, options=(), log="job-{}.log", task="", site="") -> Job:
-        if site:
-            path = desk / "slurm" / f"site-{len(list((desk / 'slurm').iterdir()))}.sh"
-            path.write_text((desk / "slurm" / "site.sh").read_text() + site + "\n")
-            options = [*options, f"--export=ALL,MNIST_DIST_SITE={path}"]
-        number = ask("sbatch", "--parsable", *options, "slurm/train.sh", *arguments).strip()
-        job_id = number + task
-        return Job(job_id, desk / "runs" / log.format(number), desk / "runs" / f"job-{job_id}", ask)
-
-    return start
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +307,7 @@ def test_the_doctor_looks_at_two_nodes(environment, desk, small):
     options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mpi=none", "--kill-on-bad-exit=1"]
     command = ["srun", *options, "bash", "-c", task, sys.executable, *words]
     result = subprocess.run(
-        command, cwd=desk, env=environment, capture_output=True, text=True, timeout=_JOB_S, check=False
+        command, cwd=desk, env=environment, capture_output=True, text=True, timeout=JOB_S, check=False
     )
     assert result.returncode == 1, result.stdout + result.stderr
     told = json.loads(result.stdout)
@@ -468,21 +326,22 @@ def test_the_doctor_looks_at_two_nodes(environment, desk, small):
     assert not (desk / "runs" / "doctor").exists()
 
 
-def test_outside_a_job(tmp_path):
+@pytest.mark.parametrize("name", ["train", "verify"])
+def test_outside_a_job(name, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    script = CHECKOUT / "slurm" / "train.sh"
+    script = CHECKOUT / "slurm" / f"{name}.sh"
     result = subprocess.run(
         ["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert "this is a batch script: sbatch slurm/train.sh" in result.stderr
+    assert f"this is a batch script: sbatch slurm/{name}.sh" in result.stderr
 
 
 def test_the_scripts_are_clean():
-    scripts = [CHECKOUT / "slurm" / name for name in ("train.sh", "site.sh.example")]
+    scripts = [CHECKOUT / "slurm" / "site.sh.example", *(CHECKOUT / "slurm").glob("*.sh")]
     scripts += (CHECKOUT / "scripts").rglob("*.sh")
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck") is None:
         pytest.fail("no shellcheck") if os.environ.get("CI") else pytest.skip("no shellcheck")
-    subprocess.run(["shellcheck", "--shell=bash", *scripts], check=True)
+    subprocess.run(["shellcheck", "--shell=bash", "--external-sources", *scripts], check=True)

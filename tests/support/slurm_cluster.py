@@ -121,6 +121,29 @@ def run_cluster() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def daemon_of(environment: dict[str, str], node: str) -> int:
+    """The PID of a node's slurmd."""
+    (pid,) = [
+        pid
+        for pid in _users_of(environment["SLURM_CONF"])
+        if _command_of(pid)[-3:] == ["-D", "-N", node] and _command_of(pid)[0].endswith("slurmd")
+    ]
+    return pid
+
+
+def lose_node(environment: dict[str, str], node: str, number: signal.Signals) -> None:
+    """Signal all that runs on a node: its slurmd, the job steps' daemons and their processes."""
+    tasks = [
+        pid
+        for pid in _users_of(environment["SLURM_CONF"])
+        if f"SLURMD_NODENAME={node}".encode() in _environment_of(pid)
+    ]
+    parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in tasks}
+    steps = [pid for pid in parents if _command_of(pid)[0].startswith("slurmstepd")]
+    for pid in (daemon_of(environment, node), *steps, *tasks):
+        os.kill(pid, number)
+
+
 def _configure(folder: Path) -> None:
     folder.chmod(0o711)  # munged wants its clients to reach the socket
     (folder / "state").mkdir()
@@ -168,6 +191,14 @@ def _users_of(slurm_conf: str) -> list[int]:
             if f"SLURM_CONF={slurm_conf}".encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
+
+
+def _environment_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def _command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1] or [""]
 
 
 def _wait_for(condition: Callable[[], bool], what: str, folder: Path) -> None:
