@@ -206,7 +206,7 @@ def test_an_old_verdict_does_not_count(verify, desk):
 
 @pytest.fixture
 def fragile(cluster, desk, small):
-    """A cluster of its own, as its second node is lost, and a function to verify it. (`cluster` skips without Slurm.)"""
+    """A cluster of its own, whose second node may be lost, and a function to verify it."""
     with run_cluster() as environment:
         yield environment, verifier(submitter(environment_of_user(environment), desk), small)
 

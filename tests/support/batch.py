@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from support import CHECKOUT
+from support.processes import LAUNCHER_VARIABLES
 from support.slurm_cluster import NODES
 
 JOB_S = 400  # on a busy machine; seconds on an idle one
