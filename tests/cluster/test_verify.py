@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -205,10 +206,12 @@ def test_an_old_verdict_does_not_count(verify, desk):
 
 
 @pytest.fixture
-def fragile(cluster, desk, small):
+def fragile(cluster, desk, small, tmp_path):
     """A cluster of its own, whose second node may be lost, and a function to verify it."""
+    shutil.copytree(desk / "slurm", tmp_path / "slurm")
+    (tmp_path / "runs").mkdir()  # the numbers of its jobs begin again
     with run_cluster() as environment:
-        yield environment, verifier(submitter(environment_of_user(environment), desk), small)
+        yield environment, verifier(submitter(environment_of_user(environment), tmp_path), small)
 
 
 def wait_for_checks(job) -> None:
