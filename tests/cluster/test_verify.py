@@ -11,7 +11,7 @@ from support import CHECKOUT
 from support.batch import Batch, environment_of_user, submitter, wait_until
 from support.hooks import HOOKS
 from support.launchers import horovodrun
-from support.slurm_cluster import NODES, daemon_of, lose_node, run_cluster
+from support.slurm_cluster import NODES, daemon_of, lost_node, run_cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
@@ -242,8 +242,8 @@ def test_a_node_is_lost(number, fragile):
     environment, verify = fragile
     job = verify("checks=[identity,collectives,exact,interruption]", site="settle_s=10")
     wait_for_checks(job)
-    lose_node(environment, NODES[1], number)
-    check_fails(job(is_node_lost=True), blames=NODES[1])
+    with lost_node(environment, NODES[1], number):
+        check_fails(job(is_node_lost=True), blames=NODES[1])
 
 
 def test_slurm_gives_a_node_up(fragile):
@@ -251,6 +251,6 @@ def test_slurm_gives_a_node_up(fragile):
     environment, verify = fragile
     job = verify(STEP, site=with_fault("hang:1") + "settle_s=10")
     wait_for_checks(job)
-    lose_node(environment, NODES[1], signal.SIGKILL)
-    job.ask("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
-    check_fails(job(is_node_lost=True), blames=NODES[1])
+    with lost_node(environment, NODES[1], signal.SIGKILL):
+        job.ask("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
+        check_fails(job(is_node_lost=True), blames=NODES[1])

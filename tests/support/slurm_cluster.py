@@ -131,8 +131,9 @@ def daemon_of(environment: dict[str, str], node: str) -> int:
     return pid
 
 
-def lose_node(environment: dict[str, str], node: str, number: signal.Signals) -> None:
-    """Signal all that runs on a node: its slurmd, the job steps' daemons and their processes."""
+@contextlib.contextmanager
+def lost_node(environment: dict[str, str], node: str, number: signal.Signals) -> Iterator[None]:
+    """Signal all that runs on a node: its slurmd, the job steps' daemons and their processes; at the end kill them."""
     tasks = [
         pid
         for pid in _users_of(environment["SLURM_CONF"])
@@ -140,8 +141,15 @@ def lose_node(environment: dict[str, str], node: str, number: signal.Signals) ->
     ]
     parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in tasks}
     steps = [pid for pid in parents if _command_of(pid)[0].startswith("slurmstepd")]
-    for pid in (daemon_of(environment, node), *steps, *tasks):
+    lost = daemon_of(environment, node), *steps, *tasks
+    for pid in lost:
         os.kill(pid, number)
+    try:
+        yield
+    finally:
+        for pid in lost if number != signal.SIGKILL else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _configure(folder: Path) -> None:
