@@ -111,13 +111,24 @@ def test_a_slow_node(verify):
     assert last_line(batch).startswith("DEGRADED: ")
 
 
+def judge(verdict: str) -> str:
+    """The shell commands by which a stand-in for rank 0 writes a verdict."""
+    return 'mkdir FOLDER; echo \' "verdict": "VERDICT",\' >FOLDER/verify.json'.replace(
+        "FOLDER", "runs/verify-$SLURM_JOB_ID"
+    ).replace("VERDICT", verdict)
+
+
 def test_strict_makes_a_slow_node_a_failure(verify):
-    """A stand-in for rank 0 writes the verdict."""
-    folder = "runs/verify-$SLURM_JOB_ID"
-    judge = f'mkdir {folder}; echo \' "verdict": "DEGRADED",\' >{folder}/verify.json; exit 1'
-    batch = verify(site=played(judge, "exit 1"))()
+    batch = verify(site=played(f"{judge('DEGRADED')}; exit 1", "exit 1"))()
     assert (batch.state, batch.returncode) == ("FAILED", 1), batch.log
     assert last_line(batch).startswith("DEGRADED: ")
+
+
+def test_rank_0_has_time_to_write_its_verdict(verify):
+    """Though another process has been killed."""
+    batch = verify(site=played(f"sleep 8; {judge('FAIL')}; exit 1", "kill -9 $$"))()
+    assert (batch.state, batch.returncode) == ("FAILED", 1), batch.log
+    assert last_line(batch).startswith(f"FAIL: runs/verify-{batch.job_id} "), batch.log
 
 
 def test_a_killed_process(verify):
@@ -165,12 +176,11 @@ def test_no_verdict(first, second, says, blames, verify):
 def test_no_hang(verify):
     """Neither a process that does not end, nor srun, for which a shell function stands in."""
     endless = "trap '' TERM; sleep 300; sleep 300"
-    judge = 'mkdir $0; echo \' "verdict": "PASS",\' >$0/verify.json'.replace("$0", "runs/verify-$SLURM_JOB_ID")
     jobs = [
         verify(site=played(endless, endless) + "; limit_s=5"),
         verify(site="srun() { sleep 300; }; limit_s=5"),
-        verify(site=played(judge, endless) + "; settle_s=3"),
-        verify(site=f"srun() {{ {judge}; sleep 300; }}; settle_s=3"),
+        verify(site=played(judge("PASS"), endless) + "; settle_s=3"),
+        verify(site=f"srun() {{ {judge('PASS')}; sleep 300; }}; settle_s=3"),
     ]
     batches = [job() for job in jobs]
     for batch in batches[:2]:
@@ -247,7 +257,7 @@ def test_a_node_is_lost(number, fragile):
 
 
 def test_slurm_gives_a_node_up(fragile):
-    """Slurm notices a frozen node sooner than rank 0, which waits for its silence, and leaves rank 0 alone until then."""
+    """It notices a frozen node sooner than rank 0, which goes by its silence, and leaves rank 0 alone until then."""
     environment, verify = fragile
     job = verify(STEP, site=with_fault("hang:1") + "settle_s=10")
     wait_for_checks(job)
