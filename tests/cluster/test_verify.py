@@ -124,6 +124,13 @@ def test_strict_makes_a_slow_node_a_failure(verify):
     assert last_line(batch).startswith("DEGRADED: ")
 
 
+def test_a_process_ends_badly_after_a_good_verdict(verify):
+    batch = verify(site=played(judge("PASS"), "sleep 1; exit 1"))()
+    assert (batch.state, batch.returncode) == ("FAILED", 1), batch.log
+    assert last_line(batch).startswith("FAIL: the verdict was PASS, but then: ")
+    assert "task 1: Exited with exit code 1" in last_line(batch)
+
+
 def test_rank_0_has_time_to_write_its_verdict(verify):
     """Though another process has been killed."""
     batch = verify(site=played(f"sleep 8; {judge('FAIL')}; exit 1", "kill -9 $$"))()
