@@ -106,9 +106,7 @@ class Topology:
 
     def describe_rank(self, rank: int, *, host: str = "") -> str:
         """A rank and where it runs, in words; `host` is used if the launcher does not tell."""
-        if isinstance(self.launcher, TFConfig):
-            host = self.launcher.addresses[rank]
-        host = host or self.host_of(rank)
+        host = self.launcher.addresses[rank] if isinstance(self.launcher, TFConfig) else self.host_of(rank) or host
         return f"rank {rank} ({host})" if host else f"rank {rank}"
 
     def host_of(self, rank: int) -> str:
