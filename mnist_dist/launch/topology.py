@@ -3,6 +3,7 @@
 Plain values; `environment.read_topology` reads them from the environment variables.
 """
 
+import socket
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -114,3 +115,7 @@ class Topology:
         if isinstance(self.launcher, TFConfig):
             return split_address(self.launcher.addresses[rank])[0]
         return self.launcher.hosts[rank] if isinstance(self.launcher, SlurmStep) else ""
+
+    def node_name(self) -> str:
+        """This machine as its launcher calls it: the name that `sbatch --exclude` wants may differ from its own."""
+        return self.launcher.hosts[self.rank] if isinstance(self.launcher, SlurmStep) else socket.gethostname()

@@ -28,7 +28,7 @@ from mnist_dist.run.folder import RunFolder
 from mnist_dist.verify.checks.base import Evidence
 from mnist_dist.verify.checks.reference import compare, load_reports
 from mnist_dist.verify.config import VerifyConfig
-from mnist_dist.verify.context import Context, node_name
+from mnist_dist.verify.context import Context
 from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Suspect, Verdict, judge
 from mnist_dist.verify.runner import Runner, describe, judge_detectors
 
@@ -215,7 +215,7 @@ def describe_rank(topology: Topology) -> dict[str, object]:
     machine = describe_machine()
     facts = RankFacts(
         rank=topology.rank,
-        host=node_name(topology),
+        host=topology.node_name(),
         devices=(),
         gpus=tuple(own_uuids(topology)),
         cpu=machine["cpu"],

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import logging
-import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +16,6 @@ from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.data.splits import Splits, preprocess
 from mnist_dist.launch.control import Control
 from mnist_dist.launch.rendezvous import Rendezvous
-from mnist_dist.launch.topology import SlurmStep, Topology
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.report import EXPECTED_S
 
@@ -44,7 +42,7 @@ class Context:
         self.control = control
         self.folder = folder
         """The run folder; only rank 0 writes there."""
-        self.host = node_name(self.topology)
+        self.host = self.topology.node_name()
         self.trials: dict[tuple[str, int], dict[str, Any]] = {}
         """Trainings that several checks look at, by precision and number."""
         self.mixed_precision = ""
@@ -142,12 +140,6 @@ class Context:
             return number
         fewer = max(least, round(number * min(1.0, self.asked.budget_s / sum(EXPECTED_S.values()))))
         return min(number, fewer)
-
-
-def node_name(topology: Topology) -> str:
-    """This machine as its launcher calls it: Slurm's name, which `sbatch --exclude` wants, may differ from its own."""
-    launcher = topology.launcher
-    return launcher.hosts[topology.rank] if isinstance(launcher, SlurmStep) else socket.gethostname()
 
 
 def digest(content: bytes) -> str:

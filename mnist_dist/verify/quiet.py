@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from mnist_dist.base.memory import control_groups
+
 MAX_SPREAD = 0.10
 """Of what does the same; beyond it a time means nothing."""
 _MAX_OTHERS = 0.05
@@ -107,11 +109,8 @@ def _own_s() -> float:
 
 def _throttled() -> int:
     """How often this process's control group had to wait for its quota; 0 if it has none."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        group = next(line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()
-                     if line.startswith("0::"))  # fmt: skip
-        for path in (Path("/sys/fs/cgroup") / group.strip("/"), Path("/sys/fs/cgroup")):
-            if (path / "cpu.stat").is_file():
-                lines = dict(line.split() for line in (path / "cpu.stat").read_text().splitlines())
-                return int(lines.get("nr_throttled", 0))
+    for group in control_groups("cpu", proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")):
+        with contextlib.suppress(OSError, ValueError):
+            counts = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+            return int(counts.get("nr_throttled", 0))
     return 0

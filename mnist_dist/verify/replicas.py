@@ -38,17 +38,6 @@ def on_each_replica(strategy: Strategy, function: Callable[..., tf.Tensor], *arg
     return boxes.read()
 
 
-def odd_factors(number: int, *, key: int = 0) -> Array:
-    """Factors of checksums modulo 2**64: odd, so that any changed word changes the sum."""
-    generator = np.random.Generator(np.random.Philox(key=key))
-    return generator.integers(0, 2**31, number, np.int64) * 2 + 1
-
-
-def checksum(words: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
-    """Sums over the last axis of 32-bit words times factors, modulo 2**64."""
-    return tf.reduce_sum(tf.cast(tf.bitcast(words, tf.int32), tf.int64) * factors, axis=-1)
-
-
 def join_sums(sums: Sequence[tf.Tensor]) -> tf.Tensor:
     """The sums of a shard as one vector."""
     return tf.concat([tf.reshape(tensor, [-1]) for tensor in sums], axis=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.launch.control import OutOfStep, Trouble
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, names_of
+from mnist_dist.verify.checks.base import Check, Detector, Evidence, Finding, names_of
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.report import CHECK_NAMES, EXPECTED_S, CheckResult, RankFacts, Suspect
 
@@ -124,14 +124,14 @@ class Runner:
         evidence = [value["evidence"] for value in values]
         try:
             finding = check.judge(evidence)
-            if check.can_fail and finding.status in ("pass", "info", "inconclusive"):
+            if isinstance(check, Detector) and finding.status in ("pass", "info", "inconclusive"):
                 self._judge_the_judge(check, evidence)
         except Exception as error:  # the other ranks wait for an answer
             log.exception("%s cannot be judged", check.name)
             return Finding("fail", f"cannot be judged, please report it: {type(error).__name__}: {error}")
         return finding
 
-    def _judge_the_judge(self, check: Check, evidence: Sequence[Evidence]) -> None:
+    def _judge_the_judge(self, check: Detector, evidence: Sequence[Evidence]) -> None:
         """Put a fault into a copy of good evidence: would it have been found, and the right rank?"""
         spoiled = copy.deepcopy(list(evidence))
         rank = check.spoil(spoiled)

@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
 import tensorflow as tf
 
 from mnist_dist.base.errors import TrainingFailed
+from mnist_dist.engine.checksum import checksum, odd_factors
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.strategy.base import Strategy
 
@@ -23,10 +23,7 @@ class ReplicaCheck:
         self._wants_to_stop = wants_to_stop
         self._strategy = strategy
         self._vectors = [state.weights, *state.slots]
-        # Odd, so that multiplication loses nothing: any single changed bit changes the digest.
-        size = int(state.weights.shape[0]) * len(self._vectors)
-        generator = np.random.Generator(np.random.Philox(key=0))
-        self._factors = strategy.replicate(generator.integers(0, 2**31, size, np.int64) * 2 + 1)
+        self._factors = strategy.replicate(odd_factors(int(state.weights.shape[0]) * len(self._vectors)))
         self._compiled = tf.function(self._digests, autograph=False)
 
     def run(self, epoch: int) -> bool:
@@ -56,8 +53,7 @@ class ReplicaCheck:
 
     def _digest_replica(self, factors: tf.Tensor, request: tf.Tensor) -> tf.Tensor:
         """All replicas' digests (sums of words times factors, modulo 2**64), then the sum of their requests."""
-        bits = tf.bitcast(tf.concat([vector.read_value() for vector in self._vectors], axis=0), tf.int32)
-        digest = tf.reduce_sum(tf.cast(bits, tf.int64) * factors)
+        digest = checksum(tf.concat([vector.read_value() for vector in self._vectors], axis=0), factors)
         index, num_replicas = self._strategy.replica_index(), self._strategy.num_replicas
         own = tf.one_hot(index, num_replicas, digest, tf.constant(0, tf.int64))
         return self._strategy.all_reduce_sum(tf.concat([own, [request]], axis=0))

@@ -31,13 +31,11 @@ class Finding:
 
 
 class Check(ABC):
-    """One check."""
+    """One check; it may only inform."""
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     """The checks without whose success this one proves nothing."""
-    can_fail: ClassVar[bool] = True
-    """Whether it judges, and does not only inform."""
 
     @property
     def number(self) -> int:
@@ -55,6 +53,10 @@ class Check(ABC):
     @abstractmethod
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
         """Judge the evidence of all ranks."""
+
+
+class Detector(Check):
+    """A check that can fail, and is tried in every run."""
 
     @abstractmethod
     def spoil(self, evidence: Sequence[Evidence]) -> int | None:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.strategy.base import Strategy
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, minority
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, minority
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.replicas import Boxes
 
@@ -23,7 +23,7 @@ _BYTES = (4, 64, 1024, 16 * 1024, 256 * 1024, 1024**2, 4 * 1024**2, 16 * 1024**2
 _LOOP = 4  # collectives in a compiled call, so that the call itself does not count
 
 
-class Collectives(Check):
+class Collectives(Detector):
     """All-reduce, all-gather and broadcast of 4 bytes to 16 MB, with results that are known exactly."""
 
     name = "collectives"

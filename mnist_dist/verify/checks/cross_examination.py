@@ -14,22 +14,23 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.engine.build import Engine
+from mnist_dist.engine.checksum import checksum, odd_factors
 from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.programs.placement import DeviceArrays, place_split
 from mnist_dist.engine.programs.train import StepInputs, TrainProgram
 from mnist_dist.engine.reduction import ExactSum
 from mnist_dist.strategy.base import SingleDevice
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, minority, names_of
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, minority, names_of
 from mnist_dist.verify.checks.equality import first_steps
 from mnist_dist.verify.context import Context
-from mnist_dist.verify.replicas import Boxes, checksum, join_sums, odd_factors
+from mnist_dist.verify.replicas import Boxes, join_sums
 
 _BATCHES, _REPEATS = 2, 20
 _ROUNDING = 1e-3
 """Relative distance of a gradient from that in float64: far more than rounding, far less than a wrong product."""
 
 
-class CrossExamination(Check):
+class CrossExamination(Detector):
     """Every replica computes all shard gradients of some batches, repeatedly."""
 
     name = "cross_examination"

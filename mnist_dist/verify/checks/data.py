@@ -10,15 +10,16 @@ import tensorflow as tf
 from mnist_dist.base.array import Array
 from mnist_dist.data.dataset import ARRAY_NAMES, ImageDataset
 from mnist_dist.engine.build import Engine
+from mnist_dist.engine.checksum import checksum, odd_factors
 from mnist_dist.engine.programs.placement import DeviceArrays, gather, place_split, rows_of
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica
 from mnist_dist.verify.context import Context
-from mnist_dist.verify.replicas import checksum, odd_factors, on_each_replica
+from mnist_dist.verify.replicas import on_each_replica
 
 _CHUNK = 4096
 
 
-class Data(Check):
+class Data(Detector):
     """Sums each image and label up where they are read on the device, as training does, over one epoch's plan."""
 
     name = "data"

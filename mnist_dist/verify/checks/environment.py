@@ -8,13 +8,13 @@ from mnist_dist.doctor.examine import examine
 from mnist_dist.doctor.finding import Finding as Symptom
 from mnist_dist.doctor.finding import RankReport
 from mnist_dist.doctor.merge import Row, merge
-from mnist_dist.verify.checks.base import Check, Evidence, Finding
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding
 from mnist_dist.verify.context import Context
 
 _PROBE_S = 60.0
 
 
-class Environment(Check):
+class Environment(Detector):
     """All that `doctor` looks at."""
 
     name = "environment"

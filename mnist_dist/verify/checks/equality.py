@@ -13,7 +13,7 @@ from mnist_dist.engine.build import Engine, Programs
 from mnist_dist.engine.programs.placement import place_split
 from mnist_dist.engine.programs.train import TrainProgram
 from mnist_dist.engine.reduction import Sums
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, minority, names_of
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, minority, names_of
 from mnist_dist.verify.context import SGD, Context, digest
 from mnist_dist.verify.replicas import join_sums
 
@@ -45,7 +45,7 @@ def state_digests(engine: Engine) -> list[str]:
     return [digest(b"".join(copy.tobytes() for copy in copies)) for copies in zip(*vectors, strict=True)]
 
 
-class Exact(Check):
+class Exact(Detector):
     """The same steps on all replicas and, on each rank, on one alone: with SGD, which shows a wrong scale, and Adam."""
 
     name = "exact"
@@ -121,7 +121,7 @@ def _first_difference(run: dict[str, Any]) -> int | None:
     return None if later is None else max(1, later)
 
 
-class Fast(Check):
+class Fast(Detector):
     """`reproducibility=fast` may change the last bits, as another order of summation does, and no more."""
 
     name = "fast"

@@ -7,13 +7,13 @@ from mnist_dist.config.compare import job_keys
 from mnist_dist.doctor.checks.software import code_digest
 from mnist_dist.launch.agreement import job_facts
 from mnist_dist.launch.gpus import own_uuids
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, minority, names_of
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, minority, names_of
 from mnist_dist.verify.context import Context, digest
 
 _RANDOM = "initial weights as computed here"
 
 
-class Identity(Check):
+class Identity(Detector):
     """Compares digests, over the line to rank 0 and not by the collectives, which are checked later."""
 
     name = "identity"

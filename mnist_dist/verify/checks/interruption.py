@@ -13,7 +13,7 @@ from mnist_dist.base.array import Array
 from mnist_dist.engine.build import Engine, Programs
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, CheckpointFolder, ResumePoint
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, names_of
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, names_of
 from mnist_dist.verify.checks.equality import first_steps, rates, state_digests
 from mnist_dist.verify.context import Context
 
@@ -21,7 +21,7 @@ _STEPS = 10
 _FOLDER = "verify-checkpoints"
 
 
-class Interruption(Check):
+class Interruption(Detector):
     """Saves, loads and trains on; and offers damaged copies, which must be refused."""
 
     name = "interruption"

@@ -18,7 +18,7 @@ from mnist_dist.engine.programs.train import TrainProgram
 from mnist_dist.engine.reduction import ExactSum, Sums
 from mnist_dist.strategy.base import Strategy
 from mnist_dist.verify.bands import NUMBERS, RUNS_TO_DECIDE, Bands, Judgement, find_bands, measure, subtract
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, names_of
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, names_of
 from mnist_dist.verify.checks.equality import first_steps
 from mnist_dist.verify.context import Context, digest
 from mnist_dist.verify.trial import run_trial
@@ -26,7 +26,7 @@ from mnist_dist.verify.trial import run_trial
 _SEEDS_APART = 1_000_003  # so that neighbouring seeds of two jobs do not share their further trainings
 
 
-class Learning(Check):
+class Learning(Detector):
     """Three epochs on all replicas, in float32."""
 
     name = "learning"
@@ -61,7 +61,7 @@ class Learning(Check):
         return None
 
 
-class Precision(Check):
+class Precision(Detector):
     """The same in mixed precision, against float32 with the same seed; and one overflow on one replica."""
 
     name = "precision"

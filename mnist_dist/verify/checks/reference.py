@@ -8,7 +8,7 @@ from typing import Any
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.versions import installed_versions
-from mnist_dist.verify.checks.base import Check, Evidence, Finding
+from mnist_dist.verify.checks.base import Detector, Evidence, Finding
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.quiet import MAX_SPREAD
 from mnist_dist.verify.report import CheckResult, RankFacts, Report
@@ -19,7 +19,7 @@ _FREE = ("run_dir", "checks", "budget_s", "deadline_s", "reference", "strict", "
 _MESSAGE_BYTES = (1024**2, 16 * 1024**2)
 
 
-class Reference(Check):
+class Reference(Detector):
     """Compares times with those of one or several earlier reports, where these are comparable."""
 
     name = "reference"

@@ -14,7 +14,7 @@ import numpy as np
 from mnist_dist.benchmark.contenders.ours import OneShare
 from mnist_dist.engine.build import Engine, Programs
 from mnist_dist.strategy.base import SingleDevice
-from mnist_dist.verify.checks.base import Check, Evidence, Finding, by_replica, names_of
+from mnist_dist.verify.checks.base import Check, Detector, Evidence, Finding, by_replica, names_of
 from mnist_dist.verify.checks.equality import first_steps, one_replica, rates
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.quiet import MAX_SPREAD, Noise, Waiting, find_noise, find_withheld, spread_of
@@ -60,7 +60,7 @@ class Stopwatch:
         return max(1, round(seconds / self.run()))
 
 
-class SlowRank(Check):
+class SlowRank(Detector):
     """Steps without collectives, between barriers: the same work on every replica at the same time."""
 
     name = "slow_rank"
@@ -156,7 +156,6 @@ class Scaling(Check):
 
     name = "scaling"
     needs = ("identity", "collectives")
-    can_fail = False
 
     def why_not(self, context: Context) -> str:
         """One replica does not scale."""
@@ -224,10 +223,6 @@ class Scaling(Check):
         noise = find_noise([one["noise"] for one in evidence])
         details["noise"] = noise
         return Finding("inconclusive" if noise else "info", f"{text} ({noise})" if noise else text, {}, details)
-
-    def spoil(self, evidence: Sequence[Evidence]) -> int | None:
-        """It never fails."""
-        raise NotImplementedError
 
 
 def _share(context: Context) -> Callable[[], float] | None:
