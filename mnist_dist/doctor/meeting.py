@@ -29,7 +29,6 @@ from mnist_dist.run.folder import RunFolder
 
 _SLACK_S = 15.0  # a rank that has just been killed a probe still has to report
 _LOCK_S, _END_S = 5.0, 10.0
-_NAMED_RANKS = 8
 
 
 class NobodyToReportTo(RuntimeError):
@@ -123,9 +122,8 @@ class Meeting:
         topology, name = self.topology, "processes"
         silent = [rank for rank in range(topology.world_size) if rank not in reported]
         if silent:
-            names = [topology.describe_rank(rank, host=hosts.get(rank, "")) for rank in silent[:_NAMED_RANKS]]
-            more = f" and {len(silent) - _NAMED_RANKS} more" if len(silent) > _NAMED_RANKS else ""
-            found = f"{', '.join(names)}{more} never reported; {len(reported)} of {topology.world_size} did"
+            names = topology.describe_ranks(silent, hosts=hosts)
+            found = f"{names} never reported; {len(reported)} of {topology.world_size} did"
             fix = (
                 "look at the node (scontrol show node NODE, ssh NODE), start all processes, and let a firewall pass "
                 "the ports; if it is only slow: strategy.start_timeout_s=600"

@@ -18,7 +18,7 @@ from mnist_dist.base.files import describe_os_error
 from mnist_dist.base.wire import MAX_GREETING, Message, Wire
 from mnist_dist.launch.address import join_address, split_address
 from mnist_dist.launch.ports import hold_free_port
-from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import HorovodRun, Topology
 
 ALIVE_EVERY_S = 2.0
 SILENCE_S = 30.0
@@ -190,11 +190,9 @@ def _own_host(topology: Topology) -> str:
     """The name or address under which the others reach this process's machine."""
     if topology.local_size == topology.world_size:
         return "127.0.0.1"
+    if host := topology.host_of(topology.rank):
+        return host
     launcher = topology.launcher
-    if isinstance(launcher, TFConfig):
-        return split_address(launcher.addresses[topology.rank])[0]
-    if isinstance(launcher, SlurmStep):
-        return launcher.hosts[topology.rank]
     assert isinstance(launcher, HorovodRun), launcher
     store = launcher.store or "localhost:1"
     try:

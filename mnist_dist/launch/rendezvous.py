@@ -23,8 +23,6 @@ from mnist_dist.launch.store import exchange_over_store
 from mnist_dist.launch.topology import Alone, HorovodRun, SlurmStep, TFConfig, Topology
 from mnist_dist.launch.visit import describe_listener, visit
 
-_NAMED_RANKS = 8
-
 
 class Rendezvous:
     """How this process exchanges texts with the others of its job; a context manager, which releases its port."""
@@ -154,11 +152,9 @@ class Rendezvous:
     def _check_complete(self, texts: dict[int, str]) -> None:
         size = self.topology.world_size
         if missing := [rank for rank in range(size) if rank not in texts]:
-            names = ", ".join(self.topology.describe_rank(rank) for rank in missing[:_NAMED_RANKS])
-            more = f" and {len(missing) - _NAMED_RANKS} more" if len(missing) > _NAMED_RANKS else ""
             raise EnvironmentProblem(
-                f"{names}{more} did not come within {self._timeout_s:.0f} s; start all {size} processes, check that "
-                "they can reach each other, or allow more time with strategy.start_timeout_s"
+                f"{self.topology.describe_ranks(missing)} did not come within {self._timeout_s:.0f} s; start all {size} "
+                "processes, check that they can reach each other, or allow more time with strategy.start_timeout_s"
             )
 
 

@@ -4,10 +4,13 @@ Plain values; `environment.read_topology` reads them from the environment variab
 """
 
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mnist_dist.launch.address import split_address
+
+_NAMED_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,12 @@ class Topology:
         host = self.launcher.addresses[rank] if isinstance(self.launcher, TFConfig) else self.host_of(rank) or host
         return f"rank {rank} ({host})" if host else f"rank {rank}"
 
+    def describe_ranks(self, ranks: Sequence[int], *, hosts: Mapping[int, str] | None = None) -> str:
+        """Several ranks, in words; of many the first ones. `hosts` as for `describe_rank`."""
+        names = [self.describe_rank(rank, host=(hosts or {}).get(rank, "")) for rank in ranks[:_NAMED_RANKS]]
+        more = f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else ""
+        return ", ".join(names) + more
+
     def host_of(self, rank: int) -> str:
         """Where a rank runs, as the launcher tells it; empty if it does not."""
         if isinstance(self.launcher, TFConfig):
@@ -118,4 +127,4 @@ class Topology:
 
     def node_name(self) -> str:
         """This machine as its launcher calls it: the name that `sbatch --exclude` wants may differ from its own."""
-        return self.launcher.hosts[self.rank] if isinstance(self.launcher, SlurmStep) else socket.gethostname()
+        return self.host_of(self.rank) if isinstance(self.launcher, SlurmStep) else socket.gethostname()

@@ -73,9 +73,7 @@ class Verification:
             Suspect(rank, topology.host_of(rank), "environment", f"it did not come within {waited_s:.0f} s")
             for rank in missing
         )
-        names = ", ".join(topology.describe_rank(rank) for rank in missing[:8])
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        text = f"{names}{more} of {topology.world_size} did not come within {waited_s:.0f} s"
+        text = f"{topology.describe_ranks(missing)} of {topology.world_size} did not come within {waited_s:.0f} s"
         result = CheckResult(0, "environment", "fail", text, waited_s, suspects)
         log.info("%s", describe(result))
         return self._report([result], "not all ranks came")
