@@ -153,8 +153,9 @@ class Rendezvous:
         size = self.topology.world_size
         if missing := [rank for rank in range(size) if rank not in texts]:
             raise EnvironmentProblem(
-                f"{self.topology.describe_ranks(missing)} did not come within {self._timeout_s:.0f} s; start all {size} "
-                "processes, check that they can reach each other, or allow more time with strategy.start_timeout_s"
+                f"{self.topology.describe_ranks(missing)} did not come within {self._timeout_s:.0f} s; "
+                f"start all {size} processes, check that they can reach each other, or allow more time with "
+                "strategy.start_timeout_s"
             )
 
 

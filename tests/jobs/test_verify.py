@@ -80,6 +80,8 @@ FAULTS = [
     ("corrupted_all_reduce:0", HOROVOD_3, "collectives", {0}),
     ("corrupted_all_reduce:1", MULTIWORKER, "collectives", {1}),
     ("corrupted_all_reduce:1", MIRRORED, "collectives", {0}),
+    ("corrupted_all_gather:1", HOROVOD, "collectives", {1}),
+    ("corrupted_all_gather:1", MULTIWORKER, "collectives", {1}),
     ("shuffled_labels:1", HOROVOD, "data", {1}),
     ("shuffled_labels:0", MULTIWORKER, "data", {0}),
     ("shard_read_twice:1", HOROVOD, "data", {1}),
@@ -94,6 +96,7 @@ FAULTS = [
     ("scaled_rate", MIRRORED, "exact", set()),
     ("divided_twice", HOROVOD, "exact", set()),
     ("divided_twice", MULTIWORKER, "exact", set()),
+    ("divided_twice_in_fast_mode", MIRRORED, "fast", set()),
     ("flipped_bit_in_checkpoint", HOROVOD, "interruption", {0}),
     ("flipped_bit_in_checkpoint", SINGLE, "interruption", {0}),
     ("blind_judge", MIRRORED, "detectors", set()),
@@ -148,6 +151,12 @@ def test_a_wrong_dropout_rate_on_all_ranks(verify, mnist_path):
     report, _ = verify(MIRRORED, fault="wrong_dropout", checks=["exact", "learning"], data=data)
     assert found(report) == ("learning", set())
     assert report.checks[CHECK_NAMES.index("exact")].status == "pass"
+
+
+def test_a_fault_of_mixed_precision_alone(verify, mnist_path):
+    data = ["data=mnist", f"data.path={mnist_path}"]
+    report, _ = verify(MIRRORED, fault="scaled_rate_in_mixed_precision", checks=["learning", "precision"], data=data)
+    assert found(report) == ("precision", set())
 
 
 @pytest.mark.parametrize("strategy", [HOROVOD, MULTIWORKER], ids=job_name)

@@ -34,7 +34,7 @@ def sums(size: int, num_replicas: int, wrong: dict[int, float] | None = None, *,
             expected = float(sum(4**index for index in range(min(12, num_replicas - first))))
             got = (wrong or {}).get(rank, everywhere if everywhere is not None and first == 0 else expected)
             blocks.append({"wrong": int(got != expected), "value": got, "element": 0, "expected": expected,
-                           "digits": True})  # fmt: skip
+                           "digits": True, "source": None})  # fmt: skip
         row = {"collective": "all_reduce", "bytes": size, "got": [blocks], "seconds": 1e-3}
         evidence.append({"rows": [row]})
     return evidence
@@ -129,6 +129,15 @@ def test_a_sum_that_is_wrong_on_its_way_to_one_replica():
     finding = Collectives().judge(sums(4, 3, wrong={2: 22.0}))
     assert finding.status == "fail" and set(finding.blamed) == {2}
     assert "replica 2 got 22 in place of 21 (1 elements)" in finding.summary
+
+
+def test_what_one_replica_sends_to_all_is_told_by_its_place():
+    evidence = sums(4, 3, everywhere=9.0)
+    for one in evidence:
+        for block in one["rows"][0]["got"][0]:
+            block.update(digits=False, source=1)
+    finding = Collectives().judge(evidence)
+    assert set(finding.blamed) == {1} and "what replica 1 sent arrived as 9" in finding.summary
 
 
 # Data

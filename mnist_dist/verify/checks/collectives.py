@@ -85,6 +85,9 @@ def _explain(got: Sequence[list[dict[str, Any]]]) -> dict[int, str] | None:
         odd = minority([(result["wrong"], result["value"]) for result in results])
         if len(wrong) < len(results) and not (odd and set(odd).isdisjoint(wrong)):
             return {index: f"replica {index} got {shown} ({results[index]['wrong']} elements)" for index in wrong}
+        if first["source"] is not None:
+            source = first["source"]
+            return {source: f"what replica {source} sent arrived as {first['value']:g} ({first['wrong']} elements)"}
         start = block * _BLOCK
         counts = _contributions(first, num_replicas=min(_BLOCK, len(results) - start)) or []
         blamed = {
@@ -139,9 +142,19 @@ def _looped(strategy: Strategy, body: Callable[[tf.Tensor], tf.Tensor]) -> tuple
     return boxes.read(), min(times[1:])
 
 
-def _described(comparisons: Sequence[Array], *, expected: float, digits: bool) -> list[dict[str, Any]]:
+def _described(
+    comparisons: Sequence[Array], *, expected: float, digits: bool = False, each: int = 0
+) -> list[dict[str, Any]]:
+    """As JSON values; `digits`: the sum tells by its digits whose contribution is wrong, `each`: its place does."""
     return [
-        {"wrong": int(wrong), "value": float(value), "element": int(element), "expected": expected, "digits": digits}
+        {
+            "wrong": int(wrong),
+            "value": float(value),
+            "element": int(element),
+            "expected": expected,
+            "digits": digits,
+            "source": int(element) // each if each else None,
+        }
         for wrong, value, element in comparisons
     ]
 
@@ -176,7 +189,7 @@ def _all_gather(context: Context, size: int) -> tuple[list[list[dict[str, Any]]]
         return _compare(gathered, tf.repeat(tf.range(1.0, 1.0 + strategy.num_replicas), each))
 
     comparisons, seconds = _looped(strategy, body)
-    return [[one] for one in _described(comparisons, expected=0.0, digits=False)], seconds
+    return [[one] for one in _described(comparisons, expected=0.0, each=each)], seconds
 
 
 def _broadcast(context: Context, size: int) -> tuple[list[list[dict[str, Any]]], float]:
@@ -189,7 +202,7 @@ def _broadcast(context: Context, size: int) -> tuple[list[list[dict[str, Any]]],
     for copy in context.strategy.copies(variable):
         wrong = np.flatnonzero(copy != 1.0)
         comparisons.append(np.array([len(wrong), copy[wrong[0]] if len(wrong) else 1.0, wrong[0] if len(wrong) else 0]))
-    return [[one] for one in _described(comparisons, expected=1.0, digits=False)], seconds
+    return [[one] for one in _described(comparisons, expected=1.0)], seconds
 
 
 _TRANSFERS: dict[str, Callable[[Context, int], tuple[list[list[dict[str, Any]]], float]]] = {

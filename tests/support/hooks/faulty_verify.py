@@ -41,6 +41,21 @@ def corrupted_all_reduce(context):
     backend.all_reduce_sum = corrupt
 
 
+def corrupted_all_gather(context):
+    """What one replica sends to all is wrong in one number."""
+    import tensorflow as tf
+
+    backend = type(context.strategy)
+    gather = backend.all_gather
+
+    def corrupt(self, rows):
+        if self.replica_index() == REPLICA and rows.shape.rank == 1:
+            rows = tf.concat([rows[:-1], 2 * rows[-1:]], axis=0)
+        return gather(self, rows)
+
+    backend.all_gather = corrupt
+
+
 def shuffled_labels(context):
     strategy, splits = context._started
     if is_here(context):
@@ -90,6 +105,33 @@ def scaled_rate(context):
             engine, learning_rate=Scaled(engine.learning_rate, engine.strategy.num_replicas)
         )
     )
+
+
+def scaled_rate_in_mixed_precision(context):
+    """The learning rate is twice as large, on all replicas and on one alone, but only in mixed precision."""
+
+    class Doubled:
+        def __init__(self, rate):
+            self._rate = rate
+
+        def at(self, steps):
+            return 2 * self._rate.at(steps)
+
+    def change(engine):
+        if engine.config.precision.name != "float32":
+            return dataclasses.replace(engine, learning_rate=Doubled(engine.learning_rate))
+        return None
+
+    on_engines(change)
+
+
+def divided_twice_in_fast_mode(context):
+    """Only the sums of fast mode are divided by the number of replicas."""
+    from mnist_dist.engine import build
+
+    exact = build.ExactSum
+    divided_twice(context)
+    build.ExactSum = exact
 
 
 def stale_weights(context):
