@@ -119,7 +119,7 @@ def test_gradients_divided_twice_are_seen_with_sgd_from_the_first_step(verify):
     report, _ = verify(HOROVOD, fault="divided_twice", checks=["exact"])
     (sgd, adam) = report.checks[CHECK_NAMES.index("exact")].details["runs"]
     assert (sgd["optimizer"], sgd["first_difference"]) == ("sgd", 1)
-    assert adam["optimizer"] == "adam"
+    assert adam["optimizer"] == "adam" and sgd["reference_losses"] != adam["reference_losses"]
 
 
 def test_a_fault_in_the_sum_also_shows_in_fast_mode(verify):
