@@ -26,7 +26,7 @@ from mnist_dist.launch.stop import StopRequest
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.verify.checks.base import Evidence
-from mnist_dist.verify.checks.reference import compare, load_reports
+from mnist_dist.verify.checks.reference import Own, compare, load_reports
 from mnist_dist.verify.config import VerifyConfig
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.report import CHECK_NAMES, CheckResult, RankFacts, Report, Suspect, Verdict, judge
@@ -56,7 +56,8 @@ class Verification:
     def reference(self) -> Evidence:
         """This job's times so far, and those of the references."""
         assert self.runner is not None and self.context is not None
-        return compare(self.runner.results, self.ranks, asdict(self.context.config), self.references)
+        own = Own(self.runner.results, self.ranks, asdict(self.context.config), self.context.shares_cores)
+        return compare(own, self.references)
 
     def finish(self) -> int:
         """Write the report; returns the exit code."""

@@ -69,6 +69,12 @@ class Context:
         """Whether the devices have started."""
         return self._started is not None
 
+    @property
+    def shares_cores(self) -> bool:
+        """Whether replicas compete for the cores of a machine, so that more of them are not faster."""
+        is_on_cpu = self.strategy.compute_capability() is None
+        return is_on_cpu and (self.topology.local_size > 1 or len(self.strategy.devices()) > 1)
+
     def enter(self, phase: str) -> None:
         """Say what comes next, so that a hang can be located."""
         self.control.enter(phase)

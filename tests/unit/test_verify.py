@@ -15,7 +15,7 @@ from mnist_dist.verify.checks.equality import Exact, Fast
 from mnist_dist.verify.checks.identity import Identity
 from mnist_dist.verify.checks.interruption import Interruption
 from mnist_dist.verify.checks.learning import _skips_one_step
-from mnist_dist.verify.checks.reference import Reference, compare, load_reports, times_of
+from mnist_dist.verify.checks.reference import Own, Reference, compare, load_reports, times_of
 from mnist_dist.verify.checks.speed import SlowRank
 from mnist_dist.verify.context import Context
 from mnist_dist.verify.quiet import find_noise, spread_of
@@ -35,7 +35,7 @@ def sums(size: int, num_replicas: int, wrong: dict[int, float] | None = None, *,
             got = (wrong or {}).get(rank, everywhere if everywhere is not None and first == 0 else expected)
             blocks.append({"wrong": int(got != expected), "value": got, "element": 0, "expected": expected,
                            "digits": True, "source": None})  # fmt: skip
-        row = {"collective": "all_reduce", "bytes": size, "got": [blocks], "seconds": 1e-3}
+        row = {"collective": "all_reduce", "bytes": size, "got": [blocks], "seconds": [1e-3, 1e-3]}
         evidence.append({"rows": [row]})
     return evidence
 
@@ -334,7 +334,7 @@ EVIDENCE = {
     Exact: [runs("r"), runs("r")],
     Fast: [{"distances": [1.0], "noise": [1.0] * 8, "moved": 1e6}] * 2,
     SlowRank: blocks(GOOD, GOOD),
-    Reference: [{"current": {"step": 1.0}, "earlier": [{"step": 1.0}], "reasons": [], "noise": ""}],
+    Reference: [{"current": {"step": [1.0, 0.0]}, "earlier": [{"step": [1.0, 0.0]}], "reasons": [], "noise": ""}],
     Identity: [
         {"facts": {"code": "x"}, "state": [{"weights": "w"}], "initial weights as computed here": "w"}
         for _ in range(2)
@@ -405,11 +405,17 @@ def test_a_budget_trims_repeats(budget_s, repeats):
 
 
 def report(**changes) -> Report:
-    transfers = [{"collective": "all_reduce", "bytes": 1024**2, "seconds": 1e-3, "bus_gb_per_s": 1.0}]
+    transfers = [{"collective": "all_reduce", "bytes": 1024**2, "seconds": 1e-3, "bus_gb_per_s": 1.0, "spread": 0.01}]
     checks = (
         CheckResult(3, "collectives", "pass", "fine", 1.0, (), {"transfers": transfers}),
         CheckResult(
-            11, "slow_rank", "degraded", "slow", 2.0, (Suspect(1, "b", "slow_rank", "slow"),), {"step_s": [1.0]}
+            11,
+            "slow_rank",
+            "degraded",
+            "slow",
+            2.0,
+            (Suspect(1, "b", "slow_rank", "slow"),),
+            {"step_s": [1.0], "spread": 0.0},
         ),
     )
     values = {
@@ -440,9 +446,10 @@ def test_the_verdict(found, verdict):
 # References
 
 
-def compared(references, *, results=None, noise="", monkeypatch=None):
+def compared(references, *, results=None, noise="", shares_cores=False):
     current = report()
-    evidence = compare(results or current.checks, current.ranks, current.configuration, references)
+    own = Own(results or current.checks, current.ranks, current.configuration, shares_cores)
+    evidence = compare(own, references)
     return Reference(lambda: evidence).judge([{**evidence, "noise": noise}])
 
 
@@ -451,9 +458,9 @@ def versions(monkeypatch):
     monkeypatch.setattr("mnist_dist.verify.checks.reference.installed_versions", lambda: {"python": "3.11"})
 
 
-def slower(factor: float):
+def slower(factor: float, *, spread: float = 0.01):
     first, second = report().checks
-    transfers = [{**first.details["transfers"][0], "seconds": factor * 1e-3}]
+    transfers = [{**first.details["transfers"][0], "seconds": factor * 1e-3, "spread": spread}]
     return dataclasses.replace(first, details={"transfers": transfers}), second
 
 
@@ -468,9 +475,25 @@ def test_a_tenth_slower_is_degraded(factor, noise, status, versions):
     assert max(one["ratio"] for one in finding.details["compared"]) == pytest.approx(max(factor, 1.0))
 
 
-def test_of_several_references_the_median_counts(versions):
-    references = [(str(factor), report(checks=slower(factor))) for factor in (0.1, 1.0, 1.02)]
-    assert compared(references).status == "pass"
+@pytest.mark.parametrize(("factor", "status"), [(1.1, "pass"), (1.13, "pass"), (1.16, "degraded")])
+def test_of_several_references_the_slowest_counts(factor, status, versions):
+    references = [(str(one), report(checks=slower(one))) for one in (0.1, 1.0, 1.04)]
+    assert compared(references, results=slower(factor)).status == status
+
+
+@pytest.mark.parametrize(
+    ("spread", "factor", "status"), [(0.05, 1.14, "pass"), (0.05, 1.16, "degraded"), (0.11, 9.0, "pass")]
+)
+def test_what_does_not_repeat_itself_is_not_judged(spread, factor, status, versions):
+    finding = compared([("earlier.json", report())], results=slower(factor, spread=spread))
+    assert finding.status == status
+    assert ("too uneven" in finding.summary) == (spread > 0.1)
+
+
+def test_replicas_that_share_cores_are_not_compared(versions):
+    finding = compared([("earlier.json", report())], results=slower(9.0), shares_cores=True)
+    assert finding.status == "pass"
+    assert [one["name"] for one in finding.details["compared"]] == ["a step without communication, slowest rank"]
 
 
 @pytest.mark.parametrize(
@@ -501,8 +524,8 @@ def test_another_seed_may_be_compared(versions):
 
 
 def test_the_slowest_rank_counts():
-    result = CheckResult(11, "slow_rank", "pass", "", details={"step_s": [1.0, 3.0, 2.0]})
-    assert times_of([result]) == {"a step without communication, slowest rank": 3.0}
+    result = CheckResult(11, "slow_rank", "pass", "", details={"step_s": [1.0, 3.0, 2.0], "spread": 0.1})
+    assert times_of([result], shares_cores=True) == {"a step without communication, slowest rank": (3.0, 0.1)}
 
 
 def test_references_in_a_folder(tmp_path):

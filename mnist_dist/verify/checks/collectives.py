@@ -16,11 +16,13 @@ from mnist_dist.base.array import Array
 from mnist_dist.strategy.base import Strategy
 from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, minority
 from mnist_dist.verify.context import Context
+from mnist_dist.verify.quiet import spread_of
 from mnist_dist.verify.replicas import Boxes
 
 _BLOCK = 12
 _BYTES = (4, 64, 1024, 16 * 1024, 256 * 1024, 1024**2, 4 * 1024**2, 16 * 1024**2)
 _LOOP = 4  # collectives in a compiled call, so that the call itself does not count
+_TIMES = 6
 
 
 class Collectives(Detector):
@@ -49,9 +51,11 @@ class Collectives(Detector):
             if problem is not None:
                 blamed = {replica: f"{what}: {text}" for replica, text in problem.items() if replica >= 0}
                 return Finding("fail", f"{what}: {'; '.join(problem.values())}", blamed, of="replica")
-            seconds = statistics.median(one["rows"][number]["seconds"] for one in evidence)
+            times = [one["rows"][number]["seconds"] for one in evidence]
+            seconds = statistics.median(map(min, times))
             transfers.append(
                 {"collective": row["collective"], "bytes": row["bytes"], "seconds": seconds,
+                 "spread": max(map(spread_of, times)),
                  "bus_gb_per_s": _bus_bytes(row["collective"], row["bytes"], len(got)) / seconds / 1e9}
             )  # fmt: skip
         summary = f"all {len(transfers)} transfers are exact"
@@ -123,8 +127,8 @@ def _compare(result: tf.Tensor, expected: tf.Tensor) -> tf.Tensor:
     return tf.stack([number, tf.cast(result[first], tf.float64), tf.cast(first, tf.float64)])
 
 
-def _looped(strategy: Strategy, body: Callable[[tf.Tensor], tf.Tensor]) -> tuple[list[Array], float]:
-    """Call a replica's `body` a few times in one compiled loop, twice; each one's comparison, and seconds a call.
+def _looped(strategy: Strategy, body: Callable[[tf.Tensor], tf.Tensor]) -> tuple[list[Array], list[float]]:
+    """Call a replica's `body` a few times in one compiled loop, repeatedly; each one's comparison, and seconds a call.
 
     `body` multiplies what it sends by its argument, 1, so that no call can be left out.
     """
@@ -135,11 +139,11 @@ def _looped(strategy: Strategy, body: Callable[[tf.Tensor], tf.Tensor]) -> tuple
 
     compiled = tf.function(lambda ones: tf.map_fn(run, ones, parallel_iterations=1), autograph=False)
     times = []
-    for _ in range(3):  # the first one compiles
+    for _ in range(1 + _TIMES):  # the first one compiles
         start = time.perf_counter()
         compiled(tf.ones([_LOOP])).numpy()
         times.append((time.perf_counter() - start) / _LOOP)
-    return boxes.read(), min(times[1:])
+    return boxes.read(), times[1:]
 
 
 def _described(
@@ -159,9 +163,9 @@ def _described(
     ]
 
 
-def _all_reduce(context: Context, size: int) -> tuple[list[list[dict[str, Any]]], float]:
+def _all_reduce(context: Context, size: int) -> tuple[list[list[dict[str, Any]]], list[float]]:
     strategy = context.strategy
-    by_block, seconds = [], []
+    by_block, seconds = [], [float("inf")] * _TIMES
     for first in range(0, strategy.num_replicas, _BLOCK):
         members = range(first, min(first + _BLOCK, strategy.num_replicas))
         expected = float(sum(4 ** (replica - first) for replica in members))
@@ -175,11 +179,11 @@ def _all_reduce(context: Context, size: int) -> tuple[list[list[dict[str, Any]]]
 
         comparisons, seconds_a_call = _looped(strategy, body)
         by_block.append(_described(comparisons, expected=expected, digits=True))
-        seconds.append(seconds_a_call)
-    return [list(blocks) for blocks in zip(*by_block, strict=True)], min(seconds)
+        seconds = [min(pair) for pair in zip(seconds, seconds_a_call, strict=True)]
+    return [list(blocks) for blocks in zip(*by_block, strict=True)], seconds
 
 
-def _all_gather(context: Context, size: int) -> tuple[list[list[dict[str, Any]]], float]:
+def _all_gather(context: Context, size: int) -> tuple[list[list[dict[str, Any]]], list[float]]:
     """`size` is that of the whole result; each replica sends its share of the rows."""
     strategy = context.strategy
     each = max(1, size // 4 // strategy.num_replicas)
@@ -192,12 +196,14 @@ def _all_gather(context: Context, size: int) -> tuple[list[list[dict[str, Any]]]
     return [[one] for one in _described(comparisons, expected=0.0, each=each)], seconds
 
 
-def _broadcast(context: Context, size: int) -> tuple[list[list[dict[str, Any]]], float]:
+def _broadcast(context: Context, size: int) -> tuple[list[list[dict[str, Any]]], list[float]]:
     """Variables are created with rank 0's value: that is the only broadcast of a training."""
     own = np.full(size // 4, 1.0 + context.topology.rank, np.float32)
-    start = time.perf_counter()
-    variable = context.strategy.create_variable(own)
-    seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        variable = context.strategy.create_variable(own)
+        seconds.append(time.perf_counter() - start)
     comparisons = []
     for copy in context.strategy.copies(variable):
         wrong = np.flatnonzero(copy != 1.0)
@@ -205,7 +211,7 @@ def _broadcast(context: Context, size: int) -> tuple[list[list[dict[str, Any]]],
     return [[one] for one in _described(comparisons, expected=1.0)], seconds
 
 
-_TRANSFERS: dict[str, Callable[[Context, int], tuple[list[list[dict[str, Any]]], float]]] = {
+_TRANSFERS: dict[str, Callable[[Context, int], tuple[list[list[dict[str, Any]]], list[float]]]] = {
     "all_reduce": _all_reduce,
     "all_gather": _all_gather,
     "broadcast": _broadcast,

@@ -90,7 +90,7 @@ class SlowRank(Detector):
                     alone[-1][index].append(alone_s)
         limit = _LIMIT if context.strategy.compute_capability() is None else _LIMIT_OF_GPUS
         return {"rounds": rounds, "alone": alone, "noise": noise.read(), "limit": limit,
-                "step_s": min(rounds[0][0]) / watches[0].steps}  # fmt: skip
+                "step_s": min(min(own[0]) for own in rounds) / watches[0].steps}  # fmt: skip
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
         """Slow is what is slower than the fastest in both rounds, by more than repeating itself explains.
@@ -193,7 +193,7 @@ class Scaling(Check):
             ],
             "compute_s": compute,
             "noise": noise.read(),
-            "shares_cores": context.topology.local_size > 1 or context.strategy.compute_capability() is None,
+            "shares_cores": context.shares_cores,
         }  # fmt: skip
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
@@ -205,10 +205,11 @@ class Scaling(Check):
             rate = point["images"] / min(point["step_s"])
             efficiency = rate / (rate_of_one * point["replicas"])
             points.append({"kind": point["kind"], "replicas": point["replicas"], "images_per_s": rate,
-                           "step_s": min(point["step_s"]), "efficiency": efficiency})  # fmt: skip
+                           "step_s": min(point["step_s"]), "spread": spread_of(point["step_s"]),
+                           "efficiency": efficiency})  # fmt: skip
         largest = [point for point in points if point["kind"] == "strong"][-1]
         computing = [min(one["compute_s"]) for one in evidence if one["compute_s"]]
-        details: dict[str, Any] = {"points": points, "spread": max(spread_of(p["step_s"]) for p in first["points"])}
+        details: dict[str, Any] = {"points": points}
         text = (
             f"{largest['replicas']} replicas train {largest['images_per_s'] / rate_of_one:.2f} times as many images a "
             f"second as one (weak: {points[-1]['images_per_s'] / rate_of_one:.2f})"
