@@ -70,7 +70,8 @@ class TrainConfig(Checked):
     reproducibility: str = one_of("auto", "exact", "fast")
     """exact: bit-identical on any number of replicas; fast: sums in any order; auto: exact on CPUs, fast on GPUs."""
     compile: str = one_of("auto", "none", "xla")
-    """xla: what a replica computes in a step is one program of XLA; none: TensorFlow's own kernels; auto: none."""
+    """none: TensorFlow's own kernels; xla: one program of XLA for each shard, or with `fast` on one device for each
+    epoch; auto: xla for fast on one GPU, otherwise none."""
     threads: ThreadsConfig = MISSING
     trainer: TrainerConfig = MISSING
     checkpoint: CheckpointConfig = MISSING

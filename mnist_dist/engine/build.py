@@ -23,7 +23,7 @@ from mnist_dist.engine.programs.evaluate import EvaluateProgram
 from mnist_dist.engine.programs.placement import place_split
 from mnist_dist.engine.programs.replica_check import ReplicaCheck
 from mnist_dist.engine.programs.state import TrainState
-from mnist_dist.engine.programs.train import TrainProgram
+from mnist_dist.engine.programs.train import TrainProgram, XlaProgram
 from mnist_dist.engine.reduction import ExactSum, FastSum
 from mnist_dist.engine.runtime import configure_tensorflow, own_cores
 from mnist_dist.engine.shards import ShardPlan, plan_shards
@@ -59,6 +59,17 @@ class Engine:
     def is_exact(self) -> bool:
         """Whether the number of replicas changes no bit."""
         return self.config.reproducibility == "exact"
+
+    @property
+    def compiled_by_xla(self) -> XlaProgram | None:
+        """What XLA compiles as one program.
+
+        An epoch, if XLA can. With `exact` a shard by itself, so that its bits do not depend on what is around it, as
+        the number of shards that a replica has.
+        """
+        if self.config.compile != "xla":
+            return None
+        return "epoch" if self.strategy.has_xla_collectives and not self.is_exact else "shard"
 
     def weights(self) -> FloatArray:
         """The current weights."""
@@ -110,7 +121,7 @@ class Engine:
             "Devices: %s; precision %s%s",
             ", ".join(self.strategy.devices()),
             placement.precision,
-            "; compiled by XLA" if self.config.compile == "xla" else "",
+            f"; each {self.compiled_by_xla} is a program of XLA" if self.compiled_by_xla else "",
         )
         log.info(
             "Batch: %d over %d replica(s) in %d process(es), %d each; %d steps an epoch; learning rate %s",
@@ -153,16 +164,26 @@ class Programs:
             split=place_split(engine.splits.train, strategy, dtype=dtype),
             shards=engine.shards,
             reduction=ExactSum(strategy, engine.shards) if engine.is_exact else FastSum(strategy),
-            xla=engine.config.compile == "xla",
+            xla=engine.compiled_by_xla,
         )
         self._validate = EvaluateProgram(
-            engine.flat_model, strategy=strategy, split=place_split(engine.splits.val, strategy, dtype=dtype)
+            engine.flat_model,
+            strategy=strategy,
+            split=place_split(engine.splits.val, strategy, dtype=dtype),
+            xla=engine.compiled_by_xla == "epoch",
         )
         self._replica_check = ReplicaCheck(strategy=strategy, state=engine.state, wants_to_stop=wants_to_stop)
 
     def train_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
-        """Train on the steps of `indices`, each with its learning rate (see `TrainProgram.run_epoch`)."""
-        return self._train.run_epoch(indices, learning_rates=learning_rates)
+        """Train on the steps of `indices`, each with its learning rate (see `TrainProgram.run_epoch`).
+
+        Raises:
+            UserError: TensorFlow has no kernel for what was asked for.
+        """
+        try:
+            return self._train.run_epoch(indices, learning_rates=learning_rates)
+        except tf.errors.UnimplementedError as error:
+            raise UserError(_why_unimplemented(error, self._engine.config)) from error
 
     def trace_step(self) -> tf.types.experimental.ConcreteFunction:
         """One training step by itself, to be examined."""
@@ -179,6 +200,15 @@ class Programs:
     def digest_weights(self) -> str | None:
         """The digest of the current weights, if other runs can be compared by it: with exact."""
         return weights_digest(self._engine.weights()) if self._engine.is_exact else None
+
+
+def _why_unimplemented(error: tf.errors.UnimplementedError, config: TrainConfig) -> str:
+    """For example max pooling compiled by XLA for a GPU, which cannot be deterministic."""
+    lines = error.message.splitlines()
+    reason = next((line for line in lines if "determinis" in line), lines[0])
+    keys = {"compile=none": config.compile == "xla", "reproducibility=fast": config.reproducibility == "exact"}
+    advice = " or ".join(key for key, helps in keys.items() if helps) or "another model"
+    return f"TensorFlow cannot compute this on {config.strategy.name}'s devices; choose {advice}: {reason.strip()}"
 
 
 def build_engine(
@@ -215,12 +245,15 @@ def start_devices(config: TrainConfig, rendezvous: Rendezvous, *, num_gpus: int)
         exact=mode == "exact",
     )
     strategy = create_strategy(config.strategy, rendezvous, num_gpus=num_gpus)
-    policy = choose_precision(config.precision.name, strategy.compute_capability())
+    capability = strategy.compute_capability()
+    policy = choose_precision(config.precision.name, capability)
     return replace(
         config,
         precision=replace(config.precision, name=policy),
         reproducibility=mode,
-        compile=choose_compiler(config.compile),
+        compile=choose_compiler(
+            config.compile, mode=mode, on_gpu=capability is not None, is_single=strategy.has_xla_collectives
+        ),
     ), strategy
 
 

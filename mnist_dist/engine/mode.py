@@ -33,9 +33,13 @@ def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> st
     return mode
 
 
-def choose_compiler(name: str) -> str:
+def choose_compiler(name: str, *, mode: str, on_gpu: bool, is_single: bool) -> str:
     """The compiler: none or xla.
 
-    `auto` is none: on CPUs XLA is slower (docs/performance.md), and on GPUs nothing was measured yet.
+    `auto` is xla where that makes a program of a whole epoch (`Engine.compiled_by_xla`) on a GPU, which then no longer
+    waits for the host between operations. On CPUs XLA is slower, and for single shards it gains little
+    (docs/performance.md).
     """
-    return "none" if name == "auto" else name
+    if name == "auto":
+        return "xla" if mode == "fast" and on_gpu and is_single else "none"
+    return name

@@ -25,6 +25,8 @@ class Strategy(ABC):
     """Model copies of the whole job."""
     has_all_to_all = False
     """Whether `all_to_all` moves less than `all_gather`."""
+    has_xla_collectives = False
+    """Whether XLA can compile a program with its collectives."""
 
     @abstractmethod
     def devices(self) -> list[str]:
@@ -115,6 +117,7 @@ class SingleDevice(Strategy):
 
     name = "single"
     num_replicas = 1
+    has_xla_collectives = True  # it has none
 
     def __init__(self, device: str | None = None) -> None:
         gpus = tf.config.list_logical_devices("GPU")

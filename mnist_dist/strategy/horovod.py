@@ -44,6 +44,7 @@ class Horovod(SingleDevice):
 
     name = "horovod"
     has_all_to_all = True
+    has_xla_collectives = False
 
     def __init__(self, rendezvous: Rendezvous) -> None:
         """Start Horovod; if srun launched the processes, do horovodrun's part too."""

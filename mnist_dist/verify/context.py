@@ -93,6 +93,7 @@ class Context:
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
         with console.tensorflow_start(messages=self.config.console.tensorflow_messages):
             from mnist_dist.engine.build import start_devices
+            from mnist_dist.engine.mode import choose_compiler
             from mnist_dist.engine.precision import choose_precision
             from mnist_dist.strategy.choose import list_gpus
 
@@ -109,6 +110,9 @@ class Context:
             compile=config.compile,
             batch=replace(config.batch, num_shards=num_shards),
             strategy=replace(config.strategy, name=strategy.name),
+        )
+        self.fast_compiler = choose_compiler(
+            self.asked.compile, mode="fast", on_gpu=capability is not None, is_single=strategy.has_xla_collectives
         )
         self._started = strategy, preparing.result()
         self.devices = self.settle(strategy.devices(), list)

@@ -49,7 +49,7 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
         split=place_split(split, strategy, dtype=flat_model.compute_dtype),
         shards=shards or shards_for(strategy, 16),
         reduction=(reduction or FastSum)(strategy),
-        xla=config.compile == "xla",
+        xla="shard" if config.compile == "xla" else None,
     )
     return program, state, flat_model, model
 

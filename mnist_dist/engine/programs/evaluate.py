@@ -19,7 +19,8 @@ class EvaluateProgram:
     whose sum does not depend on the order; nor does that of the chunks' losses by `math.fsum`, which rounds only once.
     """
 
-    def __init__(self, flat_model: FlatModel, *, strategy: Strategy, split: PlacedSplit) -> None:
+    def __init__(self, flat_model: FlatModel, *, strategy: Strategy, split: PlacedSplit, xla: bool = False) -> None:
+        """Build it; `xla` compiles it as one program of XLA."""
         self._flat_model = flat_model
         self._strategy = strategy
         self._num_classes = split.num_classes
@@ -27,7 +28,7 @@ class EvaluateProgram:
         plan = BatchPlan.for_evaluation(split.num_examples)
         # Every replica evaluates the same number of chunks; some may be all padding.
         self._rows = rows_of(plan.in_order(multiple_of=strategy.num_replicas))
-        self._compiled = tf.function(self._evaluate, autograph=False)
+        self._compiled = tf.function(self._evaluate, autograph=False, jit_compile=True if xla else None)
 
     def run(self, weights: tf.Variable) -> EvaluationSums:
         """Evaluate the weights on every example once; no dropout."""

@@ -8,7 +8,7 @@ What is known before an epoch starts is computed then, for all its steps (`StepI
 tiny operation as a large one.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,14 @@ import tensorflow as tf
 
 from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.layers.dropout import BatchPosition
+from mnist_dist.engine.loss import cross_entropy
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.engine.reduction import Reduction
 from mnist_dist.engine.shards import ShardPlan
 from mnist_dist.results.sums import EpochSums
+
+XlaProgram = Literal["epoch", "shard"]
 
 
 class StepInputs(NamedTuple):
@@ -49,9 +52,9 @@ class TrainProgram:
         split: PlacedSplit,
         shards: ShardPlan,
         reduction: Reduction,
-        xla: bool = False,
+        xla: XlaProgram | None = None,
     ) -> None:
-        """Build it; `xla` compiles what each replica computes for one shard as one XLA program."""
+        """Build it; `xla` says what XLA compiles as one program, for a shard: what each replica computes for it."""
         self._flat_model = flat_model
         self._state = state
         self._strategy = state.strategy
@@ -59,10 +62,12 @@ class TrainProgram:
         self._shards = shards
         self._reduction = reduction
         # No AutoGraph here and below: nothing needs it, and it takes a second.
-        self._compiled = tf.function(self._train_epoch, autograph=False)
+        self._compiled = tf.function(self._train_epoch, autograph=False, jit_compile=True if xla == "epoch" else None)
         # Traced once for all shards. XLA compiles each shard by itself, so that its bits do not depend on how many
         # shards a replica has.
-        self._shard_sums = tf.function(self._trace_shard_sums, autograph=False, jit_compile=True if xla else None)
+        self._shard_sums = tf.function(
+            self._trace_shard_sums, autograph=False, jit_compile=True if xla == "shard" else None
+        )
 
     def run_epoch(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> EpochSums:
         """Train on the steps of `indices`, shape (steps, rows of all shards), as a `BatchPlan` makes them."""
@@ -141,8 +146,8 @@ class TrainProgram:
         with tf.GradientTape() as tape:
             tape.watch(weights)
             logits = self._flat_model.training_logits(weights, images, position)
-        # The kernel computes the gradient beside the losses; the tape would also prepare second derivatives.
-        losses, slopes = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=labels)
+        # Not on the tape, which would also prepare second derivatives.
+        losses, slopes = cross_entropy(logits, labels, fused=self._strategy.compute_capability() is None)
         gradients = tape.gradient(logits, weights, output_gradients=slopes * tf.reshape(loss_weights, [-1, 1]))
         correct = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
         metrics = tf.matmul(tf.reshape(rows.weights, [1, -1]), tf.stack([losses, correct], axis=1))

@@ -127,14 +127,10 @@ class Fast(Detector):
     name = "fast"
     needs = ("identity", "collectives", "data", "cross_examination")
 
-    def why_not(self, context: Context) -> str:
-        """One replica has nothing to be compared with."""
-        return one_replica(context)
-
     def measure(self, context: Context) -> Evidence:
         """The distance of the weights after some steps from those of one replica; on rank 0 that of other orders."""
         context.enter(f"{STEPS} steps in fast mode")
-        fast = context.assemble(optimizer=SGD, reproducibility="fast")
+        fast = context.assemble(optimizer=SGD, reproducibility="fast", compile=context.fast_compiler)
         Programs(fast).train_epoch(first_steps(fast, STEPS), learning_rates=rates(fast, STEPS))
         copies = context.strategy.copies(fast.state.weights)
         # Each rank by itself, since weights are too many to send.
