@@ -208,7 +208,7 @@ def _why_unimplemented(error: tf.errors.UnimplementedError, config: TrainConfig)
     reason = next((line for line in lines if "determinis" in line), lines[0])
     keys = {"compile=none": config.compile == "xla", "reproducibility=fast": config.reproducibility == "exact"}
     advice = " or ".join(key for key, helps in keys.items() if helps) or "another model"
-    return f"TensorFlow cannot compute this on {config.strategy.name}'s devices; choose {advice}: {reason.strip()}"
+    return f"TensorFlow cannot compute this on these devices; choose {advice}: {reason.strip()}"
 
 
 def build_engine(

@@ -61,7 +61,7 @@ def test_a_clean_cluster_passes(kind, verify, tmp_path):
     assert report.verdict == "PASS" and not report.suspects
     expected = {name for name in CHECK_NAMES if name not in ("learning", "slow_rank", "scaling", "reference")}
     if kind == SINGLE:
-        expected -= {"exact", "fast"}
+        expected -= {"exact"}
     assert statuses(report) == dict.fromkeys(expected, "pass")
     assert report.num_replicas == kind[1] and len(report.ranks) == (kind[1] if kind[0] != "mirrored" else 1)
     assert [check.name for check in report.checks] == list(CHECK_NAMES)
@@ -97,6 +97,7 @@ FAULTS = [
     ("divided_twice", HOROVOD, "exact", set()),
     ("divided_twice", MULTIWORKER, "exact", set()),
     ("divided_twice_in_fast_mode", MIRRORED, "fast", set()),
+    ("scaled_rate_in_fast_mode", SINGLE, "fast", set()),
     ("flipped_bit_in_checkpoint", HOROVOD, "interruption", {0}),
     ("flipped_bit_in_checkpoint", SINGLE, "interruption", {0}),
     ("blind_judge", MIRRORED, "detectors", set()),
@@ -125,6 +126,14 @@ def test_gradients_divided_twice_are_seen_with_sgd_from_the_first_step(verify):
 def test_a_fault_in_the_sum_also_shows_in_fast_mode(verify):
     report, _ = verify(HOROVOD, fault="divided_twice", checks=["fast"])
     assert found(report) == ("fast", set())
+
+
+@pytest.mark.parametrize(("argument", "program"), [("compile=auto", None), ("compile=xla", "epoch")])
+def test_fast_mode_is_tried_with_the_compiler_of_a_training(argument, program, verify):
+    """Here none; on one GPU XLA, which compiles whole epochs."""
+    report, _ = verify(SINGLE, argument, checks=["fast"])
+    check = report.checks[CHECK_NAMES.index("fast")]
+    assert (check.status, check.details["xla"]) == ("pass", program)
 
 
 def test_a_rank_that_steps_alone(verify, mnist_path):

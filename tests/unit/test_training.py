@@ -4,7 +4,7 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
-from mnist_dist.engine.mode import choose_mode
+from mnist_dist.engine.mode import choose_compiler, choose_mode
 from mnist_dist.engine.shards import ShardPlan, plan_shards
 from mnist_dist.launch.topology import HorovodRun, Topology
 
@@ -28,6 +28,21 @@ NINE_REPLICAS = ("strategy=mirrored", "strategy.num_replicas=9")
 def test_mode(asked, topology, num_gpus, mode):
     config = compose_config(f"reproducibility={asked[0]}", *asked[1:])
     assert choose_mode(config, topology, num_gpus=num_gpus) == mode
+
+
+@pytest.mark.parametrize(
+    ("asked", "mode", "on_gpu", "is_single", "compiler"),
+    [
+        ("auto", "fast", True, True, "xla"),
+        ("auto", "exact", True, True, "none"),
+        ("auto", "fast", False, True, "none"),
+        ("auto", "fast", True, False, "none"),
+        ("none", "fast", True, True, "none"),
+        ("xla", "exact", False, False, "xla"),
+    ],
+)
+def test_compiler(asked, mode, on_gpu, is_single, compiler):
+    assert choose_compiler(asked, mode=mode, on_gpu=on_gpu, is_single=is_single) == compiler
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_a_rank_that_differs_alone_is_named():
     ([1.0, float("nan")], "fail", {1}),
 ])  # fmt: skip
 def test_fast_mode_within_the_noise(distances, status, blamed):
-    evidence = [{"distances": [one], "noise": [1.0] * 8, "moved": 1e4} for one in distances]
+    evidence = [{"distances": [one], "noise": [1.0] * 8, "moved": 1e4, "xla": None} for one in distances]
     finding = Fast().judge(evidence)
     assert (finding.status, set(finding.blamed)) == (status, blamed)
 
@@ -332,7 +332,7 @@ EVIDENCE = {
     Data: plan(3)[0],
     CrossExamination: digests([[1, 2]] * 2, [[1, 2]] * 2),
     Exact: [runs("r"), runs("r")],
-    Fast: [{"distances": [1.0], "noise": [1.0] * 8, "moved": 1e6}] * 2,
+    Fast: [{"distances": [1.0], "noise": [1.0] * 8, "moved": 1e6, "xla": None}] * 2,
     SlowRank: blocks(GOOD, GOOD),
     Reference: [{"current": {"step": [1.0, 0.0]}, "earlier": [{"step": [1.0, 0.0]}], "reasons": [], "noise": ""}],
     Identity: [

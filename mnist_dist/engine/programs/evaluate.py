@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel
+from mnist_dist.engine.loss import cross_entropy
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.results.sums import EvaluationSums
 from mnist_dist.strategy.base import Strategy
@@ -62,6 +63,6 @@ class EvaluateProgram:
         """The sum of losses, and each row's cell in the flat confusion matrix; -1 is none."""
         images, labels = gather(data, rows.examples)
         logits = self._flat_model.logits(layers, images)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits) * rows.weights
+        losses, _ = cross_entropy(logits, labels, fused=self._strategy.compute_capability() is None)
         cells = labels * self._num_classes + tf.argmax(logits, axis=1)
-        return tf.reduce_sum(losses), tf.where(rows.weights > 0, cells, tf.constant(-1, tf.int64))
+        return tf.reduce_sum(losses * rows.weights), tf.where(rows.weights > 0, cells, tf.constant(-1, tf.int64))

@@ -122,7 +122,10 @@ def _first_difference(run: dict[str, Any]) -> int | None:
 
 
 class Fast(Detector):
-    """`reproducibility=fast` may change the last bits, as another order of summation does, and no more."""
+    """`reproducibility=fast` may change the last bits, as another order of summation does, and no more.
+
+    On one replica too, which adds rows up in other groups than `exact`, and may be compiled otherwise.
+    """
 
     name = "fast"
     needs = ("identity", "collectives", "data", "cross_examination")
@@ -145,6 +148,7 @@ class Fast(Detector):
             "distances": [float(np.linalg.norm(copy - reference)) for copy in copies],
             "noise": [float(np.linalg.norm(other - reference)) for other in others],
             "moved": float(np.linalg.norm(reference - alone.flat_model.get_weights())),
+            "xla": fast.compiled_by_xla,
         }
 
     def judge(self, evidence: Sequence[Evidence]) -> Finding:
@@ -154,7 +158,13 @@ class Fast(Detector):
         usual = float(np.sqrt(np.mean(np.square(noise))))
         limit = _FACTOR * usual
         far = [index for index, distance in enumerate(distances) if not distance <= limit]
-        details = {"distance": max(distances), "noise": noise, "limit": limit, "moved": moved}
+        details = {
+            "distance": max(distances),
+            "noise": noise,
+            "limit": limit,
+            "moved": moved,
+            "xla": evidence[0]["xla"],
+        }
         shown = f"{max(distances) / usual:.1f} times the noise of {len(noise)} orders of summation"
         if not far:
             return Finding("pass", f"the weights are {shown} away from one replica's (limit {_FACTOR:g})", {}, details)

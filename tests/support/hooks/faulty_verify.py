@@ -107,8 +107,8 @@ def scaled_rate(context):
     )
 
 
-def scaled_rate_in_mixed_precision(context):
-    """The learning rate is twice as large, on all replicas and on one alone, but only in mixed precision."""
+def doubled_rate(where):
+    """The learning rate is twice as large, on all replicas and on one alone, in trainings of which `where` holds."""
 
     class Doubled:
         def __init__(self, rate):
@@ -118,11 +118,21 @@ def scaled_rate_in_mixed_precision(context):
             return 2 * self._rate.at(steps)
 
     def change(engine):
-        if engine.config.precision.name != "float32":
+        if where(engine.config):
             return dataclasses.replace(engine, learning_rate=Doubled(engine.learning_rate))
         return None
 
     on_engines(change)
+
+
+def scaled_rate_in_mixed_precision(context):
+    """The learning rate is twice as large, but only in mixed precision."""
+    doubled_rate(lambda config: config.precision.name != "float32")
+
+
+def scaled_rate_in_fast_mode(context):
+    """The learning rate is twice as large, but only in fast mode."""
+    doubled_rate(lambda config: config.reproducibility == "fast")
 
 
 def divided_twice_in_fast_mode(context):

@@ -1,0 +1,29 @@
+"""Cross-entropy and its derivative, against the textbook in float64."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mnist_dist.engine.loss import cross_entropy
+
+
+def textbook(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_sums = np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    rows = np.arange(len(labels))
+    slopes = np.exp(shifted - log_sums)
+    slopes[rows, labels] -= 1
+    return (log_sums - shifted)[rows, labels], slopes
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e4])
+def test_losses_and_slopes(size, fused):
+    """Also of logits that are all equal, and of ones so far apart that a probability is 0 or 1."""
+    rng = np.random.default_rng(0)
+    logits = (size * rng.standard_normal((64, 10))).astype(np.float32)
+    labels = rng.integers(10, size=64)
+    losses, slopes = cross_entropy(tf.constant(logits), tf.constant(labels), fused=fused)
+    expected_losses, expected_slopes = textbook(logits, labels)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slopes, expected_slopes, rtol=1e-5, atol=1e-6)
