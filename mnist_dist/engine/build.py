@@ -203,7 +203,7 @@ class Programs:
 
 
 def _why_unimplemented(error: tf.errors.UnimplementedError, config: TrainConfig) -> str:
-    """For example max pooling compiled by XLA for a GPU, which cannot be deterministic."""
+    """And what to choose instead; an example is max pooling, which XLA cannot compute deterministically on a GPU."""
     lines = error.message.splitlines()
     reason = next((line for line in lines if "determinis" in line), lines[0])
     keys = {"compile=none": config.compile == "xla", "reproducibility=fast": config.reproducibility == "exact"}
