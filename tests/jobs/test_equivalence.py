@@ -51,6 +51,13 @@ def test_three_sgd_steps_give_the_same_weights(job, train_with, three_sgd_steps)
     assert np.linalg.norm(other - single) <= 1e-6 * np.linalg.norm(single)
 
 
+@pytest.mark.parametrize("job", [("single", 1), ("mirrored", 2), ("multiworker", 2), ("horovod", 2)], ids=job_name)
+def test_xla_gives_the_same_weights(job, train_with, three_sgd_steps):
+    """As one program an epoch where there are no collectives, which XLA cannot compile."""
+    single, other = train_with("single", 1, *three_sgd_steps), train_with(*job, *three_sgd_steps, "compile=xla")
+    assert np.linalg.norm(other.weights() - single.weights()) <= 1e-6 * np.linalg.norm(single.weights())
+
+
 @pytest.mark.parametrize("job", MNIST_JOBS, ids=job_name)
 def test_the_recipe_gives_the_same_losses_and_counts(job, train_with, one_epoch_of_mnist):
     single, other = (train_with(*which, *one_epoch_of_mnist) for which in (("single", 1), job))
