@@ -139,7 +139,7 @@ class Engine:
             else "fast: the number of replicas may change the last bits",
         )
         num_shards, num_cores = -(-placement.num_shards // placement.world_size), own_cores(self.topology)
-        if self.is_exact and self.strategy.compute_capability() is None and num_cores > num_shards:
+        if self.is_exact and not self.strategy.on_gpu and num_cores > num_shards:
             log.info(
                 "Cores: %d of this process's %d compute at a time, one for each of its shards; a larger "
                 "batch.num_shards uses more, with other bits",
@@ -245,14 +245,13 @@ def start_devices(config: TrainConfig, rendezvous: Rendezvous, *, num_gpus: int)
         exact=mode == "exact",
     )
     strategy = create_strategy(config.strategy, rendezvous, num_gpus=num_gpus)
-    capability = strategy.compute_capability()
-    policy = choose_precision(config.precision.name, capability)
+    policy = choose_precision(config.precision.name, strategy.compute_capability())
     return replace(
         config,
         precision=replace(config.precision, name=policy),
         reproducibility=mode,
         compile=choose_compiler(
-            config.compile, mode=mode, on_gpu=capability is not None, is_single=strategy.has_xla_collectives
+            config.compile, mode=mode, on_gpu=strategy.on_gpu, is_single=strategy.has_xla_collectives
         ),
     ), strategy
 
@@ -272,8 +271,7 @@ def assemble(
     """
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
     global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
-    on_gpu = strategy.compute_capability() is not None
-    shards = plan_shards(config, global_batch_size, num_replicas=strategy.num_replicas, on_gpu=on_gpu)
+    shards = plan_shards(config, global_batch_size, num_replicas=strategy.num_replicas, on_gpu=strategy.on_gpu)
     plan = BatchPlan(len(splits.train), global_batch_size, num_rows=shards.num_rows)
     model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
     flat_model = FlatModel(model, seed=config.seed, policy=config.precision.name)

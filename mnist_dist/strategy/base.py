@@ -32,6 +32,11 @@ class Strategy(ABC):
     def devices(self) -> list[str]:
         """Names of this process's devices, one for each of its replicas."""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its devices are GPUs."""
+        return bool(tf.config.get_visible_devices("GPU"))
+
     def compute_capability(self) -> tuple[int, int] | None:
         """The compute capability of the GPUs, as NVIDIA numbers it; None on a CPU."""
         gpus = tf.config.get_visible_devices("GPU")

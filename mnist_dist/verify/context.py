@@ -72,8 +72,7 @@ class Context:
     @property
     def shares_cores(self) -> bool:
         """Whether replicas compete for the cores of a machine, so that more of them are not faster."""
-        is_on_cpu = self.strategy.compute_capability() is None
-        return is_on_cpu and (self.topology.local_size > 1 or len(self.strategy.devices()) > 1)
+        return not self.strategy.on_gpu and (self.topology.local_size > 1 or len(self.strategy.devices()) > 1)
 
     def enter(self, phase: str) -> None:
         """Say what comes next, so that a hang can be located."""
@@ -112,7 +111,7 @@ class Context:
             strategy=replace(config.strategy, name=strategy.name),
         )
         self.fast_compiler = choose_compiler(
-            self.asked.compile, mode="fast", on_gpu=capability is not None, is_single=strategy.has_xla_collectives
+            self.asked.compile, mode="fast", on_gpu=strategy.on_gpu, is_single=strategy.has_xla_collectives
         )
         self._started = strategy, preparing.result()
         self.devices = self.settle(strategy.devices(), list)

@@ -48,7 +48,7 @@ def take_part(turns: Turns, splits: Splits, *, config: TrainConfig, rendezvous: 
             parts["compute"] = _share_of_epochs(engine, index=topology.rank)
         parts["all_reduces"] = _all_reduces(engine)
         parts["message_sizes"] = lambda: _measure_messages(engine.strategy)
-    elif engine.strategy.compute_capability() is None:  # a GPU's operations are not computed by threads
+    elif not engine.strategy.on_gpu:  # a GPU's operations are not computed by threads
         parts["profile"] = lambda: _profile(engine, trainer.programs)
     facts = {
         **describe_tensorflow(),

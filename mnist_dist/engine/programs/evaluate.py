@@ -63,6 +63,6 @@ class EvaluateProgram:
         """The sum of losses, and each row's cell in the flat confusion matrix; -1 is none."""
         images, labels = gather(data, rows.examples)
         logits = self._flat_model.logits(layers, images)
-        losses, _ = cross_entropy(logits, labels, fused=self._strategy.compute_capability() is None)
+        losses, _ = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
         cells = labels * self._num_classes + tf.argmax(logits, axis=1)
         return tf.reduce_sum(losses * rows.weights), tf.where(rows.weights > 0, cells, tf.constant(-1, tf.int64))

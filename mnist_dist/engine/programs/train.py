@@ -147,7 +147,7 @@ class TrainProgram:
             tape.watch(weights)
             logits = self._flat_model.training_logits(weights, images, position)
         # Not on the tape, which would also prepare second derivatives.
-        losses, slopes = cross_entropy(logits, labels, fused=self._strategy.compute_capability() is None)
+        losses, slopes = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
         gradients = tape.gradient(logits, weights, output_gradients=slopes * tf.reshape(loss_weights, [-1, 1]))
         correct = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
         metrics = tf.matmul(tf.reshape(rows.weights, [1, -1]), tf.stack([losses, correct], axis=1))

@@ -88,7 +88,7 @@ class SlowRank(Detector):
                     seconds, alone_s = watch.run_fastest(times)
                     rounds[-1][index].append(seconds)
                     alone[-1][index].append(alone_s)
-        limit = _LIMIT if context.strategy.compute_capability() is None else _LIMIT_OF_GPUS
+        limit = _LIMIT_OF_GPUS if context.strategy.on_gpu else _LIMIT
         return {"rounds": rounds, "alone": alone, "noise": noise.read(), "limit": limit,
                 "step_s": min(min(own[0]) for own in rounds) / watches[0].steps}  # fmt: skip
 
