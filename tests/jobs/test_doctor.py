@@ -66,7 +66,8 @@ def test_a_table(args, run_python, tmp_path):
     names = {re.split("  +", line)[1] for line in result.stdout.splitlines() if line.startswith("ok  ")}
     assert {
         "Python", "TensorFlow", "Keras", "NumPy", "TensorFlow's import", "Horovod", "GPUs", "processor", "memory",
-        "open files", "/dev/shm", "strategy", "precision", "reproducibility", "threads", "data set", "run folder",
+        "open files", "/dev/shm", "strategy", "precision", "reproducibility", "compiler", "threads", "data set",
+        "run folder",
     } <= names  # fmt: skip
     assert "single (one process, 0 GPUs: training on the CPU)" in result.stdout
     assert re.search(r"^\d.* ok: nothing stands in the way of this training$", result.stdout, re.MULTILINE)

@@ -29,6 +29,7 @@ from mnist_dist.doctor.checks.software import (
     digest_of,
 )
 from mnist_dist.doctor.checks.storage import check_dataset, check_folder, check_shared_lock, describe_mount
+from mnist_dist.doctor.children.devices import _choices
 from mnist_dist.doctor.finding import Finding, RankReport
 from mnist_dist.doctor.merge import merge
 from mnist_dist.doctor.probe import Outcome
@@ -680,7 +681,23 @@ def test_the_choices_and_their_reasons():
     assert rows["strategy"] == "single (one process)"
     assert rows["precision"] == "float32 (a CPU)"
     assert rows["reproducibility"] == "exact (CPUs, where it costs little)"
+    assert rows["compiler"] == "none (XLA pays in fast mode on one GPU)"
     assert rows["threads"].startswith("4 operation(s) in parallel, 1 thread(s) in each (4 core(s), 8 shard(s)")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "chosen"),
+    [
+        (0, ("single", "exact", "float32", "none")),
+        (1, ("single", "fast", "mixed_bfloat16", "xla")),
+        (2, ("mirrored", "fast", "mixed_bfloat16", "none")),
+    ],
+)
+def test_the_choices_with_gpus(num_gpus, chosen):
+    told = _choices(compose_config(), Topology(), [{"compute_capability": [9, 0]}] * num_gpus)
+    assert tuple(told[key] for key in ("strategy", "reproducibility", "precision", "compile")) == chosen
+    rows = {row.name: row.found for row in check_choices(compose_config(), answered(choices=told))}
+    assert rows["compiler"].startswith(chosen[-1])
 
 
 def test_a_strategy_that_does_not_match():

@@ -25,6 +25,8 @@ def check_choices(config: TrainConfig, outcome: Outcome) -> list[Finding]:
     )
     why = "GPUs" if is_gpu else "CPUs, where it costs little" if told["reproducibility"] == "exact" else "few shards"
     findings.append(_of("reproducibility", config.reproducibility, told["reproducibility"], why))
+    why = "fast mode on one GPU" if told["compile"] == "xla" else "XLA pays in fast mode on one GPU"
+    findings.append(_of("compiler", config.compile, told["compile"], why))
     findings.append(_threads(told))
     advice = [from_message("settings", text.removeprefix("WARNING: "), status="warning") for text in told["warnings"]]
     return [
