@@ -3,6 +3,7 @@
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mnist_dist.base.console import Console, progress
@@ -17,6 +18,7 @@ from mnist_dist.launch.topology import Topology
 from mnist_dist.results.reference import Reference
 from mnist_dist.results.sums import weights_digest
 from mnist_dist.run.checkpoint import ResumePoint
+from mnist_dist.run.events import EventLog
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.input import RunInput, agree_on_input, read_input
 from mnist_dist.run.resume import start_point
@@ -44,13 +46,19 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         with job.peers.watching(run_input.watch_address, start_silence_s=config.strategy.start_timeout_s):
             engine = build(run_input, job, console)
             start = prepare_folder(run_input, engine, run_folder, console)
-            reached = train_epochs(engine, start, run_folder, job, clock)
-            is_finished = reached.epoch == engine.config.trainer.epochs
-            if is_finished:
-                write_results(engine, reached, run_folder, run_input.reference, clock)
-            else:
-                where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
-                log.info("Stopped on request %s; run the same command again to resume", where)
+            events = EventLog(run_folder, at_end=lambda: write_report(run_folder, config))
+            events.started(start.epoch, {**engine.facts(), "hosts": run_input.hosts})
+            job.peers.at_loss = partial(events.ended, "failed")
+            with events.noting_failure():
+                reached = train_epochs(engine, start, run_folder, job, clock)
+                is_finished = reached.epoch == engine.config.trainer.epochs
+                if is_finished:
+                    write_results(engine, reached, run_folder, run_input.reference, clock)
+                    events.ended("finished")
+                else:
+                    where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
+                    log.info("Stopped on request %s; run the same command again to resume", where)
+                    events.ended("stopped", reason=f"stopped on request {where}")
             engine.strategy.barrier()
             return EXIT_OK if is_finished else EXIT_PREEMPTED
 
@@ -64,7 +72,8 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
         preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
     )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        import mnist_dist.results.curves  # noqa: F401 (hours later its files may have changed)
+        import mnist_dist.report.write
+        import mnist_dist.results.curves  # noqa: F401
         from mnist_dist.engine.build import build_engine
         from mnist_dist.strategy.choose import list_gpus
 
@@ -126,8 +135,9 @@ def write_results(
     from mnist_dist.results.curves import plot_run
 
     with engine.strategy.collectives():
-        results = engine.evaluate()
+        results, predictions = engine.evaluate()
     run_folder.save_model(engine.model)
+    run_folder.write_predictions(predictions)
     history, confusion = reached.history, results["test"].confusion
     dataset, class_names = engine.config.data.name, engine.splits.class_names
     run_folder.write_plots(plot_run(history, confusion, dataset=dataset, class_names=class_names, reference=reference))
@@ -141,6 +151,17 @@ def write_results(
     )
     run_folder.write_summary(summary)
     log_summary(summary, run_folder.path)
+
+
+def write_report(run_folder: RunFolder, config: TrainConfig) -> None:
+    """Write `report.html`, if it is wanted; what is wrong with a report must not end a run."""
+    from mnist_dist.report.write import build_run_report
+
+    if config.report:
+        try:
+            run_folder.write_lazily("report.html", lambda: build_run_report(run_folder.path, is_alive=False))
+        except Exception as error:
+            log.warning("report.html was not written: %s", error)
 
 
 def main() -> None:

@@ -19,6 +19,10 @@ class TrainingFailed(RuntimeError):
     """Training cannot continue (for example a non-finite loss); the message says where and why."""
 
 
+class Diverged(TrainingFailed):
+    """The loss is no number any more; the same training would fail at the same step again."""
+
+
 class OfTheEnvironment(Exception):
     """Mixed into an error whose cause is the machine, its software or network: the printed line names `doctor`."""
 

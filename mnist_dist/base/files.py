@@ -8,12 +8,14 @@ import os
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mnist_dist.base.errors import UserError
 
 _TEMPORARY = ".tmp"
+_LOOKS, _LOOK_S = 3, 0.05
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -108,17 +110,45 @@ def _open_lock(path: Path) -> int:
 def open_locked(path: Path) -> int:
     """Open the file `path` (created if needed, else not changed) with an exclusive lock; returns the descriptor.
 
-    The lock ends when the descriptor is closed or the process ends in any way. On a file system without locks the file
-    is opened without one. Raises BlockingIOError if another process holds the lock, and OSError.
+    The lock ends when the descriptor is closed (in all processes that have inherited it) or the process ends in any
+    way. On a file system without locks the file is opened without one. Raises BlockingIOError if another process holds
+    the lock, and OSError.
     """
     descriptor = _open_lock(path)
     try:
+        for _ in range(_LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            time.sleep(_LOOK_S)  # `is_locked` may just be looking
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _HAS_NO_LOCKS:
             os.close(descriptor)
             raise
     return descriptor
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of `open_locked` on the file `path`, on any machine that sees the file.
+
+    Looking takes a lock too, for an instant. False where the file system has no locks, or there is no file; raises
+    OSError if the file cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _HAS_NO_LOCKS:
+            raise
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def is_open_as(descriptor: int, path: Path) -> bool:

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 # Keys that may differ between processes of one job.
-_FREE_IN_A_JOB = ("run_dir", "plots.", "console.", "threads.", "data.path", "data.cache_dir", "data.keras_home")
+_FREE_IN_A_JOB = (
+    *("run_dir", "plots.", "report", "tensorboard", "console.", "threads."),
+    *("data.path", "data.cache_dir", "data.keras_home"),
+)
 
 # Keys that may differ between commands of one run: they do not change what an epoch does to the weights.
 _FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.epochs", "checkpoint.", "resume")
@@ -23,14 +26,15 @@ def training_keys(tree: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select(tree: Mapping[str, Any], *, without: tuple[str, ...]) -> dict[str, str]:
-    return {key: str(value) for key, value in _flatten(tree).items() if not key.startswith(without)}
+    return {key: str(value) for key, value in flatten(tree).items() if not key.startswith(without)}
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -78,4 +78,8 @@ class TrainConfig(Checked):
     resume: str = one_of("auto", "never")
     """auto: resume the run in `run_dir`, if there is one; never: refuse a folder that holds a run."""
     plots: PlotsConfig = MISSING
+    report: bool = MISSING
+    """Write `report.html` into the run folder when the run ends, for whatever reason."""
+    tensorboard: bool = MISSING
+    """Write event files for TensorBoard into the folder `tensorboard/` of the run folder."""
     console: ConsoleConfig = MISSING

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
+from mnist_dist.base.versions import imported_versions
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
@@ -32,6 +34,7 @@ from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 from mnist_dist.models.build import build_model
 from mnist_dist.results.placement import Placement
+from mnist_dist.results.predictions import Predictions, SplitPredictions, find_mistakes
 from mnist_dist.results.sums import EpochSums, EvaluationSums, weights_digest
 from mnist_dist.strategy.base import Strategy
 from mnist_dist.strategy.choose import create_strategy
@@ -87,15 +90,29 @@ class Engine:
             actions=actions,
         )
 
-    def evaluate(self) -> dict[SplitName, EvaluationSums]:
+    def evaluate(self) -> tuple[dict[SplitName, EvaluationSums], Predictions]:
         """Evaluate the model as it will be saved, in float32, on every example of every split; a collective."""
         saved = FlatModel(self.flat_model.export(self.weights()))
-        return {
-            name: EvaluateProgram(
-                saved, strategy=self.strategy, split=place_split(self.splits[name], self.strategy)
-            ).run(self.state.weights)
-            for name in SPLIT_NAMES
-        }
+        sums, answers = {}, {}
+        for name in SPLIT_NAMES:
+            split = place_split(self.splits[name], self.strategy)
+            program = EvaluateProgram(saved, strategy=self.strategy, split=split, wants_answers=True)
+            sums[name], answers[name] = program.run_with_answers(self.state.weights)
+        labels = {name: self.splits[name].labels.argmax(axis=1) for name in SPLIT_NAMES}
+        predictions = Predictions(
+            self.splits.class_names,
+            {
+                name: SplitPredictions(sums[name].confusion, answers[name].predicted == labels[name])
+                for name in SPLIT_NAMES
+            },
+            find_mistakes(
+                answers["test"],
+                labels=labels["test"],
+                images=self.splits.test.images,
+                image_shape=self.splits.image_shape,
+            ),
+        )
+        return sums, predictions
 
     def placement(self) -> Placement:
         """Where and how the training runs."""
@@ -110,6 +127,10 @@ class Engine:
             reproducibility=self.config.reproducibility,
             num_shards=self.shards.num_shards,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """On what the training runs, for `events.jsonl`."""
+        return {**asdict(self.placement()), "devices": self.strategy.devices(), "versions": imported_versions()}
 
     def log_description(self) -> None:
         """Log what is trained on which devices, and how the examples are divided: nothing is scaled silently."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.base.errors import TrainingFailed
+from mnist_dist.base.errors import Diverged
 from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.results.history import EpochMetrics, History
@@ -80,7 +80,7 @@ class Trainer:
         _check_finite(sums.losses, epoch=epoch)
         validation = self.programs.validate()
         if not math.isfinite(validation.loss):
-            raise TrainingFailed(
+            raise Diverged(
                 f"the validation loss became {validation.loss} after epoch {epoch}; the results of earlier epochs are "
                 "kept. A smaller optimizer.learning_rate usually helps"
             )
@@ -102,7 +102,7 @@ def _check_finite(losses: npt.NDArray[np.float32], *, epoch: int) -> None:
     bad_steps = np.flatnonzero(~np.isfinite(losses))
     if len(bad_steps):
         step = int(bad_steps[0])
-        raise TrainingFailed(
+        raise Diverged(
             f"the training loss became {losses[step]} at epoch {epoch}, step {step + 1} of {len(losses)}; "
             "the results of earlier epochs are kept. A smaller optimizer.learning_rate usually helps"
         )

@@ -1,6 +1,7 @@
 """Whether all processes of a job agree on what to train: checked once, before anything is started or written."""
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -27,6 +28,8 @@ class Report:
     """Where the run resumes (`ResumePoint.to_json`), if it does; what the chief says counts."""
     watch_address: str = ""
     """`peers.PeerWatch.address`; what the chief says counts."""
+    host: str = field(default_factory=platform.node)
+    """The name of its machine."""
     error: str | None = None
     """Why the process cannot take part."""
 
@@ -43,8 +46,8 @@ def job_facts(keys: Mapping[str, str], *, num_gpus: int) -> dict[str, str]:
     }
 
 
-def agree(report: Report, rendezvous: Rendezvous) -> Report:
-    """Compare the reports of all ranks and return the chief's; every process calls this.
+def agree(report: Report, rendezvous: Rendezvous) -> list[Report]:
+    """Compare the reports of all ranks and return them, the chief's first; every process calls this.
 
     Raises:
         UserError: a rank did not come, cannot take part, or differs; the message names rank and key.
@@ -56,7 +59,7 @@ def agree(report: Report, rendezvous: Rendezvous) -> Report:
             raise UserError(f"rank {rank} cannot take part: {other.error}")
     _check_equal([report.facts for report in reports])
     check_not_shared([report.gpus for report in reports])
-    return reports[0]
+    return reports
 
 
 def find_disagreement(facts: Sequence[Mapping[str, str]]) -> str | None:

@@ -8,7 +8,7 @@ ends when it does. Rank 0 tells all others of a lost process, and each exits at 
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, LostTouch, TrainingFailed, UserError
 from mnist_dist.base.wire import Message
@@ -24,6 +24,7 @@ _SUSPICIOUS_SILENCE_S = 10.0
 # A process that ends with an error says why; usually all have the same error, and time to report it themselves.
 _GRACE_S = 5.0
 _HASTY_FAREWELL_S = 0.2
+_LAST_ACT_S = 3.0
 
 
 class PeerWatch(Links):
@@ -32,6 +33,8 @@ class PeerWatch(Links):
     def __init__(self, topology: Topology) -> None:
         """Start to listen, on rank 0."""
         super().__init__(topology)
+        self.at_loss: Callable[[str], None] = lambda reason: None
+        """Called with the reason before this process ends because of another one; may take `_LAST_ACT_S` seconds."""
         self._is_ending = threading.Event()
 
     @contextlib.contextmanager
@@ -100,6 +103,10 @@ class PeerWatch(Links):
             return
         log.error("error: %s", " ".join(text.splitlines()))
         self._say_farewell()
+        # In a thread, since it may block; the main thread is in a collective that will not end.
+        last_act = threading.Thread(target=self.at_loss, args=(text,), daemon=True)
+        last_act.start()
+        last_act.join(_LAST_ACT_S)
         end_at_once(code)
 
     def _leave(self, message: Message, *, farewell_s: float = FAREWELL_S) -> None:

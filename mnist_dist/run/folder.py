@@ -28,6 +28,7 @@ from mnist_dist.base.files import (
 )
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History, to_csv
+from mnist_dist.results.predictions import PREDICTIONS, Predictions
 from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder
 from mnist_dist.run.lock import FolderLock
 from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
@@ -35,7 +36,7 @@ from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
 if TYPE_CHECKING:
     import keras
 
-RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", *RESULT_FILES)
+RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", "events.jsonl", "report.html", *RESULT_FILES)
 """The files of a training run except its checkpoints."""
 RUN_FOLDERS = ("checkpoints", "plots")
 """The folders in a training run's folder."""
@@ -168,9 +169,19 @@ class RunFolder:
         """Write `history.csv`."""
         self._write("history.csv", to_csv(history).encode())
 
+    def write_predictions(self, predictions: Predictions) -> None:
+        """Write `predictions.npz`."""
+        if self.is_writer:
+            self._write(PREDICTIONS, predictions.to_bytes())
+
     def write_text(self, name: str, text: str) -> None:
         """Write a file of text."""
         self._write(name, text.encode())
+
+    def write_lazily(self, name: str, create: Callable[[], str]) -> None:
+        """Write the text that `create` returns, which is called on the chief only."""
+        if self.is_writer:
+            self.write_text(name, create())
 
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, last of all, with the digests of the results."""

@@ -29,6 +29,8 @@ class RunInput:
     found: FoundRun
     watch_address: str = ""
     """Rank 0's address for the watch over all processes (`peers.PeerWatch`), once all have agreed."""
+    hosts: tuple[str, ...] = ()
+    """The machine of each rank, once all have agreed."""
 
 
 def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
@@ -54,11 +56,13 @@ def agree_on_input(own: RunInput, job: Job) -> RunInput:
         resume_point=own.found.point.to_json() if own.found.point else "",
         watch_address=job.peers.address,
     )
-    chief = agree(report, job.rendezvous)
+    reports = agree(report, job.rendezvous)
+    chief = reports[0]
     point = ResumePoint.from_json(chief.resume_point) if chief.resume_point else None
     return replace(
         own,
         config=settle(own.config, point),
         found=FoundRun(point, own.found.checkpoint, is_finished=chief.is_finished),
         watch_address=chief.watch_address,
+        hosts=tuple(other.host for other in reports),
     )

@@ -17,8 +17,9 @@ from mnist_dist.base.files import describe_os_error
 from mnist_dist.config.compare import training_keys
 from mnist_dist.config.data import DataConfig
 from mnist_dist.results.history import History, from_csv
+from mnist_dist.results.predictions import PREDICTIONS, Predictions
 from mnist_dist.run.checkpoint import ResumePoint
-from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
+from mnist_dist.run.summary import EARLIER_RESULT_FILES, MODEL, RESULT_FILES, Summary
 
 T = TypeVar("T")
 
@@ -110,9 +111,13 @@ class Inspection:
         """`summary.json`, None if it is missing or damaged."""
         return self._read("summary.json", Summary.from_json)
 
+    def read_predictions(self) -> Predictions | None:
+        """`predictions.npz`, None if it is missing or damaged."""
+        return self._read(PREDICTIONS, Predictions.from_bytes)
+
     def check_results(self, summary: Summary, history: History | None) -> None:
         """Check that the results belong to `summary`, and `summary` to the run with `history`."""
-        for name in RESULT_FILES:
+        for name in summary.files.keys() & set(RESULT_FILES) or EARLIER_RESULT_FILES:
             self._read(name, functools.partial(_check_result, name, sha256=summary.files.get(name)))
         rows = history.epochs[summary.epochs_completed - 1 : summary.epochs_completed] if history else ()
         if any(row.weights_sha256 not in (None, summary.weights_sha256) for row in rows):

@@ -14,13 +14,16 @@ from mnist_dist.base.versions import imported_versions
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName
 from mnist_dist.results.placement import Placement
+from mnist_dist.results.predictions import PREDICTIONS
 from mnist_dist.results.sums import EvaluationSums, SplitMetrics
 from mnist_dist.run.checkpoint import ResumePoint
 
 log = logging.getLogger(__name__)
 
 MODEL = "model.keras"
-RESULT_FILES = (MODEL, "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png")
+EARLIER_RESULT_FILES = (MODEL, "plots/loss.png", "plots/accuracy.png", "plots/confusion_matrix.png")
+"""Those of runs whose `summary.json` has no `files`."""
+RESULT_FILES = (*EARLIER_RESULT_FILES, PREDICTIONS)
 """The files whose SHA-256 is in `summary.json`, under `files`."""
 
 

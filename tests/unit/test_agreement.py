@@ -8,7 +8,7 @@ from mnist_dist.launch.topology import Topology
 
 def test_one_process_agrees_with_itself():
     report = Report(facts={"seed": "0"}, is_finished=True)
-    assert agree(report, Rendezvous(Topology(), timeout_s=1)) == report
+    assert agree(report, Rendezvous(Topology(), timeout_s=1)) == [report]
 
 
 def test_equal_facts_agree():

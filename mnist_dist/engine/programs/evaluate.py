@@ -9,6 +9,7 @@ from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.loss import cross_entropy
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
+from mnist_dist.results.predictions import Answers
 from mnist_dist.results.sums import EvaluationSums
 from mnist_dist.strategy.base import Strategy
 
@@ -20,10 +21,19 @@ class EvaluateProgram:
     whose sum does not depend on the order; nor does that of the chunks' losses by `math.fsum`, which rounds only once.
     """
 
-    def __init__(self, flat_model: FlatModel, *, strategy: Strategy, split: PlacedSplit, xla: bool = False) -> None:
-        """Build it; `xla` compiles it as one program of XLA."""
+    def __init__(
+        self,
+        flat_model: FlatModel,
+        *,
+        strategy: Strategy,
+        split: PlacedSplit,
+        xla: bool = False,
+        wants_answers: bool = False,
+    ) -> None:
+        """Build it; `xla` compiles it as one program of XLA, `wants_answers` is for `run_with_answers`."""
         self._flat_model = flat_model
         self._strategy = strategy
+        self._wants_answers = wants_answers
         self._num_classes = split.num_classes
         self._arrays = split.arrays
         plan = BatchPlan.for_evaluation(split.num_examples)
@@ -33,36 +43,60 @@ class EvaluateProgram:
 
     def run(self, weights: tf.Variable) -> EvaluationSums:
         """Evaluate the weights on every example once; no dropout."""
-        losses, counts = self._compiled(weights, Rows(*map(tf.constant, self._rows)))
+        return self._sums(*self._call(weights)[:2])
+
+    def run_with_answers(self, weights: tf.Variable) -> tuple[EvaluationSums, Answers]:
+        """The same, and what the model says to each example."""
+        losses, counts, cells, probabilities = self._call(weights)
+        is_example = self._rows.weights.reshape(-1) > 0
+        predicted = cells.numpy()[is_example].astype(np.int64) % self._num_classes
+        return self._sums(losses, counts), Answers(predicted, probabilities.numpy()[is_example].astype(np.float32))
+
+    def _call(self, weights: tf.Variable) -> list[tf.Tensor]:
+        outputs: list[tf.Tensor] = self._compiled(weights, Rows(*map(tf.constant, self._rows)))
+        return outputs
+
+    def _sums(self, losses: tf.Tensor, counts: tf.Tensor) -> EvaluationSums:
         confusion = np.rint(counts.numpy()).astype(np.int64).reshape(self._num_classes, self._num_classes)
         return EvaluationSums(math.fsum(losses.numpy().tolist()), confusion)
 
-    def _evaluate(self, weights: tf.Variable, chunks: Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        losses, counts = self._strategy.run(self._evaluate_replica, weights, self._arrays, chunks)
-        return losses, counts
+    def _evaluate(self, weights: tf.Variable, chunks: Rows) -> list[tf.Tensor]:
+        outputs: list[tf.Tensor] = self._strategy.run(self._evaluate_replica, weights, self._arrays, chunks)
+        return outputs
 
-    def _evaluate_replica(self, weights: tf.Variable, data: DeviceArrays, chunks: Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        """One replica's chunks, then one reduction; `chunks` are those of all replicas, (chunks, rows)."""
+    def _evaluate_replica(self, weights: tf.Variable, data: DeviceArrays, chunks: Rows) -> list[tf.Tensor]:
+        """One replica's chunks, then one reduction; `chunks` are those of all replicas, (chunks, rows).
+
+        Returns the chunks' losses and the counts; if they are wanted, also each row's cell and probability.
+        """
         layers = self._flat_model.split(weights.read_value())
         num_all = chunks.examples.shape[0]
         num_chunks = num_all // self._strategy.num_replicas
         first = self._strategy.replica_index() * num_chunks
         # The iterations are independent, so TensorFlow runs several in parallel.
-        losses, cells = tf.map_fn(
+        losses, cells, *probabilities = tf.map_fn(
             lambda rows: self._evaluate_rows(layers, data, rows),
             Rows(*(part[first : first + num_chunks] for part in chunks)),
-            fn_output_signature=(tf.float32, tf.int64),
+            fn_output_signature=(tf.float32, tf.int64, *([tf.float32] if self._wants_answers else [])),
         )
         # In float64, which is exact for counts up to 2**53; once for all chunks, since there may be many classes.
         counts = tf.math.unsorted_segment_sum(tf.ones_like(cells, tf.float64), cells, self._num_classes**2)
-        losses = tf.pad(tf.cast(losses, tf.float64), [[first, num_all - first - num_chunks]])
-        bucket = self._strategy.all_reduce_sum(tf.concat([losses, counts], axis=0))
-        return bucket[:num_all], bucket[num_all:]
+        # Each replica's own chunks, with zeros for those of the others.
+        others = [first, num_all - first - num_chunks]
+        losses = tf.pad(tf.cast(losses, tf.float64), [others])
+        answers = [cells, *probabilities] if self._wants_answers else []
+        rows = [tf.reshape(tf.pad(tf.cast(part, tf.float64), [others, [0, 0]]), [-1]) for part in answers]
+        bucket = self._strategy.all_reduce_sum(tf.concat([losses, counts, *rows], axis=0))
+        sizes = [num_all, self._num_classes**2, *(math.prod(chunks.examples.shape) for _ in rows)]
+        parts: list[tf.Tensor] = tf.split(bucket, sizes)
+        return parts
 
-    def _evaluate_rows(self, layers: list[tf.Tensor], data: DeviceArrays, rows: Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        """The sum of losses, and each row's cell in the flat confusion matrix; -1 is none."""
+    def _evaluate_rows(self, layers: list[tf.Tensor], data: DeviceArrays, rows: Rows) -> tuple[tf.Tensor, ...]:
+        """The sum of losses, each row's cell in the flat confusion matrix (-1 is none), and its probability."""
         images, labels = gather(data, rows.examples)
         logits = self._flat_model.logits(layers, images)
         losses, _ = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
         cells = labels * self._num_classes + tf.argmax(logits, axis=1)
-        return tf.reduce_sum(losses * rows.weights), tf.where(rows.weights > 0, cells, tf.constant(-1, tf.int64))
+        probabilities = [tf.reduce_max(tf.nn.softmax(logits), axis=1)] if self._wants_answers else []
+        cells = tf.where(rows.weights > 0, cells, tf.constant(-1, tf.int64))
+        return tf.reduce_sum(losses * rows.weights), cells, *probabilities
