@@ -6,8 +6,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 from omegaconf import MISSING
 
 from mnist_dist.base.console import Console
@@ -79,7 +77,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
         from mnist_dist.engine.programs.evaluate import EvaluateProgram
         from mnist_dist.engine.programs.placement import place_split
         from mnist_dist.engine.runtime import configure_tensorflow
-        from mnist_dist.results.confusion import plot_confusion_matrix
+        from mnist_dist.results.confusion import class_report, plot_confusion_matrix
         from mnist_dist.strategy.base import SingleDevice
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
@@ -110,24 +108,6 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     run_folder.write_plots([(picture_name, picture)])
     _log_report(report, run_folder)
     return EXIT_OK
-
-
-def class_report(confusion: npt.NDArray[np.int64], *, class_names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 score and support (examples) of each class, by scikit-learn.
-
-    `confusion` has the shape (num_classes, num_classes); [i, j] counts examples of class i predicted as class j. A
-    class that was never predicted has precision 0.
-    """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    # The scores depend on the confusion matrix only, so examples are made up from it.
-    actual, predicted = (np.repeat(side, confusion.reshape(-1)) for side in np.indices(confusion.shape).reshape(2, -1))
-    columns = precision_recall_fscore_support(actual, predicted, labels=range(len(class_names)), zero_division=0)
-    keys = ("precision", "recall", "f1", "support")
-    return {
-        name: dict(zip(keys, (column[index].item() for column in columns), strict=True))
-        for index, name in enumerate(class_names)
-    }
 
 
 def _load_data(config: EvaluateConfig, trained_on: DataConfig) -> ImageDataset:

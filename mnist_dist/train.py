@@ -21,6 +21,7 @@ from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.events import EventLog
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.input import RunInput, agree_on_input, read_input
+from mnist_dist.run.record import read_record
 from mnist_dist.run.resume import start_point
 from mnist_dist.run.saving import PeriodicCheckpoints
 from mnist_dist.run.summary import RunClock, build_summary, log_summary
@@ -72,8 +73,7 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
         preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
     )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        import mnist_dist.report.write
-        import mnist_dist.results.curves  # noqa: F401
+        import mnist_dist.report.run_page  # noqa: F401 (hours later its files may have changed)
         from mnist_dist.engine.build import build_engine
         from mnist_dist.strategy.choose import list_gpus
 
@@ -155,11 +155,11 @@ def write_results(
 
 def write_report(run_folder: RunFolder, config: TrainConfig) -> None:
     """Write `report.html`, if it is wanted; what is wrong with a report must not end a run."""
-    from mnist_dist.report.write import build_run_report
+    from mnist_dist.report.run_page import build_run_page
 
     if config.report:
         try:
-            run_folder.write_lazily("report.html", lambda: build_run_report(run_folder.path, is_alive=False))
+            run_folder.write_lazily("report.html", lambda: build_run_page(read_record(run_folder.path, is_alive=False)))
         except Exception as error:
             log.warning("report.html was not written: %s", error)
 

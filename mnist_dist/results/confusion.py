@@ -1,9 +1,10 @@
-"""The picture of a confusion matrix, from numbers and names only: no model, no device."""
+"""The picture of a confusion matrix and what it says of each class, from numbers and names only: no model."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -81,3 +82,21 @@ def _write_counts(axes: Axes, matrix: np.ndarray, *, dark: np.ndarray) -> None:
     for i, j in np.argwhere(matrix):
         color = "white" if dark[i, j] else "black"
         axes.text(j, i, f"{int(matrix[i, j])}", ha="center", va="center", fontsize=size, color=color)
+
+
+def class_report(confusion: npt.NDArray[np.int64], *, class_names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 score and support (examples) of each class, by scikit-learn.
+
+    `confusion` has the shape (num_classes, num_classes); [i, j] counts examples of class i predicted as class j. A
+    class that was never predicted has precision 0.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    # The scores depend on the confusion matrix only, so examples are made up from it.
+    actual, predicted = (np.repeat(side, confusion.reshape(-1)) for side in np.indices(confusion.shape).reshape(2, -1))
+    columns = precision_recall_fscore_support(actual, predicted, labels=range(len(class_names)), zero_division=0)
+    keys = ("precision", "recall", "f1", "support")
+    return {
+        name: dict(zip(keys, (column[index].item() for column in columns), strict=True))
+        for index, name in enumerate(class_names)
+    }

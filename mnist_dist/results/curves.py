@@ -127,12 +127,18 @@ def _reference_curves(reference: Reference, metric: Metric, num_epochs: int) -> 
     return curves
 
 
+def steep_epochs(num_epochs: float) -> float:
+    """How many first epochs rise so much that, shown in full, they would flatten all others into one line.
+
+    Longer runs have more of them, but not in proportion: none of fewer than 9 epochs, 1 of 20, 4 of 150, 18 of 3000.
+    """
+    return math.sqrt(num_epochs) / 3
+
+
 def _set_accuracy_axis(axes: Axes, curves: Iterable[_Curve], num_epochs: int) -> None:
     """Percent, over the range of the accuracies after the first steep epochs."""
     points = [point for curve in curves for point in zip(curve.epochs, curve.values, strict=True)]
-    # The first epochs rise so much that, shown in full, they would flatten all others into one line. Longer runs have
-    # more of them, but not in proportion: none of fewer than 9 epochs, 1 of 20, 4 of 150, 18 of 3000.
-    num_steep = math.sqrt(num_epochs) / 3
+    num_steep = steep_epochs(num_epochs)
     low = min(value for epoch, value in points if epoch > num_steep)
     high = max(value for _, value in points)
     margin = max(0.05 * (high - low), 0.001)

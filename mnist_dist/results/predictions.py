@@ -1,4 +1,4 @@
-"""`predictions.npz`: for each split who was right and what was taken for what, and the test images most surely wrong."""
+"""`predictions.npz`: which examples of each split are classified correctly, and the test images most surely wrong."""
 
 import io
 import math

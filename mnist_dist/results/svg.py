@@ -5,15 +5,24 @@ of `page.css`; any other colour is kept as it is, and black is the colour of the
 """
 
 import io
+import json
+import math
 import re
 from collections.abc import Callable
+from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+import numpy.typing as npt
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import PercentFormatter
 
+from mnist_dist.results.page import Html, printable
 from mnist_dist.results.png import GRID_COLOR, REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR
 
 # A phone's screen is hardly wider: a figure of this width is shown there at its own size, with letters one can read.
@@ -62,13 +71,14 @@ def create_page_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH_INCHES, height), layout=layout)
 
 
-def to_svg(draw: Callable[[], Figure], *, name: str, title: str) -> str:
+def to_svg(draw: Callable[[], Figure], *, name: str, title: str, shows_values: bool = False) -> Html:
     """An `<svg>` element of the figure that `draw` makes; the same figure gives the same text.
 
     Args:
         draw: Called with the settings of a page in force, whatever the user's own matplotlibrc says.
         name: Letters, digits and "-", unlike that of any other figure of the page: the ids in it begin with this.
         title: What the picture shows, for those who cannot see it.
+        shows_values: The first axes' curves, those with a label, show their values to a pointer (`page.js`).
     """
     with style.context(["default", _SETTINGS]):
         figure = draw()
@@ -79,7 +89,42 @@ def to_svg(draw: Callable[[], Figure], *, name: str, title: str) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]
     root = ElementTree.fromstring(buffer.getvalue())
     _make_part_of_page(root, name=name, title=title)
-    return ElementTree.tostring(root, encoding="unicode")
+    if shows_values:
+        root.set("data-chart", printable(json.dumps(_chart_of(figure.axes[0], root.get("viewBox", "")))))
+    return Html(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _chart_of(axes: Axes, view_box: str) -> dict[str, Any]:
+    """Where the axes are in the picture, and the points of their curves."""
+    width, height = map(float, view_box.split()[2:])
+    place = axes.get_position()
+    sides = {
+        side: {
+            "range": list(axis.get_view_interval()),
+            "log": axis.get_scale() == "log",
+            "percent": isinstance(axis.get_major_formatter(), PercentFormatter),
+            "label": axis.get_label_text(),
+        }
+        for side, axis in (("x", axes.xaxis), ("y", axes.yaxis))
+    }
+    curves = [
+        {
+            "name": line.get_label(),
+            "color": _VARIABLES.get(to_hex(line.get_color()), to_hex(line.get_color())),
+            "x": _rounded(line.get_xdata()),
+            "y": _rounded(line.get_ydata()),
+        }
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    ]
+    box = [place.x0 * width, (1 - place.y1) * height, place.width * width, place.height * height]
+    return {"box": [round(value, 2) for value in box], **sides, "curves": curves}
+
+
+def _rounded(values: npt.ArrayLike) -> list[float | None]:
+    """To six digits, and None for what JSON has no number for."""
+    numbers = np.asarray(values, dtype=np.float64).tolist()
+    return [float(f"{number:.6g}") if math.isfinite(number) else None for number in numbers]
 
 
 def _make_part_of_page(root: ElementTree.Element, *, name: str, title: str) -> None:

@@ -27,6 +27,7 @@ from mnist_dist.results.page import (
     table,
     text,
 )
+from mnist_dist.results.quantities import as_title, bytes_text, counted, digits, seconds_text
 from mnist_dist.results.svg import to_svg
 from mnist_dist.verify.plots import (
     draw_bands,
@@ -38,7 +39,6 @@ from mnist_dist.verify.plots import (
     draw_rounds,
     draw_throughput,
 )
-from mnist_dist.verify.quantities import as_title, bytes_text, counted, digits, seconds_text
 from mnist_dist.verify.report import CheckResult
 
 MAX_LISTED = 32

@@ -22,8 +22,8 @@ from mnist_dist.results.page import (
     table,
     text,
 )
+from mnist_dist.results.quantities import as_title, counted, seconds_text
 from mnist_dist.verify.evidence import show_evidence
-from mnist_dist.verify.quantities import as_title, counted, seconds_text
 from mnist_dist.verify.report import CheckResult, RankFacts, Report, Status, Suspect
 
 MAX_OPEN_ROWS = 16

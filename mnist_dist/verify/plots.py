@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from mnist_dist.results.page import printable
 from mnist_dist.results.png import REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR, add_grid, shorten_name
+from mnist_dist.results.quantities import bytes_text
 from mnist_dist.results.svg import (
     BAD_COLOR,
     BAND_COLOR,
@@ -19,7 +20,6 @@ from mnist_dist.results.svg import (
     THIRD_COLOR,
     create_page_figure,
 )
-from mnist_dist.verify.quantities import bytes_text
 
 MAX_ROWS = 40
 MAX_REPLICAS_WITH_BLOCKS = 32

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import classification_report
 
-from mnist_dist.evaluate import class_report
+from mnist_dist.results.confusion import class_report
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 
 from mnist_dist.results.page import printable
 from mnist_dist.results.png import TRAIN_COLOR, VALIDATION_COLOR
+from mnist_dist.results.quantities import bytes_text, digits, seconds_text
 from mnist_dist.results.svg import create_page_figure, to_svg
 from mnist_dist.verify.page import build_page
-from mnist_dist.verify.quantities import bytes_text, digits, seconds_text
 from mnist_dist.verify.report import CheckResult, RankFacts, Report, Suspect, judge
 
 NAMES = (

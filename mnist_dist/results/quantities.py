@@ -1,5 +1,7 @@
 """Quantities and names as people read them."""
 
+from datetime import datetime
+
 
 def seconds_text(seconds: float) -> str:
     """12.3 µs, 4.56 ms, 1.23 s, 118 s or 3 min 5 s."""
@@ -35,6 +37,19 @@ def digits(value: float) -> str:
 def counted(number: int, noun: str) -> str:
     """1 check, 2 checks."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def percent_text(share: float) -> str:
+    """98.34 %."""
+    return f"{100 * share:.2f} %"
+
+
+def moment_text(time: float) -> str:
+    """Seconds since 1970 as 2026-03-02 14:05:12, in the zone of this machine; empty where there is no such time."""
+    try:
+        return datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M:%S")
+    except (OSError, OverflowError, ValueError):
+        return ""
 
 
 def as_title(name: str) -> str:
