@@ -46,9 +46,8 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
             return EXIT_OK
         with job.peers.watching(run_input.watch_address, start_silence_s=config.strategy.start_timeout_s):
             engine = build(run_input, job, console)
-            start = prepare_folder(run_input, engine, run_folder, console)
             events = EventLog(run_folder, at_end=lambda: write_report(run_folder, config))
-            events.started(start.epoch, {**engine.facts(), "hosts": run_input.hosts})
+            start = prepare_folder(run_input, engine, run_folder, events, console)
             job.peers.at_loss = partial(events.ended, "failed")
             with events.noting_failure():
                 reached = train_epochs(engine, start, run_folder, job, clock)
@@ -86,7 +85,9 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
     return engine
 
 
-def prepare_folder(run_input: RunInput, engine: "Engine", run_folder: RunFolder, console: Console) -> ResumePoint:
+def prepare_folder(
+    run_input: RunInput, engine: "Engine", run_folder: RunFolder, events: EventLog, console: Console
+) -> ResumePoint:
     """Set up the run folder; logs what will be trained, and returns where the training starts."""
     start = start_point(
         engine.config,
@@ -99,6 +100,7 @@ def prepare_folder(run_input: RunInput, engine: "Engine", run_folder: RunFolder,
     console.log_to(run_folder.log_path)
     log.info("Run folder: %s", run_folder.path)
     engine.log_description()
+    events.started(start.epoch, {**engine.facts(), "hosts": run_input.hosts})
     if start.epoch:
         run_folder.write_history(start.history)  # the file may be ahead of the checkpoint
     return start

@@ -55,22 +55,21 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      const isNumber = head.classList.contains("number");
+      const rows = [...table.tBodies[0].rows];
+      const texts = new Map(rows.map(row => [row, row.cells[index].textContent.trim()]));
+      const number = row => Number(texts.get(row).replace(/,/g, ""));
+      const isEmpty = row => /^\u2013?$/.test(texts.get(row));
+      const isNumber = rows.every(row => isEmpty(row) || !Number.isNaN(number(row)));
       const was = head.getAttribute("aria-sort");
       const direction = was === "descending" ? "ascending" : was === "ascending" ? "descending"
         : isNumber ? "descending" : "ascending";
       for (const other of table.querySelectorAll("thead th")) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", direction);
-      const key = row => {
-        const text = row.cells[index].textContent.trim();
-        return isNumber ? parseFloat(text.replace(/[,\s]/g, "")) : text;
-      };
       const sign = direction === "ascending" ? 1 : -1;
-      const rows = [...table.tBodies[0].rows].sort((one, other) => {
-        const a = key(one), b = key(other);
-        if (isNumber) return Number.isNaN(a) ? (Number.isNaN(b) ? 0 : 1) : Number.isNaN(b) ? -1 : sign * (a - b);
-        return sign * a.localeCompare(b, undefined, { numeric: true });
-      });
+      const compare = (one, other) => isNumber ? number(one) - number(other)
+        : texts.get(one).localeCompare(texts.get(other), undefined, { numeric: true });
+      // Rows without a value stay below, whatever the direction.
+      rows.sort((one, other) => isEmpty(one) - isEmpty(other) || sign * compare(one, other));
       table.tBodies[0].append(...rows);
     });
   });
