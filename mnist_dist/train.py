@@ -44,21 +44,21 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         if run_input.found.is_finished:
             log.info("%s holds this run, finished: nothing to do", run_folder.path)
             return EXIT_OK
-        with job.peers.watching(run_input.watch_address, start_silence_s=config.strategy.start_timeout_s):
+        events = EventLog(run_folder, at_end=lambda: write_report(run_folder, config))
+        job.peers.at_loss = partial(events.ended, "failed")
+        watching = job.peers.watching(run_input.watch_address, start_silence_s=config.strategy.start_timeout_s)
+        with events.noting_failure(), watching:
             engine = build(run_input, job, console)
-            events = EventLog(run_folder, at_end=lambda: write_report(run_folder, config))
             start = prepare_folder(run_input, engine, run_folder, events, console)
-            job.peers.at_loss = partial(events.ended, "failed")
-            with events.noting_failure():
-                reached = train_epochs(engine, start, run_folder, job, clock)
-                is_finished = reached.epoch == engine.config.trainer.epochs
-                if is_finished:
-                    write_results(engine, reached, run_folder, run_input.reference, clock)
-                    events.ended("finished")
-                else:
-                    where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
-                    log.info("Stopped on request %s; run the same command again to resume", where)
-                    events.ended("stopped", reason=f"stopped on request {where}")
+            reached = train_epochs(engine, start, run_folder, job, clock)
+            is_finished = reached.epoch == engine.config.trainer.epochs
+            if is_finished:
+                write_results(engine, reached, run_folder, run_input.reference, clock)
+                events.ended("finished")
+            else:
+                where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
+                log.info("Stopped on request %s; run the same command again to resume", where)
+                events.ended("stopped", reason=f"stopped on request {where}")
             engine.strategy.barrier()
             return EXIT_OK if is_finished else EXIT_PREEMPTED
 

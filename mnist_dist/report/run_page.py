@@ -1,6 +1,7 @@
 """`report.html` of one run: what became of it, its curves, mistakes, times, configuration and machines."""
 
 import io
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -344,7 +345,8 @@ def _configuration(record: RunRecord) -> Iterator[Html]:
     yield fold(text(f"All {counted(len(values), 'key')}"), settings(values.items()))
     yield remark(text("To train this again, into another folder:"))
     yield command_line(
-        f"python -m mnist_dist.train --config-dir {record.path} --config-name config run_dir=ANOTHER_FOLDER"
+        f"python -m mnist_dist.train --config-dir {shlex.quote(str(record.path))} --config-name config "
+        "run_dir=ANOTHER_FOLDER"
     )
 
 

@@ -56,6 +56,7 @@ class EventLog:
         """Call `at_end` whenever the run has ended, for whatever reason, and that has been noted."""
         self._run_folder = run_folder
         self._at_end = at_end
+        self._is_running = False
 
     def started(self, epoch: int, facts: Mapping[str, Any]) -> None:
         """Note a start after `epoch`, and before it the end of a run that could not note it itself."""
@@ -64,10 +65,14 @@ class EventLog:
             history = self._run_folder.path / "history.csv"
             since = max(events[-1].time, history.stat().st_mtime) if history.is_file() else events[-1].time
             events = (*events, Event(kind="lost", time=since, epoch=self._num_epochs()))
+        self._is_running = True
         self._write([*events, Event(kind="started", time=time.time(), epoch=epoch, facts=facts)])
 
     def ended(self, kind: Literal["stopped", "failed", "finished"], reason: str = "", *, error: str = "") -> None:
-        """Note that the run has ended, then call `at_end`."""
+        """Note that the run has ended, then call `at_end`; not if it has never started, or has ended already."""
+        if not self._is_running:
+            return
+        self._is_running = False
         events = read_events(self._run_folder.path)
         event = Event(kind=kind, time=time.time(), epoch=self._num_epochs(), reason=reason, error=error)
         self._write([*events, event])
@@ -75,7 +80,7 @@ class EventLog:
 
     @contextlib.contextmanager
     def noting_failure(self) -> Iterator[None]:
-        """Note whatever error ends the block, and let it pass."""
+        """Note whatever error ends the run in the block, and let it pass."""
         try:
             yield
         except BaseException as error:

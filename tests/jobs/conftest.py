@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from support import job
+from support.browser import missing_browser, run_browser
 from support.hooks import HOOKS
 from support.job import NUM_EPOCHS, SINGLE, Job
 from support.processes import python_environment as clean_environment
@@ -143,3 +145,12 @@ def uninterrupted(tmp_path_factory, train) -> Path:
     result = train(folder)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser; without one the test is skipped, or fails where skipping is not allowed (CI)."""
+    if (reason := missing_browser()) is not None:
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    with run_browser() as running:
+        yield running
