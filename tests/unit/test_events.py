@@ -1,0 +1,147 @@
+"""The events of a run, and what its record makes of them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mnist_dist.base.errors import Diverged, UserError
+from mnist_dist.base.files import is_locked, open_locked
+from mnist_dist.config.compose import compose_config
+from mnist_dist.results.history import EpochMetrics, History
+from mnist_dist.run.events import EVENTS, EventLog, read_events
+from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.record import read_record
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    """A run folder with two epochs."""
+    found = RunFolder(tmp_path / "run")
+    found.create(compose_config("data=digits", "trainer.epochs=5"))
+    rows = tuple(EpochMetrics(i, 1.0, 0.5, 1.0, 0.5, 1e-3, 1.0, 100.0) for i in (1, 2))
+    found.write_history(History(rows))
+    return found
+
+
+def kinds(path: Path) -> list[str]:
+    return [event.kind for event in read_events(path)]
+
+
+def test_events_follow_each_other(folder):
+    ended = []
+    log = EventLog(folder, at_end=lambda: ended.append(kinds(folder.path)))
+    log.started(0, {"strategy": "single"})
+    log.ended("stopped", "asked to")
+    log.started(2, {})
+    log.ended("finished")
+    events = read_events(folder.path)
+    assert [(event.kind, event.epoch) for event in events] == [
+        ("started", 0), ("stopped", 2), ("started", 2), ("finished", 2),
+    ]  # fmt: skip
+    assert events[0].facts == {"strategy": "single"}
+    assert events[1].reason == "asked to"
+    assert ended == [["started", "stopped"], ["started", "stopped", "started", "finished"]]
+
+
+def test_the_next_start_notes_what_was_lost(folder):
+    EventLog(folder).started(0, {})
+    EventLog(folder).started(1, {})
+    started, lost, again = read_events(folder.path)
+    assert (started.kind, lost.kind, lost.epoch, again.kind, again.epoch) == ("started", "lost", 2, "started", 1)
+    assert lost.time == max(started.time, (folder.path / "history.csv").stat().st_mtime)
+
+
+def test_a_run_ends_once_and_only_if_it_has_started(folder):
+    log = EventLog(folder)
+    log.ended("failed", "never started")
+    assert kinds(folder.path) == []
+    log.started(0, {})
+    log.ended("failed", "first")
+    log.ended("failed", "second")
+    assert [event.reason for event in read_events(folder.path)] == ["", "first"]
+
+
+def test_errors_are_noted_and_pass(folder):
+    log = EventLog(folder)
+    with pytest.raises(UserError), log.noting_failure():
+        raise UserError("before it started")
+    with pytest.raises(Diverged), log.noting_failure():
+        log.started(0, {})
+        raise Diverged("the loss\nbecame nan")
+    last = read_events(folder.path)[-1]
+    assert (last.kind, last.reason, last.error) == ("failed", "the loss became nan", "Diverged")
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = EventLog(RunFolder(tmp_path, is_writer=False))
+    log.started(0, {})
+    log.ended("finished")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_lines_are_left_out(folder):
+    good = {"kind": "started", "time": 1.0, "epoch": 0}
+    lines = [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"kind": "started"}',
+        '{"a": 1}',
+        json.dumps({**good, "time": "now"}),
+        json.dumps(good),
+    ]
+    (folder.path / EVENTS).write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    assert kinds(folder.path) == ["started"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "state", "reason"),
+    [
+        ([], "lost", "it ended without a word: killed, or its machine was lost"),
+        (["started"], "lost", "it ended without a word: killed, or its machine was lost"),
+        (["started", ("stopped", "asked to")], "stopped", "asked to"),
+        (["started", ("failed", "no more disk")], "failed", "no more disk"),
+        (["started", ("finished", "")], "lost", "it ended without a word: killed, or its machine was lost"),
+    ],
+)
+def test_state(folder, steps, state, reason):
+    log = EventLog(folder)
+    for step in steps:
+        log.started(0, {}) if step == "started" else log.ended(*step)
+    found = read_record(folder.path, is_alive=False)
+    assert (found.state, found.reason) == (state, reason)
+    assert read_record(folder.path, is_alive=True).state == "running"
+
+
+def test_the_log_has_the_reason_of_a_run_that_could_not_note_it(folder):
+    EventLog(folder).started(0, {})
+    (folder.path / "train.log").write_text("Epoch 1/5\nerror: rank 1 is gone\n")
+    assert read_record(folder.path, is_alive=False).reason == "rank 1 is gone"
+
+
+def test_alive_while_the_lock_is_held(folder, tmp_path):
+    assert read_record(folder.path).state == "running"  # by this process
+    path = tmp_path / "lock"
+    assert not is_locked(path)
+    descriptor = open_locked(path)
+    assert is_locked(path)
+    with pytest.raises(BlockingIOError):
+        open_locked(path)
+    os.close(descriptor)
+    assert not is_locked(path)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(UserError, match="no run here"):
+        read_record(tmp_path)
+
+
+def test_damage_is_told_and_the_rest_is_read(folder):
+    (folder.path / "summary.json").write_text("{")
+    (folder.path / "predictions.npz").write_bytes(b"no")
+    found = read_record(folder.path, is_alive=False)
+    assert len(found.history.epochs) == 2
+    assert "summary.json is damaged" in found.damage and "predictions.npz is damaged" in found.damage
