@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda horovod train evaluate report doctor verify test test-quick slurm-test soak check format clean
+.PHONY: help setup cuda horovod train evaluate report sweep doctor verify test test-quick slurm-test soak check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -33,6 +33,9 @@ evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs
 
 report: setup ## Write the page of a run, or of several; for example: make report ARGS="run_dir=runs/..."
 	$(BIN)/python -m mnist_dist.report $(ARGS)
+
+sweep: $(VENV)/.installed-sweep ## Search for good values; for example: make sweep ARGS="space=mlp num_trials=20"
+	$(BIN)/python -m mnist_dist.sweep $(ARGS)
 
 doctor: setup ## Say what would go wrong with a training here; for example: make doctor ARGS="strategy=horovod data=mnist"
 	$(BIN)/python -m mnist_dist.doctor $(ARGS)
@@ -76,4 +79,8 @@ $(VENV)/.installed: pyproject.toml pins.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint pins.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-sweep: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint pins.txt --editable '.[sweep]'
 	touch $@

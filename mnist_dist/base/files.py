@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import itertools
 import os
 import secrets
 import stat
@@ -82,6 +83,17 @@ def make_folder(path: Path) -> None:
     """Make the folder `path` if there is none, but not its parents; raises OSError."""
     with contextlib.suppress(FileExistsError):  # if it is a file, writing into it will fail
         path.mkdir()
+
+
+def make_new_folder(path: Path) -> Path:
+    """Make the folder `path` and its parents; if it exists `path_2`, and so on. Returns which; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        made = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        with contextlib.suppress(FileExistsError):
+            made.mkdir()
+            return made
+    raise AssertionError
 
 
 def _flush_folder(descriptor: int) -> None:

@@ -21,6 +21,15 @@ def usable_memory(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     return min(limits)
 
 
+def count_oom_kills(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processes of our control groups were killed because memory ran out, so far; 0 if unknown."""
+    counts = [0]
+    for group in control_groups("memory", proc=proc, cgroups=cgroups):
+        for name in ("memory.events", "memory.oom_control"):
+            counts += [int(line.split()[1]) for line in _lines(group / name) if line.startswith("oom_kill ")]
+    return max(counts)
+
+
 def _read_meminfo(proc: Path) -> tuple[float, float]:
     """The machine's memory and swap space, bytes; infinite and none if unknown."""
     sizes = {"MemTotal": math.inf, "SwapTotal": 0.0}

@@ -23,8 +23,9 @@ from mnist_dist.config.compose import conf_dir
 from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import shorten
 
-# Groups that are not keys of a command: Hydra's own settings, the dataclasses, and values that commands share.
-_NOT_FOR_USERS = ("hydra", "schema", "defaults")
+# Folders of `conf/` that are not keys of a command: Hydra's own settings, the dataclasses, values that commands share,
+# and search spaces.
+_NOT_FOR_USERS = ("hydra", "schema", "defaults", "sweep")
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,13 @@ def _describe_meanings(composed: DictConfig) -> str:
 
 def _describe_choices(command: str) -> str:
     """A line for each choice of the groups that the configuration has, with the first line of its file's comment."""
-    groups = _groups(conf_dir() / f"{command}.yaml")
+    groups = groups_of(conf_dir() / f"{command}.yaml")
     files = [(f"{group}={path.stem}", path) for group in groups for path in _choices(group)]
     lines = [f"  {choice:<24} {_opening_comment(path).partition(chr(10))[0]}".rstrip() for choice, path in files]
     return "\n".join(lines) or "  (none)"
 
 
-def _groups(path: Path) -> list[str]:
+def groups_of(path: Path) -> list[str]:
     """The groups that a file of `conf/` asks for, itself or by the file that it starts from."""
     defaults: list[Any] = OmegaConf.select(OmegaConf.load(path), "defaults") or []
     groups = []
@@ -188,7 +189,7 @@ def _groups(path: Path) -> list[str]:
         if isinstance(entry, DictConfig):
             groups += [str(group) for group in entry]
         elif (base := path.parent / f"{entry}.yaml").is_file():
-            groups += _groups(base)
+            groups += groups_of(base)
     return groups
 
 

@@ -25,6 +25,11 @@ def training_keys(tree: Mapping[str, Any]) -> dict[str, str]:
     return _select({**IMPLIED, **tree} if tree else {}, without=_FREE_IN_A_RUN)
 
 
+def sweep_keys(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a configuration (as nested mappings) that the result of a training depends on, dotted."""
+    return training_keys(tree) | {key: str(value) for key, value in flatten(tree).items() if key == "trainer.epochs"}
+
+
 def _select(tree: Mapping[str, Any], *, without: tuple[str, ...]) -> dict[str, str]:
     return {key: str(value) for key, value in flatten(tree).items() if not key.startswith(without)}
 

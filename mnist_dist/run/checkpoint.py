@@ -133,6 +133,10 @@ class CheckpointFolder:
         """Whether there are checkpoints, whole or not; raises OSError."""
         return bool(self._epochs())
 
+    def newest_epoch(self) -> int:
+        """The epoch of the newest checkpoint, whole or not; 0 if there is none. Raises OSError."""
+        return max(self._epochs(), default=0)
+
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is intact, or None; a warning names each newer file that is not.
 

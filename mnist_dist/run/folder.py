@@ -5,7 +5,6 @@ Only the chief writes: on the other ranks all writing methods do nothing, so tha
 
 import contextlib
 import hashlib
-import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from mnist_dist.base.files import (
     expand_path,
     is_temporary,
     make_folder,
+    make_new_folder,
     remove_temporaries,
     write_atomically,
 )
@@ -151,13 +151,7 @@ class RunFolder:
         if not self._is_new:
             self.path.mkdir(parents=True, exist_ok=True)
             return
-        named = self.path
-        named.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(2):
-            with contextlib.suppress(FileExistsError):
-                self.path.mkdir()
-                return
-            self.path = named.with_name(f"{named.name}_{number}")
+        self.path = make_new_folder(self.path)
 
     def save_checkpoint(self, create: Callable[[], Checkpoint], *, keep: int) -> None:
         """Write the checkpoint that `create` returns; the `keep` newest ones stay, and the best."""

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from mnist_dist.base.versions import imported_versions
 from mnist_dist.config.train import TrainConfig
@@ -108,7 +108,7 @@ class Summary:
             values = json.loads(content, parse_constant=_refuse)
         except RecursionError as error:
             raise ValueError("it is nested too deep") from error
-        summary: Summary = _read(cls, values, "it")
+        summary: Summary = read_as(cls, values, "it")
         if summary.status != "finished" or summary.epochs_completed < 1:
             raise ValueError(f"its status is {summary.status!r} after {summary.epochs_completed} epochs")
         return summary
@@ -163,24 +163,28 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"it has {constant} for a number")
 
 
-def _read(kind: Any, value: Any, name: str) -> Any:
-    """A value from JSON as a `kind`: a dataclass, a mapping, a tuple, a number or a text; raises ValueError."""
-    container = typing.get_origin(kind)
+def read_as(kind: Any, value: Any, name: str) -> Any:
+    """A value from JSON as a `kind`: dataclass, mapping, tuple, number, text, or None; raises ValueError."""
+    container, choices = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or (container is Literal and value in choices) or (value is None and type(None) in choices):
+        return value
+    if type(None) in choices:
+        return read_as(choices[0], value, name)
     if is_dataclass(kind) or container is Mapping:
         if not isinstance(value, dict):
             raise ValueError(f"{name} is {value!r:.40}, not an object")
         if container is Mapping:
-            return {key: _read(typing.get_args(kind)[1], item, key) for key, item in value.items()}
+            return {key: read_as(typing.get_args(kind)[1], item, key) for key, item in value.items()}
         hints = typing.get_type_hints(kind)
         found = {}
         for key in fields(kind):
             if key.name in value:
-                found[key.name] = _read(hints[key.name], value[key.name], key.name)
+                found[key.name] = read_as(hints[key.name], value[key.name], key.name)
             elif key.default is MISSING and key.default_factory is MISSING:
                 raise ValueError(f"it has no {key.name}")
         return kind(**found)
     if container is tuple and isinstance(value, list):
-        return tuple(_read(typing.get_args(kind)[0], item, name) for item in value)
+        return tuple(read_as(typing.get_args(kind)[0], item, name) for item in value)
     allowed: tuple[type, ...] = (int, float) if kind is float else (kind,) if isinstance(kind, type) else ()
     if not isinstance(value, allowed) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r:.40}")

@@ -1,0 +1,214 @@
+"""A worker: takes trials, trains each in a process of its own, and notes what has become of them.
+
+Any number of workers share a folder, on any machines. Each decides by what the folder shows, under its lock: which
+trials are alive is in their locks, which are done is in their run folders.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mnist_dist.base.errors import EXIT_OK
+from mnist_dist.launch.child import Share, Signals, exit_code_of
+from mnist_dist.results.history import History
+from mnist_dist.run.checkpoint import CheckpointFolder
+from mnist_dist.run.events import read_events
+from mnist_dist.run.inspection import Inspection
+from mnist_dist.run.sweep_folder import Attempt, SweepFolder, Trial
+from mnist_dist.sweep.outcome import LOST, end_attempt, end_reason, judge
+from mnist_dist.sweep.plan import Search
+from mnist_dist.sweep.study import Study
+from mnist_dist.sweep.training import Training, train_words
+
+log = logging.getLogger("mnist_dist.sweep")
+
+_REPORT_S, _WAIT_S = 0.5, 2.0
+"""How often new epochs are looked for, and whether trials of others have died."""
+
+
+class Worker:
+    """Works until all trials of the plan are done, or a signal comes."""
+
+    def __init__(self, folder: SweepFolder, search: Search, shares: Sequence[Share], signals: Signals) -> None:
+        """Train as many trials at once as there are `shares` of this machine."""
+        self._folder, self._search, self._shares, self._signals = folder, search, shares, signals
+        self._study = Study(folder.journal_path, search.plan, search.space, self._read_history)
+        self._running: list[Training] = []
+        self._stopped_by: signal.Signals | None = None
+
+    def run(self) -> int:
+        """Work; returns the exit code: 1 if every trial has failed."""
+        try:
+            while self._stopped_by is None and self._start_trials():
+                self._wait()
+            while self._running:
+                self._wait()
+        finally:
+            for training in self._running:  # an error has ended the loop
+                training.stop()
+        if self._stopped_by is not None:
+            log.info("%s: stopped; run the same command again to continue", self._stopped_by.name)
+            return exit_code_of(self._stopped_by)
+        return EXIT_OK
+
+    def _start_trials(self) -> bool:
+        """Start as many trials as there is room for; returns False once all are done."""
+        while len(self._running) < len(self._shares):
+            with self._folder.locked():
+                claimed, is_over = self._claim_next()
+            if claimed is None:
+                return not is_over
+            self._start(*claimed)
+        return True
+
+    def _wait(self) -> None:
+        """Wait for something to happen, and see to it."""
+        for number in self._signals.wait(_REPORT_S if self._running else _WAIT_S):
+            self._stopped_by = self._stopped_by or number
+            for training in self._running:
+                training.stop(number)
+        for training in list(self._running):
+            if training.process.poll() is not None:
+                self._running.remove(training)
+                self._conclude(training)
+            elif not training.was_asked_to_stop:
+                self._report(training)
+
+    # Holding the folder's lock
+
+    def _claim_next(self) -> tuple[tuple[Trial, int] | None, bool]:
+        """A trial to train and the descriptor of its lock, if there is one now; and whether all trials are done."""
+        trials = self._folder.read_records()
+        num_alive = 0
+        for number, trial in enumerate(trials):
+            if trial.is_final and self._folder.as_it_is(self._search.plan, trial) == trial:
+                continue
+            claim = self._folder.claim(number)
+            if claim is None:
+                num_alive += 1
+                continue
+            trials[number] = self._settle(trials, trial)
+            if not trials[number].is_final:
+                return (self._begin(trials[number]), claim), False
+            os.close(claim)
+        if len(trials) < self._search.plan.num_trials:
+            trial = self._study.ask(trials)
+            self._folder.write_record(trial)
+            claim = self._folder.claim(trial.number)
+            if claim is not None:
+                return (self._begin(trial), claim), False
+        return None, num_alive == 0 and len(trials) >= self._search.plan.num_trials
+
+    def _settle(self, trials: Sequence[Trial], trial: Trial) -> Trial:
+        """Note what has become of a trial of which no training is alive; `trials` are the records as they are."""
+        number, run_dir = trial.number, self._folder.run_dir(trial.number)
+        recorded, epoch = trials[number], CheckpointFolder(run_dir / "checkpoints").newest_epoch()
+        trial = end_attempt(trial, ended=self._last_sign(number), reached_epoch=epoch, reason=LOST)
+        if not recorded.is_final:
+            trial = self._pruned(trial, self._study.report(trials, number))
+        trial = judge(
+            trial,
+            value=self._folder.result(self._search.plan, trial),
+            events=read_events(run_dir),
+            epoch=epoch,
+            max_attempts=self._search.plan.max_attempts,
+        )
+        if trial.is_final and not recorded.is_final:
+            self._tell(trials, trial)
+        if trial != recorded:
+            self._folder.write_record(trial)
+        return trial
+
+    def _begin(self, trial: Trial) -> Trial:
+        """Note the start of an attempt."""
+        epoch = CheckpointFolder(self._folder.run_dir(trial.number) / "checkpoints").newest_epoch()
+        attempt = Attempt(started=time.time(), host=socket.gethostname(), from_epoch=epoch)
+        trial = replace(trial, state="running", reason="", attempts=(*trial.attempts, attempt))
+        self._folder.write_record(trial)
+        return trial
+
+    def _pruned(self, trial: Trial, after_epoch: int | None) -> Trial:
+        if after_epoch is None:
+            return trial
+        reason = f"behind the others after epoch {after_epoch} (pruner={self._search.plan.pruner})"
+        return replace(trial, state="pruned", reason=reason, pruned_after_epoch=after_epoch)
+
+    def _tell(self, trials: Sequence[Trial], trial: Trial) -> None:
+        self._study.tell(trials, trial)
+        if trial.state == "finished":
+            log.info("Trial %d: validation accuracy %.4f", trial.number, trial.value)
+        else:
+            (log.warning if trial.state == "failed" else log.info)(
+                "Trial %d: %s: %s", trial.number, trial.state, trial.reason
+            )
+
+    # The trainings
+
+    def _start(self, trial: Trial, claim: int) -> None:
+        number = trial.number
+        slot = min(set(range(len(self._shares))) - {training.slot for training in self._running})
+        epoch = trial.attempts[-1].from_epoch
+        log.info("Trial %d: %s%s", number, " ".join(trial.overrides), f", from epoch {epoch}" if epoch else "")
+        overrides = (*self._search.plan.overrides, *trial.overrides)
+        words = train_words(self._folder.run_dir(number), overrides, self._search.config_dir)
+        self._running.append(
+            Training.start(
+                words, self._folder.log_path(number), number=number, claim=claim, slot=slot, share=self._shares[slot]
+            )
+        )
+
+    def _report(self, training: Training) -> None:
+        """Tell Optuna what a training has reached, and stop it if it lags behind."""
+        try:
+            status = (self._folder.run_dir(training.number) / "history.csv").stat()
+        except FileNotFoundError:
+            return
+        if (status.st_mtime_ns, status.st_size) == training.seen:
+            return
+        training.seen = (status.st_mtime_ns, status.st_size)
+        with self._folder.locked():
+            trials = self._folder.read_records()
+            trial = self._pruned(trials[training.number], self._study.report(trials, training.number))
+            if trial.state == "pruned":
+                self._tell(trials, trial)
+                self._folder.write_record(trial)
+                training.stop()
+
+    def _conclude(self, training: Training) -> None:
+        """Note how a training has ended, and what that makes of its trial."""
+        number, code = training.number, training.process.returncode
+        with self._folder.locked():
+            trials = self._folder.read_records()
+            trial = end_attempt(
+                trials[number],
+                ended=time.time(),
+                reached_epoch=CheckpointFolder(self._folder.run_dir(number) / "checkpoints").newest_epoch(),
+                exit_code=code,
+                reason=end_reason(
+                    training.describe_end(),
+                    exit_code=code,
+                    was_asked_to_stop=training.was_asked_to_stop,
+                    was_pruned=trials[number].state == "pruned",
+                ),
+            )
+            trial = self._settle(trials, trial)
+            os.close(training.claim)
+        if not trial.is_final and not training.was_asked_to_stop:
+            log.warning("Trial %d: %s; it is tried again", number, trial.reason)
+
+    def _last_sign(self, number: int) -> float:
+        """When a training that nobody has watched to its end still did something, seconds since 1970."""
+        times = [0.0]
+        for path in (self._folder.log_path(number), self._folder.run_dir(number) / "history.csv"):
+            with contextlib.suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime)
+        return max(times)
+
+    def _read_history(self, trial: Trial) -> History:
+        found = Inspection(self._folder.run_dir(trial.number))
+        return found.read_history(None) or History()
