@@ -19,7 +19,7 @@ from mnist_dist.results.reference import Reference
 from mnist_dist.results.sums import weights_digest
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.events import EventLog
-from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.folder import TENSORBOARD, RunFolder
 from mnist_dist.run.input import RunInput, agree_on_input, read_input
 from mnist_dist.run.record import read_record
 from mnist_dist.run.resume import start_point
@@ -28,6 +28,7 @@ from mnist_dist.run.summary import RunClock, build_summary, log_summary
 
 if TYPE_CHECKING:
     from mnist_dist.engine.build import Engine
+    from mnist_dist.engine.tensorboard import EventFiles
 
 log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run with -m
 
@@ -50,10 +51,11 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
         with events.noting_failure(), watching:
             engine = build(run_input, job, console)
             start = prepare_folder(run_input, engine, run_folder, events, console)
-            reached = train_epochs(engine, start, run_folder, job, clock)
+            board = begin_event_files(start, run_folder, config)
+            reached = train_epochs(engine, start, run_folder, job, clock, board)
             is_finished = reached.epoch == engine.config.trainer.epochs
             if is_finished:
-                write_results(engine, reached, run_folder, run_input.reference, clock)
+                write_results(engine, reached, run_folder, run_input.reference, clock, board)
                 events.ended("finished")
             else:
                 where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
@@ -106,12 +108,25 @@ def prepare_folder(
     return start
 
 
-def train_epochs(engine: "Engine", start: ResumePoint, run_folder: RunFolder, job: Job, clock: RunClock) -> ResumePoint:
+def begin_event_files(start: ResumePoint, run_folder: RunFolder, config: TrainConfig) -> "EventFiles":
+    """Begin the event files for TensorBoard; ones that are never written, if they are not wanted."""
+    from mnist_dist.engine.tensorboard import EventFiles
+
+    board = EventFiles(partial(run_folder.write_into, TENSORBOARD) if config.tensorboard else lambda write: None)
+    board.begin(start.history, run_folder.path / "config.yaml")
+    return board
+
+
+def train_epochs(
+    engine: "Engine", start: ResumePoint, run_folder: RunFolder, job: Job, clock: RunClock, board: "EventFiles"
+) -> ResumePoint:
     """Train from `start` to the last epoch, or until a process is asked to stop; either way with a checkpoint."""
     from mnist_dist.engine.actions import LogEpoch
 
     num_epochs = engine.config.trainer.epochs
-    checkpoints = PeriodicCheckpoints(run_folder, engine.config.checkpoint, start, read_state=engine.state.to_arrays)
+    checkpoints = PeriodicCheckpoints(
+        run_folder, engine.config.checkpoint, start, read_state=engine.state.to_arrays, after_save=board.write
+    )
     job.stop_request.training_begins()
     with progress("training") as show, engine.strategy.collectives():
         trainer = engine.create_trainer(
@@ -131,7 +146,12 @@ def train_epochs(engine: "Engine", start: ResumePoint, run_folder: RunFolder, jo
 
 
 def write_results(
-    engine: "Engine", reached: ResumePoint, run_folder: RunFolder, reference: Reference | None, clock: RunClock
+    engine: "Engine",
+    reached: ResumePoint,
+    run_folder: RunFolder,
+    reference: Reference | None,
+    clock: RunClock,
+    board: "EventFiles",
 ) -> None:
     """Evaluate the trained model on every split; write it, the pictures and the summary."""
     from mnist_dist.results.curves import plot_run
@@ -143,6 +163,7 @@ def write_results(
     history, confusion = reached.history, results["test"].confusion
     dataset, class_names = engine.config.data.name, engine.splits.class_names
     run_folder.write_plots(plot_run(history, confusion, dataset=dataset, class_names=class_names, reference=reference))
+    board.write_confusion_matrix(reached.epoch, run_folder.path / "plots/confusion_matrix.png")
     summary = build_summary(
         engine.config,
         engine.placement(),

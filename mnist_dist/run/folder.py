@@ -40,6 +40,8 @@ RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", "events.
 """The files of a training run except its checkpoints."""
 RUN_FOLDERS = ("checkpoints", "plots")
 """The folders in a training run's folder."""
+TENSORBOARD = "tensorboard"
+"""One more, for runs with `tensorboard=true`."""
 
 
 class RunFolder:
@@ -152,6 +154,12 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             return
         self.path = make_new_folder(self.path)
+
+    def write_into(self, folder: str, write: Callable[[Path], None]) -> None:
+        """Have `write` write into a folder of the run, whose path it is given, by its own means; on the chief only."""
+        if self.is_writer:
+            with self._failing_in_words(folder):
+                write(self._path(folder))
 
     def save_checkpoint(self, create: Callable[[], Checkpoint], *, keep: int) -> None:
         """Write the checkpoint that `create` returns; the `keep` newest ones stay, and the best."""

@@ -12,7 +12,7 @@ from mnist_dist.launch.gpus import own_uuids
 from mnist_dist.launch.job import Job
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.run.checkpoint import DATA_DIGEST, ResumePoint
-from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.folder import RUN_FOLDERS, TENSORBOARD, RunFolder
 from mnist_dist.run.resume import FoundRun, inspect, settle
 
 
@@ -36,7 +36,8 @@ class RunInput:
 def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
     """Read everything; raises UserError for whatever this process can see is wrong."""
     job.rendezvous.hold_own_port()
-    run_folder.check_usable(may_resume=asked.resume == "auto")
+    folders = (*RUN_FOLDERS, TENSORBOARD) if asked.tensorboard else RUN_FOLDERS
+    run_folder.check_usable(may_resume=asked.resume == "auto", folders=folders)
     run_folder.claim()
     reference = load_reference(asked.plots.reference)
     dataset = load_dataset(asked.data)

@@ -21,13 +21,18 @@ class PeriodicCheckpoints:
         start: ResumePoint,
         *,
         read_state: Callable[[], Mapping[str, Array]],
+        after_save: Callable[[History], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Write what `read_state` returns to `run_folder`, for a training that begins at `start`."""
+        """Write what `read_state` returns to `run_folder`, for a training that begins at `start`.
+
+        `after_save` is given the epochs that can no longer be lost.
+        """
         self._run_folder = run_folder
         self._config = config
         self._start = start
         self._read_state = read_state
+        self._after_save = after_save
         self._clock = clock
         self._last_epoch, self._last_s = start.epoch, clock()
 
@@ -44,3 +49,4 @@ class PeriodicCheckpoints:
             point = replace(self._start, history=history)
             self._run_folder.save_checkpoint(lambda: Checkpoint(point, self._read_state()), keep=self._config.keep)
             self._last_epoch, self._last_s = epoch, self._clock()
+            self._after_save(history)
