@@ -12,6 +12,7 @@ from mnist_dist.launch.topology import Topology
 from mnist_dist.report.comparison import Comparison
 from mnist_dist.report.config import ReportConfig
 from mnist_dist.run.record import is_run_folder, read_record
+from mnist_dist.run.sweep_folder import read_sweep
 
 log = logging.getLogger("mnist_dist.report")  # __name__ is __main__ when run with -m
 
@@ -22,6 +23,8 @@ def report(config: ReportConfig, topology: Topology, console: Console) -> int:
     """Write the page of a run, or of several; returns the exit code, 1 if one is worse than it may be."""
     if topology.world_size > 1:
         raise UserError(f"{topology.world_size} processes were started; a report needs one")
+    if config.sweep_dir is not None:
+        return _report_sweep(expand_path("sweep_dir", config.sweep_dir), config.output)
     folders = [expand_path("run_dir", name) for name in config.run_dirs]
     if len(folders) == 1 and is_run_folder(folders[0]) and config.fail_if_worse is None:
         return _report_run(folders[0], config.output)
@@ -33,6 +36,14 @@ def _report_run(folder: Path, output: str | None) -> int:
 
     record = read_record(folder)
     _write(build_run_page(record), _output(output, folder / "report.html"))
+    return EXIT_OK
+
+
+def _report_sweep(folder: Path, output: str | None) -> int:
+    from mnist_dist.report.sweep_page import build_sweep_page
+
+    path = _output(output, folder / "report.html")
+    _write(build_sweep_page(read_sweep(folder), output=path), path)
     return EXIT_OK
 
 

@@ -1,5 +1,6 @@
 """The pictures of reports, as figures for a page (`results/svg.py`)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,6 +169,52 @@ def draw_search(values: Sequence[tuple[int, float]]) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     add_grid(axes)
     _add_legend(figure, num_columns=2)
+    return figure
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One of several parallel axes."""
+
+    key: str
+    values: Sequence[float]
+    """One for each line."""
+    ends: tuple[float, float]
+    is_log: bool = False
+    names: Sequence[str] = ()
+    """What stands for 0, 1, 2, ..."""
+
+    def place(self, value: float) -> float:
+        """From 0 at the lower end to 1 at the upper one."""
+        low, high, here = (math.log(x) if self.is_log else x for x in (*self.ends, value))
+        return (here - low) / (high - low)
+
+
+def draw_parallel(scales: Sequence[Scale], results: Sequence[float]) -> Figure:
+    """A line for each trial over the axes of the searched keys and the result; the better ones are darker."""
+    figure = create_page_figure(3.1)
+    axes = figure.add_subplot()
+    low, high = min(results), max(results)
+    reached = (low, high) if low < high else (low - 0.5, high + 0.5)
+    all_scales = [*scales, Scale("validation accuracy", results, reached)]
+    for i in sorted(range(len(results)), key=lambda i: results[i]):
+        good = all_scales[-1].place(results[i])
+        y = [scale.place(scale.values[i]) for scale in all_scales]
+        axes.plot(range(len(y)), y, color=TRAIN_COLOR, alpha=0.12 + 0.88 * good**2, linewidth=0.8 + 1.4 * good**2)
+    for x, scale in enumerate(all_scales):
+        axes.axvline(x, color=MUTED_COLOR, linewidth=0.7)
+        ends = scale.ends if not scale.names else range(len(scale.names))
+        names = scale.names or [f"{end:.3g}" for end in scale.ends]
+        for value, name in zip(ends, names, strict=True) if len(names) <= MAX_LEGEND else ():
+            side = "right" if x == len(all_scales) - 1 else "left"
+            place = (x + (-0.04 if side == "right" else 0.04), scale.place(value))
+            axes.annotate(_name(name), place, ha=side, va="center", fontsize=7.5, color=MUTED_COLOR, parse_math=False)
+    # Full keys would overlap; the part behind the dot is what tells them apart.
+    labels = [_name(scale.key.rpartition(".")[2].replace("_", "\n")) for scale in all_scales]
+    axes.set_xticks(range(len(all_scales)), labels, fontsize=8, parse_math=False)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.margins(x=0.06)
     return figure
 
 

@@ -1,14 +1,12 @@
 """The page that compares several runs."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 from mnist_dist.report.charts import MAX_LEGEND, Chart, Curve, colors_of
 from mnist_dist.report.comparison import CONFIDENCE, Comparison
-from mnist_dist.report.parts import chart_picture, or_dash, state_badge
+from mnist_dist.report.parts import chart_picture, linked, or_dash, state_badge
 from mnist_dist.results.page import (
     Column,
     Html,
@@ -16,7 +14,6 @@ from mnist_dist.results.page import (
     code,
     fold,
     headline,
-    link,
     remark,
     section,
     side_by_side,
@@ -24,7 +21,6 @@ from mnist_dist.results.page import (
     text,
 )
 from mnist_dist.results.quantities import counted, moment_text, percent_text
-from mnist_dist.run.record import RunRecord
 
 MAX_OPEN_ROWS = 12
 
@@ -93,7 +89,7 @@ def _runs(comparison: Comparison, output: Path) -> Iterator[Html]:
         last = history.epochs[-1].val_accuracy if history.epochs else None
         rows.append(
             [
-                _linked(record, comparison.names[i], output),
+                linked(comparison.names[i], record.path / "report.html", output=output),
                 state_badge(record),
                 or_dash(summary.test.accuracy if summary else None, "{:.4f}"),
                 or_dash(summary.val.accuracy if summary else last, "{:.4f}"),
@@ -112,14 +108,6 @@ def _runs(comparison: Comparison, output: Path) -> Iterator[Html]:
         else "Their configurations are the same."
     )
     yield remark(text(f"A click on a title sorts. {same}"))
-
-
-def _linked(record: RunRecord, name: str, output: Path) -> Html:
-    """The name of a run, as a link to its own page where it has one."""
-    page = record.path / "report.html"
-    if not page.is_file():
-        return text(name)
-    return link(name, quote(os.path.relpath(page.absolute(), output.absolute().parent)))
 
 
 def _curves(comparison: Comparison) -> Iterator[Html]:

@@ -1,11 +1,14 @@
 """Parts that several kinds of pages have."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mnist_dist.report.charts import Chart, draw_chart
-from mnist_dist.results.page import Html, Tone, badge, code, facts, picture, text, two_scales
+from mnist_dist.results.page import Html, Tone, badge, code, facts, link, picture, text, two_scales
 from mnist_dist.results.svg import to_svg
 from mnist_dist.run.record import RunRecord, RunState
 
@@ -65,3 +68,10 @@ def versions_of(records: Sequence[RunRecord]) -> dict[str, Any]:
 def or_dash(value: float | None, shown: str) -> Html:
     """A number in this format, or a dash where there is none."""
     return text("\N{EN DASH}" if value is None else shown.format(value))
+
+
+def linked(name: object, page: Path, *, output: Path) -> Html:
+    """A name, as a link to a page where there is one; `output` is the file that the link will stand in."""
+    if not page.is_file():
+        return text(name)
+    return link(name, quote(os.path.relpath(page.absolute(), output.absolute().parent)))

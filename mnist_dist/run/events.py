@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mnist_dist.base.errors import TrainingFailed
 from mnist_dist.results.history import from_csv
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.summary import read_as
 
 EVENTS = "events.jsonl"
 
@@ -42,10 +43,9 @@ def read_events(path: Path) -> tuple[Event, ...]:
         return ()
     found = []
     for line in text.splitlines():
-        with contextlib.suppress(TypeError, ValueError, RecursionError):
-            event = Event(**json.loads(line))
-            if isinstance(event.time, (int, float)) and isinstance(event.epoch, int):
-                found.append(event)
+        with contextlib.suppress(ValueError, RecursionError):
+            event: Event = read_as(Event, json.loads(line), "it")
+            found.append(event)
     return tuple(found)
 
 
