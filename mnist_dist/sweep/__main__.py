@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mnist_dist.base.console import Console
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EnvironmentFailed, UserError
-from mnist_dist.base.files import describe_os_error, expand_path
+from mnist_dist.base.files import describe_os_error, expand_path, write_atomically
 from mnist_dist.cli.command_line import parse_command_line
 from mnist_dist.cli.main import run
 from mnist_dist.launch.child import Signals
@@ -83,7 +83,12 @@ def is_over(folder: SweepFolder, search: Search) -> bool:
 
 
 def write_report(folder: SweepFolder) -> None:
-    """The place for the report page of a sweep, written whenever a worker finds it done."""
+    """Write `report.html` of the sweep; every worker that finds it done does, with the same content."""
+    from mnist_dist.report.sweep_page import build_sweep_page
+
+    path = folder.path / "report.html"
+    write_atomically(path, build_sweep_page(read_sweep(folder.path), output=path).encode())
+    log.info("Report: %s", path)
 
 
 def conclude(found: Sweep) -> int:

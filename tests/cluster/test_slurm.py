@@ -326,7 +326,7 @@ def test_the_doctor_looks_at_two_nodes(environment, desk, small):
     assert not (desk / "runs" / "doctor").exists()
 
 
-@pytest.mark.parametrize("name", ["train", "verify"])
+@pytest.mark.parametrize("name", ["train", "verify", "sweep"])
 def test_outside_a_job(name, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     script = CHECKOUT / "slurm" / f"{name}.sh"
