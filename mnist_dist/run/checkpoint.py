@@ -133,6 +133,11 @@ class CheckpointFolder:
         """Whether there are checkpoints, whole or not; raises OSError."""
         return bool(self._epochs())
 
+    def newest(self) -> tuple[int, Path] | None:
+        """The epoch and the file of the newest checkpoint, whole or not; raises OSError."""
+        epochs = self._epochs()
+        return (epochs[-1], self._file(epochs[-1])) if epochs else None
+
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is intact, or None; a warning names each newer file that is not.
 
