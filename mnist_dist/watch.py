@@ -190,7 +190,7 @@ def build_view(look: Look, terminal: rich.console.Console) -> rich.console.Group
         _describe_checkpoint(look),
         Text(),
     ]
-    log_lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in look.log]
+    log_lines = [Text(line, style="dim", no_wrap=True, overflow="crop") for line in look.log]
     if record.history.epochs:
         columns = 2 if width >= _SIDE_BY_SIDE else 1
         room = (height - len(parts) - len(log_lines) - 2) * columns // 2
@@ -260,13 +260,15 @@ class PlainLines:
 
     def __init__(self, terminal: rich.console.Console) -> None:
         self._terminal = terminal
-        self._last = ""
+        self._waiting = ""
         self._num_epochs: int | None = None
 
     def __call__(self, found: Look | str) -> None:
         """Print what is new; of a run that is under way, its last epoch to begin with."""
         if isinstance(found, str):
-            self._print(found)
+            if found != self._waiting:
+                self._print(found)
+            self._waiting = found
             return
         epochs = found.record.history.epochs
         known = self._num_epochs if self._num_epochs is not None else len(epochs) - 1
@@ -277,9 +279,7 @@ class PlainLines:
             self._print(" ".join(map(str, _describe_state(found))))
 
     def _print(self, line: str) -> None:
-        if line != self._last:
-            self._terminal.print(line, markup=False, emoji=False, soft_wrap=True)
-        self._last = line
+        self._terminal.print(line, markup=False, emoji=False, soft_wrap=True)
 
 
 def main() -> None:
