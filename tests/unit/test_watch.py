@@ -15,7 +15,7 @@ from mnist_dist.results.text_chart import draw_text_curves
 from mnist_dist.run import record as record_module
 from mnist_dist.run.events import Event
 from mnist_dist.run.record import RunRecord, read_record
-from mnist_dist.watch import Look, NothingToSee, Observer, PlainLines, build_view
+from mnist_dist.watch import Look, NothingToSee, Observer, PlainLines, WatchConfig, build_view
 
 
 def history(num_epochs: int, *, epoch_s: float = 0.5) -> History:
@@ -124,8 +124,9 @@ def test_a_straight_line():
 
 def test_both_curves_have_their_colours():
     text = draw_text_curves(ramp(5), metric="loss", width=60, height=10)
-    styles = {str(span.style) for span in text.spans}
-    assert styles == {"bold", "bright_blue", "dark_orange"}
+    top, *_, bottom, _ = text.split("\n")[1:]
+    assert {str(span.style) for span in top.spans} == {"dark_orange"}  # validation, above the first of training
+    assert {str(span.style) for span in bottom.spans} == {"bright_blue"}
 
 
 @pytest.fixture
@@ -203,6 +204,18 @@ def test_a_run_that_ends_while_it_is_read_is_not_lost(folder, monkeypatch):
     monkeypatch.setattr(record_module, "is_locked", ends)
     found = read_record(folder)
     assert (found.state, found.reason) == ("stopped", "why")
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"run_dir": None}, "run_dir=None: say which run to watch: run_dir=runs/..."),
+        ({"every_s": 0}, "every_s=0: must be from 0.1"),
+    ],
+)
+def test_values_out_of_range(values, line):
+    with pytest.raises(UserError, match=line):
+        WatchConfig(**{"run_dir": "runs/first", "every_s": 1, **values})
 
 
 def test_plain_lines(look, capsys):
