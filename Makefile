@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda horovod train evaluate report sweep doctor verify test test-quick slurm-test soak check format clean
+.PHONY: help setup cuda horovod train evaluate watch report sweep doctor verify test test-quick slurm-test soak check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -30,6 +30,9 @@ train: setup ## Train; for example: make train ARGS="trainer.epochs=5 model=cnn"
 
 evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs/... split=val"
 	$(BIN)/python -m mnist_dist.evaluate $(ARGS)
+
+watch: setup ## Watch a run while it trains; for example: make watch ARGS="run_dir=runs/..."
+	$(BIN)/python -m mnist_dist.watch $(ARGS)
 
 report: setup ## Write the page of a run, or of several; for example: make report ARGS="run_dir=runs/..."
 	$(BIN)/python -m mnist_dist.report $(ARGS)

@@ -19,14 +19,4 @@ class LogEpoch:
 
     def __call__(self, history: History) -> None:
         """Log the last epoch."""
-        row = history.epochs[-1]
-        log.info(
-            "Epoch %d/%d - %.1fs - loss: %.4f - accuracy: %.4f - val_loss: %.4f - val_accuracy: %.4f",
-            row.epoch,
-            self._num_epochs,
-            row.epoch_s,
-            row.loss,
-            row.accuracy,
-            row.val_loss,
-            row.val_accuracy,
-        )
+        log.info("%s", history.epochs[-1].describe(self._num_epochs))

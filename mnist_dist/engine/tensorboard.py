@@ -1,8 +1,8 @@
 """Event files for TensorBoard: the history, the configuration and the confusion matrix of a run.
 
-A run that was killed and resumed, however often, shows as one line. TensorFlow's own writer of record files writes the
-events, not `tf.summary`: that needs the package `tensorboard`, gives every event the present time, and names its files
-by a clock, which may go backwards.
+A run that was killed and resumed, however often, shows as one line. The events are written by TensorFlow's own writer
+of record files, not by `tf.summary`: that needs the package `tensorboard`, gives all events the present time, and names
+its files by a clock, which may go backwards.
 """
 
 import contextlib

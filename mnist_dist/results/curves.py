@@ -6,7 +6,7 @@ From numbers and names only: no model, no device.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from mnist_dist.results.confusion import plot_confusion_matrix
-from mnist_dist.results.history import History
+from mnist_dist.results.history import History, Metric
 from mnist_dist.results.png import (
     REFERENCE_COLOR,
     TRAIN_COLOR,
@@ -25,8 +25,6 @@ from mnist_dist.results.png import (
     to_png,
 )
 from mnist_dist.results.reference import Reference
-
-Metric = Literal["loss", "accuracy"]
 
 
 @dataclass(frozen=True)

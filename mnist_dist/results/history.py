@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
+
+Metric = Literal["loss", "accuracy"]
+"""A quantity with a training and a validation curve."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,13 @@ class EpochMetrics:
     """Training images per second of the epoch's training part."""
     weights_sha256: str | None = None
     """Digest of the weights after the epoch (`sums.weights_digest`); a column with reproducibility=exact only."""
+
+    def describe(self, num_epochs: int) -> str:
+        """A line in Keras' format, for a run of so many epochs."""
+        return (
+            f"Epoch {self.epoch}/{num_epochs} - {self.epoch_s:.1f}s - loss: {self.loss:.4f} - accuracy: "
+            f"{self.accuracy:.4f} - val_loss: {self.val_loss:.4f} - val_accuracy: {self.val_accuracy:.4f}"
+        )
 
 
 COLUMNS = tuple(field.name for field in fields(EpochMetrics))

@@ -133,9 +133,15 @@ class CheckpointFolder:
         """Whether there are checkpoints, whole or not; raises OSError."""
         return bool(self._epochs())
 
+    def newest(self) -> tuple[int, Path] | None:
+        """The epoch and the file of the newest checkpoint, whole or not; raises OSError."""
+        epochs = self._epochs()
+        return (epochs[-1], self._file(epochs[-1])) if epochs else None
+
     def newest_epoch(self) -> int:
         """The epoch of the newest checkpoint, whole or not; 0 if there is none. Raises OSError."""
-        return max(self._epochs(), default=0)
+        found = self.newest()
+        return found[0] if found else 0
 
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is intact, or None; a warning names each newer file that is not.

@@ -38,7 +38,8 @@ class RunRecord:
     @property
     def num_epochs(self) -> int | None:
         """The epochs that were asked for."""
-        epochs = (self.config.get("trainer") or {}).get("epochs")
+        trainer = self.config.get("trainer")
+        epochs = trainer.get("epochs") if isinstance(trainer, Mapping) else None
         return epochs if isinstance(epochs, int) else None
 
     @cached_property
@@ -79,6 +80,8 @@ def read_record(path: Path, *, is_alive: bool | None = None) -> RunRecord:
     try:
         if not is_run_folder(path):
             raise UserError(f"run_dir={path}: no run here; name the folder of a run")
+        # First: a run that ends meanwhile is running still, and not one that ended without a word.
+        is_alive = is_locked(path / "train.log") if is_alive is None else is_alive
         found = Inspection(path)
         present = {name for name in ("history.csv", "summary.json", PREDICTIONS) if (path / name).is_file()}
         return RunRecord(
@@ -88,7 +91,7 @@ def read_record(path: Path, *, is_alive: bool | None = None) -> RunRecord:
             summary=found.read_summary() if "summary.json" in present else None,
             predictions=found.read_predictions() if PREDICTIONS in present else None,
             events=read_events(path),
-            is_alive=is_locked(path / "train.log") if is_alive is None else is_alive,
+            is_alive=is_alive,
             damage=found.describe(),
         )
     except OSError as error:
