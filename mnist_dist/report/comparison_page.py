@@ -52,21 +52,19 @@ def _lead(comparison: Comparison) -> str:
     accuracy, name = max(finished)
     best = f"The best on the test set is {name} with {percent_text(accuracy)}."
     if len(comparison.records) == 2:
-        return f"{best} Their weights are {_identical(comparison, 1)}."
+        return f"{best} Bit-identical {_identical(comparison, 1)}."
     return best
 
 
 def _identical(comparison: Comparison, index: int) -> str:
-    """Up to where a run's weights are those of the first one, in words."""
+    """In which epochs a run's weights are those of the first one, in words."""
     epochs = comparison.identical_epochs(index)
     if epochs is None:
-        return "without digests"
+        return "unknown: without digests"
     lengths = [len(comparison.records[i].history.epochs) for i in (0, index)]
-    if epochs == 0:
-        return "different from epoch 1 on"
     if epochs == min(lengths):
-        return f"bit-identical in all {epochs} epochs" + (" that both have" if len(set(lengths)) > 1 else "")
-    return f"bit-identical up to epoch {epochs}"
+        return f"in all {epochs} epochs" + (" that both have" if len(set(lengths)) > 1 else "")
+    return f"up to epoch {epochs}" if epochs else "in no epoch"
 
 
 def _runs(comparison: Comparison, output: Path) -> Iterator[Html]:
@@ -77,7 +75,7 @@ def _runs(comparison: Comparison, output: Path) -> Iterator[Html]:
         *(Column(title, "number") for title in ("Epochs", "Median epoch, s")),
         *(Column(key, "code") for key in comparison.keys),
         Column("Weights", "code"),
-        Column(f"Against {comparison.names[0]}"),
+        Column(f"Bit-identical with {comparison.names[0]}"),
     ]
     order = sorted(
         range(len(comparison.records)),

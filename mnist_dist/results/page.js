@@ -38,10 +38,11 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
       box.append(entry);
     }
     box.hidden = false;
-    const room = svg.getBoundingClientRect(), own = box.getBoundingClientRect();
+    const room = svg.parentNode.getBoundingClientRect(), picture = svg.getBoundingClientRect();
     const from = event.clientX - room.left;
-    box.style.left = `${Math.max(0, from > room.width / 2 ? from - own.width - 12 : from + 12)}px`;
-    box.style.top = `${svg.offsetTop + room.height * top / svg.viewBox.baseVal.height}px`;
+    const own = box.getBoundingClientRect().width;
+    box.style.left = `${Math.max(0, from > room.width / 2 ? from - own - 12 : from + 12)}px`;
+    box.style.top = `${picture.top - room.top + picture.height * top / svg.viewBox.baseVal.height}px`;
   };
   svg.addEventListener("pointermove", show);
   svg.addEventListener("pointerdown", show);

@@ -15,7 +15,10 @@ from mnist_dist.results.sums import weights_digest
 # One process has all of them, as they share what takes long to make.
 pytestmark = pytest.mark.xdist_group("train")
 
-FILES = {"config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log", "checkpoints"}
+FILES = {
+    *("config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log", "checkpoints"),
+    *("events.jsonl", "predictions.npz", "report.html"),
+}
 EPOCH_LINE = (
     r"Epoch (\d+)/3 - \d+\.\ds - loss: \d\.\d{4} - accuracy: \d\.\d{4} - val_loss: \d\.\d{4} - val_accuracy: \d\.\d{4}"
 )

@@ -1,6 +1,7 @@
 """The events of a run, and what its record makes of them."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.run.events import EVENTS, EventLog, read_events
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.record import read_record
+from mnist_dist.train import write_report
 
 
 @pytest.fixture
@@ -145,3 +147,15 @@ def test_damage_is_told_and_the_rest_is_read(folder):
     found = read_record(folder.path, is_alive=False)
     assert len(found.history.epochs) == 2
     assert "summary.json is damaged" in found.damage and "predictions.npz is damaged" in found.damage
+
+
+def test_a_report_that_cannot_be_made_ends_no_run(folder, monkeypatch, logged):
+    def fail(record):
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setattr("mnist_dist.report.run_page.build_run_page", fail)
+    write_report(folder, compose_config("data=digits", "report=false"))
+    assert logged(logging.WARNING) == []
+    write_report(folder, compose_config("data=digits"))
+    assert logged(logging.WARNING) == ["report.html was not written: no luck"]
+    assert not (folder.path / "report.html").exists()
