@@ -117,7 +117,7 @@ class Inspection:
 
     def check_results(self, summary: Summary, history: History | None) -> None:
         """Check that the results belong to `summary`, and `summary` to the run with `history`."""
-        for name in summary.files.keys() & set(RESULT_FILES) or EARLIER_RESULT_FILES:
+        for name in [name for name in RESULT_FILES if name in summary.files] or EARLIER_RESULT_FILES:
             self._read(name, functools.partial(_check_result, name, sha256=summary.files.get(name)))
         rows = history.epochs[summary.epochs_completed - 1 : summary.epochs_completed] if history else ()
         if any(row.weights_sha256 not in (None, summary.weights_sha256) for row in rows):
