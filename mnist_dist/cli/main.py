@@ -30,6 +30,7 @@ from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.base.surroundings import existing_working_directory, settle
 from mnist_dist.cli.command_line import parse_command_line, printed
 from mnist_dist.cli.explain import explain
+from mnist_dist.cli.multirun import run_grid
 from mnist_dist.config.compose import Command, Config, compose, to_config
 from mnist_dist.config.rules import shorten
 from mnist_dist.launch.environment import read_topology
@@ -73,6 +74,8 @@ def _compose_and_call(
     console: Console,
 ) -> int:
     typed = parse_command_line(sys.argv[1:], command=command.name)
+    if typed.is_multirun:
+        return run_grid(typed, topology)
     with existing_working_directory():
         composed = compose(command, typed.overrides, config_dir=typed.config_dir, config_name=typed.config_name)
     if typed.shows is not None:

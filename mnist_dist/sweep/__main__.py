@@ -34,9 +34,12 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
     try:
         with Signals() as signals:
             folder, search = open_sweep(config, search)
-            if not is_over(folder, search):
+            if is_over(folder, search):
+                log.info("%s holds this sweep, finished: nothing to do", folder.path)
+            else:
                 from mnist_dist.sweep.worker import Worker
 
+                log.info("Sweep: %s, %d trials", folder.path, search.plan.num_trials)
                 own_shares = shares(config.jobs, visible_gpus=topology.visible_gpus)
                 if code := Worker(folder, search, own_shares, signals).run():
                     return code
@@ -64,7 +67,6 @@ def open_sweep(config: SweepConfig, search: Search) -> tuple[SweepFolder, Search
     with folder.locked():
         if not is_sweep_folder(folder.path):
             folder.write_plan(search.plan)
-            log.info("Sweep: %s, %d trials", folder.path, search.plan.num_trials)
             return folder, search
         found = folder.read_plan()
         check_same(found, search.plan, path=folder.path)
@@ -72,7 +74,6 @@ def open_sweep(config: SweepConfig, search: Search) -> tuple[SweepFolder, Search
         plan = replace(search.plan, space=found.space)
         if plan.num_trials > found.num_trials:
             folder.write_plan(plan)
-    log.info("Sweep: %s, continued", folder.path)
     return folder, replace(search, plan=plan, space={key: search.space[key] for key in found.space})
 
 

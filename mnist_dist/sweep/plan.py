@@ -5,12 +5,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.cli.command_line import CommandLine, check_override, groups_of
+from mnist_dist.cli.command_line import CommandLine, check_override, groups_of, parse_override
 from mnist_dist.cli.explain import explain
 from mnist_dist.config.compare import sweep_keys
 from mnist_dist.config.compose import TRAIN, compose, conf_dir, to_config
@@ -87,7 +86,7 @@ def _of_training(overrides: Sequence[str], space: Mapping[str, Dimension]) -> tu
     """The user's overrides without the sweep's own keys; raises UserError for keys that vary."""
     kept = []
     for text in overrides:
-        key = OverridesParser.create().parse_override(text).key_or_group
+        key = parse_override(text).key_or_group
         if key in space:
             raise UserError(f"{shorten(text)}: the search space varies this key; leave it out")
         if key not in OWN_KEYS:
