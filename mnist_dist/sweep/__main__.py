@@ -1,6 +1,5 @@
 """Search for good values: `python -m mnist_dist.sweep KEY=VALUE ...`, with the keys of `train` for all trials."""
 
-import importlib.util
 import logging
 import sys
 from dataclasses import replace
@@ -28,8 +27,12 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
             f"{topology.world_size} processes: a sweep is started by one process on each machine, and starts the "
             "trainings itself; leave out the launcher, and give jobs=N for several trainings at once"
         )
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("optuna is not installed, which searches: pip install 'mnist-dist[sweep]'")
+    try:
+        from mnist_dist.sweep.worker import Worker
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise UserError("optuna is not installed, which searches: pip install 'mnist-dist[sweep]'") from error
     search = build_search(config, parse_command_line(sys.argv[1:], command=SWEEP.name))
     try:
         with Signals() as signals:
@@ -37,8 +40,6 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
             if is_over(folder, search):
                 log.info("%s holds this sweep, finished: nothing to do", folder.path)
             else:
-                from mnist_dist.sweep.worker import Worker
-
                 log.info("Sweep: %s, %d trials", folder.path, search.plan.num_trials)
                 own_shares = shares(config.jobs, visible_gpus=topology.visible_gpus)
                 if code := Worker(folder, search, own_shares, signals).run():

@@ -116,16 +116,19 @@ class _Checker:
         return {key: value for key, value in sorted(common) if key not in self._space}
 
     def _check_values(self, key: str) -> None:
-        """Raise UserError unless each value goes with at least one combination of the groups' choices."""
+        """Raise UserError unless each value goes with some choice of the others, as far as these are tried.
+
+        What does not go together otherwise is for the trials to find out.
+        """
         if key.split(".")[0] in _NOT_FOR_SPACES:
             raise UserError(f"{key}: cannot vary, as it does not change the training")
         for text in self._space[key].edges:
             refusals: list[str] = []
-            for choices in self._combinations():
-                if choices.get(key, text) != text:
+            for others in self._others(key):
+                if others.get(key, text) != text:
                     continue
                 try:
-                    self._compose({**choices, key: text})
+                    self._compose({**others, key: text})
                     break
                 except UserError as error:
                     refusals.append(str(error))
@@ -133,6 +136,14 @@ class _Checker:
                     refusals.append(explain(error))
             else:
                 raise UserError(f"{key}: {self._texts[key]}: {refusals[0]}{self._hint(key, refusals[0])}")
+
+    def _others(self, key: str) -> Iterator[dict[str, str]]:
+        """Every combination of the groups' choices, then each of these with every value of one other key."""
+        yield from self._combinations()
+        for other in self._space.keys() - {key, *self._groups}:
+            for text in self._space[other].edges:
+                for choices in self._combinations():
+                    yield {**choices, other: text}
 
     def _hint(self, key: str, refusal: str) -> str:
         dimension = self._space[key]

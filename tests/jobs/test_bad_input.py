@@ -465,9 +465,19 @@ def test_keys_that_do_not_go_together(arguments, line, refuse):
     assert refuse(TRAIN, *arguments).startswith(line)
 
 
-def test_sweeps_are_refused(refuse):
-    line = refuse(TRAIN, "--multirun", "trainer.epochs=1,2", *NO_DATA)
-    assert line.startswith("--multirun: each run needs a process of its own")
+def test_grids_are_refused(refuse):
+    """All of it, before the first run starts."""
+    assert refuse(TRAIN, "trainer.epochs=1,2", *NO_DATA).startswith("trainer.epochs=1,2: give one value")
+    line = refuse(EVALUATE, "--multirun", "split=val,test", "run_dir=nowhere")
+    assert line == "--multirun: goes with mnist_dist.train only; give the command once for each value"
+    for values, problem in [
+        ("trainer.epochs=1,0", "trainer.epochs=0: must be from 1"),
+        ("optimizer=adam,foo", "optimizer=foo: no such choice"),
+        ("model.dropout=interval(0,1)", "model.dropout=interval(0,1): has no end of values"),
+        ("run_dir=a,b", "run_dir=a,b: give one folder"),
+        ("hydra.mode=a,b", "hydra.mode=a: cannot be changed"),
+    ]:
+        assert refuse(TRAIN, "--multirun", values, *NO_DATA).startswith(problem)
 
 
 # The data file
