@@ -39,7 +39,8 @@ from mnist_dist.launch.topology import Topology
 
 log = logging.getLogger(__name__)
 
-_HINT = "python -m mnist_dist.doctor tells more"
+DOCTOR_HINT = "python -m mnist_dist.doctor tells more"
+"""How the line of an error ends whose cause is the environment."""
 
 
 def run(command: Command[Config], entry: Callable[[Config, Topology, Console], int]) -> NoReturn:
@@ -109,7 +110,7 @@ def _guarded(action: Callable[[], int]) -> int:
 
 def _with_hint(error: Exception) -> str:
     """The error's message; where the environment is the cause, with the command that looks for what is wrong."""
-    return f"{error}; {_HINT}" if isinstance(error, OfTheEnvironment) else str(error)
+    return f"{error}; {DOCTOR_HINT}" if isinstance(error, OfTheEnvironment) else str(error)
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:

@@ -47,8 +47,9 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
             write_report(folder)
             return conclude(read_sweep(folder.path))
     except OSError as error:
+        place = error.filename or config.sweep_dir
         raise EnvironmentFailed(
-            f"sweep_dir={config.sweep_dir}: {describe_os_error(error)}; fix this, then run the same command again"
+            f"{place}: {describe_os_error(error)}; fix this and run the same command again"
         ) from error
 
 
@@ -66,6 +67,7 @@ def open_sweep(config: SweepConfig, search: Search) -> tuple[SweepFolder, Search
         folder = SweepFolder(expand_path("sweep_dir", config.sweep_dir))
     folder.check_usable()
     with folder.locked():
+        folder.tidy()
         if not is_sweep_folder(folder.path):
             folder.write_plan(search.plan)
             return folder, search

@@ -15,6 +15,8 @@ from mnist_dist.config.compare import sweep_keys
 from mnist_dist.config.compose import TRAIN, compose, conf_dir, to_config
 from mnist_dist.config.rules import shorten
 from mnist_dist.config.search_space import Dimension, Interval, parse_space, read_space
+from mnist_dist.data.load import load_dataset
+from mnist_dist.run.checkpoint import DATA_DIGEST
 from mnist_dist.run.sweep_folder import SweepPlan
 from mnist_dist.sweep.config import OWN_KEYS, SweepConfig
 
@@ -51,6 +53,9 @@ def build_search(config: SweepConfig, typed: CommandLine) -> Search:
     num_trials = config.num_trials
     if config.sampler == "grid":
         num_trials = min(num_trials, grid_size(space))
+    if not any(key == "data" or key.startswith("data.") for key in space):
+        # `data=auto` may find other data on another machine; and without data no trial need start.
+        training[DATA_DIGEST] = load_dataset(config.data).sha256
     plan = SweepPlan(
         texts, config.sampler, config.pruner, config.seed, num_trials, config.max_attempts, training, overrides
     )

@@ -17,7 +17,8 @@ _MOST_READ = 65_536
 def shares(number: int, *, visible_gpus: str | None) -> list[Share]:
     """Equal shares of this process's cores and GPUs for so many trainings; all of them where there are fewer."""
     cores = list(_split(sorted(os.sched_getaffinity(0)), number))
-    gpus = list(_split(visible_uuids(query_gpus("uuid"), visible=visible_gpus), number))
+    uuids = visible_uuids(query_gpus("uuid"), visible=visible_gpus) if number > 1 else []
+    gpus = list(_split(uuids, number))
     return [
         Share(own_cores, {"CUDA_VISIBLE_DEVICES": ",".join(own_gpus)} if own_gpus else None)
         for own_cores, own_gpus in zip(cores, gpus, strict=True)

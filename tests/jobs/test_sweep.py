@@ -154,12 +154,12 @@ def test_workers_are_killed_and_all_trials_end_as_if_nothing_had_happened(
     assert snapshot(sweep.path) == before
 
 
-def test_one_worker_gives_the_same_trials_twice(space, run_python, tmp_path):
-    """And if it is continued with more. There is no data, so that each training ends at once."""
+def test_one_worker_gives_the_same_trials_twice(space, run_python, args, tmp_path):
+    """And if it is continued with more. Each training ends at once, as it does not find a file."""
     space_file = space("optimizer.learning_rate: interval(1e-4,1e-2), log", "model.activation: relu,tanh")
 
     def sweep(name, *more):
-        result = run_python(*SWEEP, "data=npz", "data.path=no.npz", space_file, f"sweep_dir={tmp_path / name}", *more)
+        result = run_python(*SWEEP, *args, "plots.reference=no.csv", space_file, f"sweep_dir={tmp_path / name}", *more)
         assert result.returncode == 1, result.stderr  # every trial has failed
         return read_sweep(tmp_path / name)
 
@@ -172,7 +172,7 @@ def test_one_worker_gives_the_same_trials_twice(space, run_python, tmp_path):
     assert len({trial.overrides for trial in once.trials}) == 3
     for trial in (*once.trials, *continued.trials):
         assert [attempt.exit_code for attempt in trial.attempts] == [2]
-        assert (trial.state, trial.reason.partition(":")[0]) == ("failed", "data.path=no.npz")
+        assert (trial.state, trial.reason.partition(":")[0]) == ("failed", "plots.reference=no.csv")
 
 
 def test_a_signal_stops_all_trainings_with_a_checkpoint(begin, space, tmp_path):
@@ -235,6 +235,7 @@ def test_refused_before_anything_starts(run_python, args, tmp_path):
 
     line = "error: optuna is not installed, which searches: pip install 'mnist-dist[sweep]'\n"
     assert refuse("-c", NO_OPTUNA, *args) == line
+    assert refuse(*SWEEP, "data=npz", "data.path=no.npz").startswith("error: data.path=no.npz: ")
     bad = refuse(*SWEEP, *args[:2], "optimizer.learning_rate=0.1")
     assert bad.startswith("error: space=mlp: optimizer.learning_rate=0.1: the search space varies this key")
     for environment in srun(2):

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 
+import numpy as np
 import optuna
 import pytest
 from support.trials import leave_history, leave_results
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.cli.command_line import parse_command_line
+from mnist_dist.cli.main import DOCTOR_HINT
 from mnist_dist.cli.multirun import expand
 from mnist_dist.config.compose import compose, conf_dir, to_config
 from mnist_dist.config.search_space import Choice, Interval, Range, parse_dimension, parse_space, read_space
@@ -123,9 +125,14 @@ def test_a_file_that_is_no_search_space(content, problem, tmp_path):
 # The plan
 
 
-def search_for(*overrides, options=()):
+@pytest.fixture
+def search_for(small_npz):
     """What `python -m mnist_dist.sweep` would search for."""
-    typed = parse_command_line([*options, *overrides], command="sweep")
+    return lambda *overrides: search(f"data.path={small_npz}", "data=npz", *overrides)
+
+
+def search(*overrides):
+    typed = parse_command_line(overrides, command="sweep")
     return build_search(to_config(SWEEP, compose(SWEEP, typed.overrides, config_dir=typed.config_dir)), typed)
 
 
@@ -142,7 +149,7 @@ def space_file(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_search_spaces_here(path):
+def test_the_search_spaces_here(path, search_for):
     search = search_for(f"space={path.stem}")
     assert search.plan.space.keys() == search.space.keys()
     assert not search.plan.training.keys() & search.space.keys()
@@ -165,7 +172,7 @@ def test_the_search_spaces_here(path):
         ("strategy: single,foo", "strategy=foo: no such choice"),
     ],
 )
-def test_a_space_that_could_not_be_trained_is_refused(line, problem, space_file):
+def test_a_space_that_could_not_be_trained_is_refused(line, problem, space_file, search_for):
     with pytest.raises(UserError, match=r"^space=.*my space\.yaml: ") as raised:
         search_for(space_file("seed: 1,2", line))
     assert problem in str(raised.value)
@@ -184,30 +191,30 @@ def test_a_space_that_could_not_be_trained_is_refused(line, problem, space_file)
         (["sweep=mlp"], "sweep=mlp: cannot be changed on the command line"),
     ],
 )
-def test_a_command_that_is_refused(arguments, line):
+def test_a_command_that_is_refused(arguments, line, search_for):
     with pytest.raises(UserError) as raised:
         search_for(*arguments)
     assert str(raised.value).startswith(line)
 
 
-def test_a_choice_need_not_go_with_all_others(space_file):
+def test_a_choice_need_not_go_with_all_others(space_file, search_for):
     """Only sgd has a momentum; what goes with nothing is refused, the rest is for the trials to find out."""
     search = search_for(space_file("optimizer: adam,sgd", "optimizer.momentum: 0.0,0.9"))
     assert "optimizer.name" not in search.plan.training
     assert search.plan.training["trainer.epochs"] == "150"
 
 
-def test_what_varies_with_a_choice_is_not_what_trials_have_in_common(space_file):
+def test_what_varies_with_a_choice_is_not_what_trials_have_in_common(space_file, search_for):
     both = search_for(space_file("optimizer: adam,sgd")).plan.training
     assert not any(key.startswith("optimizer.") for key in both)
     fixed = search_for(space_file("optimizer: adam,sgd"), "optimizer.learning_rate=0.5").plan.training
     assert fixed == {**both, "optimizer.learning_rate": "0.5"}
 
 
-def test_the_trainings_get_what_is_theirs(space_file):
+def test_the_trainings_get_what_is_theirs(space_file, search_for):
     arguments = ["trainer.epochs=3", "sweep_dir=x", "num_trials=7", "jobs=2", "console.tensorflow_messages=true"]
     plan = search_for(space_file("seed: range(5)"), "sampler=grid", *arguments).plan
-    assert plan.overrides == ("trainer.epochs=3", "console.tensorflow_messages=true")
+    assert plan.overrides[2:] == ("trainer.epochs=3", "console.tensorflow_messages=true")
     assert plan.num_trials == 5  # the grid has no more
 
 
@@ -241,6 +248,17 @@ SPACE = {
     "model.dropout": "range(0.0,0.6,0.1)",
     "batch.global_size": "int(interval(16,256))",
 }
+
+
+def test_other_data_make_it_another_sweep(space_file, search_for, small_arrays, tmp_path):
+    """Which `data=auto` may find on another machine, or a file that was replaced."""
+    ours = search_for(space_file("seed: 1,2")).plan
+    np.savez(tmp_path / "other.npz", **{**small_arrays, "y_train": small_arrays["y_train"][::-1]})
+    theirs = search_for(space_file("seed: 1,2"), f"data.path={tmp_path}/other.npz").plan
+    with pytest.raises(UserError, match=r"data\.sha256 was [0-9a-f]{64}, is now [0-9a-f]{64}\)"):
+        check_same(theirs, ours, path="here")
+    varied = search_for(space_file("data.val_fraction: 0.1,0.2")).plan
+    assert "data.sha256" not in varied.training
 
 
 # The study
@@ -457,6 +475,7 @@ def event(kind, **more):
         ([attempt(code=75, reason=STOPPED)] * 9, {}, "waiting", STOPPED),
         ([attempt(code=None, reason=LOST)] * 3, {}, "failed", LOST),
         ([attempt(code=2, reason="optimizer.momentum=0: bad")], {}, "failed", "optimizer.momentum=0: bad"),
+        ([attempt(code=2, reason=f"no GPU; {DOCTOR_HINT}")], {}, "waiting", "no GPU"),  # another machine may do
         ([attempt(code=1)], {"events": [event("failed", error="Diverged", reason="NaN")]}, "failed", "NaN"),
         ([attempt(code=1)], {"events": [event("failed", error="OSError", reason="disk")]}, "waiting", "killed"),
         (
