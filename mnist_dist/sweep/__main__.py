@@ -81,9 +81,11 @@ def open_sweep(config: SweepConfig, search: Search) -> tuple[SweepFolder, Search
 
 
 def is_over(folder: SweepFolder, search: Search) -> bool:
-    """Whether all trials that are asked for are done."""
-    trials = read_sweep(folder.path).trials
-    return len(trials) >= search.plan.num_trials and all(trial.is_final for trial in trials)
+    """Whether all trials that are asked for are done, and noted to be."""
+    trials = folder.read_records()
+    return len(trials) >= search.plan.num_trials and all(
+        trial.is_final and folder.as_it_is(search.plan, trial) == trial for trial in trials
+    )
 
 
 def write_report(folder: SweepFolder) -> None:

@@ -172,7 +172,7 @@ def test_one_worker_gives_the_same_trials_twice(space, run_python, args, tmp_pat
     assert len({trial.overrides for trial in once.trials}) == 3
     for trial in (*once.trials, *continued.trials):
         assert [attempt.exit_code for attempt in trial.attempts] == [2]
-        assert (trial.state, trial.reason.partition(":")[0]) == ("failed", "plots.reference=no.csv")
+        assert (trial.state, trial.reason.partition(" ")[0]) == ("failed", "plots.reference=no.csv")
 
 
 def test_a_signal_stops_all_trainings_with_a_checkpoint(begin, space, tmp_path):
