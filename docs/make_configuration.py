@@ -8,12 +8,13 @@ from pathlib import Path
 from mnist_dist.config.compose import TRAIN, Command, compose
 from mnist_dist.config.describe import Key, describe_keys
 from mnist_dist.doctor.config import DoctorConfig
+from mnist_dist.sweep.config import SWEEP
 from mnist_dist.verify.config import VerifyConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 TABLE = re.compile("<!-- keys of ([a-z]+) -->\n\n(.*?)\n\n<!-- end of keys -->", re.DOTALL)
 # They have those of `train` too.
-FURTHER = {"doctor": Command("doctor", DoctorConfig), "verify": Command("verify", VerifyConfig)}
+FURTHER = {"doctor": Command("doctor", DoctorConfig), "sweep": SWEEP, "verify": Command("verify", VerifyConfig)}
 # The default places follow from these.
 PLACES = ("MNIST_DIST_CACHE", "XDG_CACHE_HOME", "KERAS_HOME")
 

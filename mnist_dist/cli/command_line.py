@@ -6,6 +6,7 @@ The few options here replace Hydra's own, some of which read pickles, write fold
 import argparse
 import itertools
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_dist import __version__
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.compose import conf_dir
+from mnist_dist.config.compose import TRAIN, conf_dir
 from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import shorten
 
@@ -42,6 +43,8 @@ class CommandLine:
     """What to print instead of running: help | version | job (the configuration)."""
     resolve: bool
     """Whether to print values instead of `${...}`."""
+    is_multirun: bool = False
+    """Whether to train every combination of several values; the overrides are yet to be checked (`multirun.py`)."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-r", "--resolve", action="store_true", help="with --cfg or --help: values instead of ${...}")
     add("-cd", "--config-dir", metavar="FOLDER", help="a folder with your own configuration files")
     add("-cn", "--config-name", metavar="NAME", help="the file in that folder to start from, without .yaml")
-    # TensorFlow's devices and Horovod can be set up only once per process.
-    add("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
+    add("-m", "--multirun", action="store_true", help="train, one process: every combination of KEY=A,B, one by one")
     return parser
 
 
@@ -72,16 +74,27 @@ def parse_command_line(arguments: Sequence[str], *, command: str) -> CommandLine
             raise UserError(
                 f"{shorten(text)}: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"
             )
-    if found.multirun:
-        raise UserError("--multirun: each run needs a process of its own; give the command once for each value")
+    is_multirun = found.multirun and found.shows is None
+    if is_multirun and command != TRAIN.name:
+        raise UserError("--multirun: goes with mnist_dist.train only; give the command once for each value")
     if found.resolve and found.shows is None:
         raise UserError("--resolve: goes with --cfg job or --help")
-    for text in found.overrides:
-        check_override(text)
+    if not is_multirun:
+        for text in found.overrides:
+            check_override(text)
     _check_files(found.config_dir, found.config_name, command=command)
     return CommandLine(
-        tuple(found.overrides), found.config_dir, found.config_name, shows=found.shows, resolve=found.resolve
+        tuple(found.overrides), found.config_dir, found.config_name, found.shows, found.resolve, is_multirun
     )
+
+
+def train_words(
+    run_dir: Path, overrides: Sequence[str], *, config_dir: str | None = None, config_name: str | None = None
+) -> list[str]:
+    """The command that trains in `run_dir`, for a process of its own."""
+    quoted = QuotedString(str(run_dir), Quote.single).with_quotes()  # a path may have any letter
+    options = [f"--{name}={text}" for name, text in (("config-dir", config_dir), ("config-name", config_name)) if text]
+    return [sys.executable, "-m", "mnist_dist.train", *options, *overrides, f"run_dir={quoted}"]
 
 
 def _check_files(config_dir: str | None, name: str | None, *, command: str) -> None:
@@ -101,7 +114,7 @@ def _check_files(config_dir: str | None, name: str | None, *, command: str) -> N
 
 def check_override(text: str) -> None:
     """Raise UserError unless `text` is KEY=VALUE with one value, for a key that may be one of ours."""
-    override = _parse_override(text)
+    override = parse_override(text)
     shown, plain = shorten(text), shorten(text.lstrip("+"))
     key, _, value = shown.partition("=")
     if override.package is not None or re.split("[./]", override.key_or_group)[0] in _NOT_FOR_USERS:
@@ -120,7 +133,8 @@ def check_override(text: str) -> None:
         raise UserError(f"{shown}: no such choice; choose one of {', '.join(path.stem for path in choices)}")
 
 
-def _parse_override(text: str) -> Override:
+def parse_override(text: str) -> Override:
+    """What Hydra reads in `text`; raises UserError if it is not KEY=VALUE."""
     shown = shorten(text)
     key, equals, value = shown.partition("=")
     if not text.startswith("~") and not (key and equals):

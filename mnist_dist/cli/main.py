@@ -30,6 +30,7 @@ from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.base.surroundings import existing_working_directory, settle
 from mnist_dist.cli.command_line import parse_command_line, printed
 from mnist_dist.cli.explain import explain
+from mnist_dist.cli.multirun import run_grid
 from mnist_dist.config.compose import Command, Config, compose, to_config
 from mnist_dist.config.rules import shorten
 from mnist_dist.launch.environment import read_topology
@@ -38,7 +39,8 @@ from mnist_dist.launch.topology import Topology
 
 log = logging.getLogger(__name__)
 
-_HINT = "python -m mnist_dist.doctor tells more"
+DOCTOR_HINT = "python -m mnist_dist.doctor tells more"
+"""How the line of an error ends whose cause is the environment."""
 
 
 def run(command: Command[Config], entry: Callable[[Config, Topology, Console], int]) -> NoReturn:
@@ -73,6 +75,8 @@ def _compose_and_call(
     console: Console,
 ) -> int:
     typed = parse_command_line(sys.argv[1:], command=command.name)
+    if typed.is_multirun:
+        return run_grid(typed, topology)
     with existing_working_directory():
         composed = compose(command, typed.overrides, config_dir=typed.config_dir, config_name=typed.config_name)
     if typed.shows is not None:
@@ -106,7 +110,7 @@ def _guarded(action: Callable[[], int]) -> int:
 
 def _with_hint(error: Exception) -> str:
     """The error's message; where the environment is the cause, with the command that looks for what is wrong."""
-    return f"{error}; {_HINT}" if isinstance(error, OfTheEnvironment) else str(error)
+    return f"{error}; {DOCTOR_HINT}" if isinstance(error, OfTheEnvironment) else str(error)
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:

@@ -26,6 +26,7 @@ from mnist_dist.base.files import (
     make_folder,
     open_locked,
     read_regular,
+    remove_temporaries,
     write_atomically,
 )
 from mnist_dist.run.inspection import Inspection
@@ -57,7 +58,7 @@ class SweepPlan:
     max_attempts: int
     """How often a trial that crashes is tried from the same checkpoint."""
     training: Mapping[str, str]
-    """What all trainings have in common, by dotted key."""
+    """What all trainings have in common, by dotted key; also `data.sha256`, unless the data varies."""
     overrides: tuple[str, ...]
     """KEY=VALUE as the user gave them for all trainings."""
 
@@ -204,6 +205,11 @@ class SweepFolder:
         if not is_sweep_folder(self.path):
             raise UserError(f"sweep_dir={self.path}: no sweep here (no {_PLAN}); name the folder of a sweep")
         return self._read(_PLAN, SweepPlan)
+
+    def tidy(self) -> None:
+        """Remove what killed workers have left half written."""
+        for path in (self.path, self._trials):
+            remove_temporaries(path)
 
     def write_plan(self, plan: SweepPlan) -> None:
         """Write the plan."""

@@ -1,6 +1,5 @@
 """Search for good values: `python -m mnist_dist.sweep KEY=VALUE ...`, with the keys of `train` for all trials."""
 
-import importlib.util
 import logging
 import sys
 from dataclasses import replace
@@ -28,23 +27,29 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
             f"{topology.world_size} processes: a sweep is started by one process on each machine, and starts the "
             "trainings itself; leave out the launcher, and give jobs=N for several trainings at once"
         )
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("optuna is not installed, which searches: pip install 'mnist-dist[sweep]'")
+    try:
+        from mnist_dist.sweep.worker import Worker
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise UserError("optuna is not installed, which searches: pip install 'mnist-dist[sweep]'") from error
     search = build_search(config, parse_command_line(sys.argv[1:], command=SWEEP.name))
     try:
         with Signals() as signals:
             folder, search = open_sweep(config, search)
-            if not is_over(folder, search):
-                from mnist_dist.sweep.worker import Worker
-
+            if is_over(folder, search):
+                log.info("%s holds this sweep, finished: nothing to do", folder.path)
+            else:
+                log.info("Sweep: %s, %d trials", folder.path, search.plan.num_trials)
                 own_shares = shares(config.jobs, visible_gpus=topology.visible_gpus)
                 if code := Worker(folder, search, own_shares, signals).run():
                     return code
             write_report(folder)
             return conclude(read_sweep(folder.path))
     except OSError as error:
+        place = error.filename or config.sweep_dir
         raise EnvironmentFailed(
-            f"sweep_dir={config.sweep_dir}: {describe_os_error(error)}; fix this, then run the same command again"
+            f"{place}: {describe_os_error(error)}; fix this and run the same command again"
         ) from error
 
 
@@ -62,9 +67,9 @@ def open_sweep(config: SweepConfig, search: Search) -> tuple[SweepFolder, Search
         folder = SweepFolder(expand_path("sweep_dir", config.sweep_dir))
     folder.check_usable()
     with folder.locked():
+        folder.tidy()
         if not is_sweep_folder(folder.path):
             folder.write_plan(search.plan)
-            log.info("Sweep: %s, %d trials", folder.path, search.plan.num_trials)
             return folder, search
         found = folder.read_plan()
         check_same(found, search.plan, path=folder.path)
@@ -72,14 +77,15 @@ def open_sweep(config: SweepConfig, search: Search) -> tuple[SweepFolder, Search
         plan = replace(search.plan, space=found.space)
         if plan.num_trials > found.num_trials:
             folder.write_plan(plan)
-    log.info("Sweep: %s, continued", folder.path)
     return folder, replace(search, plan=plan, space={key: search.space[key] for key in found.space})
 
 
 def is_over(folder: SweepFolder, search: Search) -> bool:
-    """Whether all trials that are asked for are done."""
-    trials = read_sweep(folder.path).trials
-    return len(trials) >= search.plan.num_trials and all(trial.is_final for trial in trials)
+    """Whether all trials that are asked for are done, and noted to be."""
+    trials = folder.read_records()
+    return len(trials) >= search.plan.num_trials and all(
+        trial.is_final and folder.as_it_is(search.plan, trial) == trial for trial in trials
+    )
 
 
 def write_report(folder: SweepFolder) -> None:

@@ -24,8 +24,7 @@ class SweepConfig(TrainConfig):
     sampler: str = one_of("tpe", "random", "grid")
     """tpe: near the good trials so far (Bergstra et al. 2011); random; grid: every combination once."""
     pruner: str = one_of("none", "median", "percentile")
-    """Which trials are stopped early: worse than the median of the earlier ones at the same epoch, or not among the
-    best quarter."""
+    """Which trials are stopped early: those below the median of the earlier ones, or not in the best quarter."""
     jobs: int = between(1, MAX_PARTS)
     """Trainings at the same time on this machine; they share its cores and GPUs."""
     max_attempts: int = between(1, 1000)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mnist_dist.base.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Diverged
+from mnist_dist.cli.main import DOCTOR_HINT
 from mnist_dist.run.events import Event
 from mnist_dist.run.sweep_folder import Attempt, Trial
 
@@ -39,7 +40,7 @@ def judge(trial: Trial, *, value: float | None, events: Sequence[Event], epoch: 
     last = trial.attempts[-1] if trial.attempts else None
     if events and events[-1].kind == "failed" and events[-1].error == Diverged.__name__:
         return _failed(trial, events[-1].reason)  # the same bits would come again
-    if last and last.exit_code == EXIT_USER_ERROR:
+    if last and last.exit_code == EXIT_USER_ERROR and not last.reason.endswith(DOCTOR_HINT):
         return _failed(trial, last.reason)
     if last and _num_tries(trial.attempts, epoch) >= max_attempts:
         return _failed(trial, f"{last.reason} (tried {max_attempts} times from epoch {epoch})")

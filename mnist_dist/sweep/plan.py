@@ -5,17 +5,18 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.cli.command_line import CommandLine, check_override, groups_of
+from mnist_dist.cli.command_line import CommandLine, check_override, groups_of, parse_override
 from mnist_dist.cli.explain import explain
 from mnist_dist.config.compare import sweep_keys
 from mnist_dist.config.compose import TRAIN, compose, conf_dir, to_config
 from mnist_dist.config.rules import shorten
 from mnist_dist.config.search_space import Dimension, Interval, parse_space, read_space
+from mnist_dist.data.load import load_dataset
+from mnist_dist.run.checkpoint import DATA_DIGEST
 from mnist_dist.run.sweep_folder import SweepPlan
 from mnist_dist.sweep.config import OWN_KEYS, SweepConfig
 
@@ -52,6 +53,9 @@ def build_search(config: SweepConfig, typed: CommandLine) -> Search:
     num_trials = config.num_trials
     if config.sampler == "grid":
         num_trials = min(num_trials, grid_size(space))
+    if not any(key == "data" or key.startswith("data.") for key in space):
+        # `data=auto` may find other data on another machine; and without data no trial need start.
+        training[DATA_DIGEST] = load_dataset(config.data).sha256
     plan = SweepPlan(
         texts, config.sampler, config.pruner, config.seed, num_trials, config.max_attempts, training, overrides
     )
@@ -87,7 +91,7 @@ def _of_training(overrides: Sequence[str], space: Mapping[str, Dimension]) -> tu
     """The user's overrides without the sweep's own keys; raises UserError for keys that vary."""
     kept = []
     for text in overrides:
-        key = OverridesParser.create().parse_override(text).key_or_group
+        key = parse_override(text).key_or_group
         if key in space:
             raise UserError(f"{shorten(text)}: the search space varies this key; leave it out")
         if key not in OWN_KEYS:
@@ -117,16 +121,19 @@ class _Checker:
         return {key: value for key, value in sorted(common) if key not in self._space}
 
     def _check_values(self, key: str) -> None:
-        """Raise UserError unless each value goes with at least one combination of the groups' choices."""
+        """Raise UserError unless each value goes with some choice of the others, as far as these are tried.
+
+        What does not go together otherwise is for the trials to find out.
+        """
         if key.split(".")[0] in _NOT_FOR_SPACES:
             raise UserError(f"{key}: cannot vary, as it does not change the training")
         for text in self._space[key].edges:
             refusals: list[str] = []
-            for choices in self._combinations():
-                if choices.get(key, text) != text:
+            for others in self._others(key):
+                if others.get(key, text) != text:
                     continue
                 try:
-                    self._compose({**choices, key: text})
+                    self._compose({**others, key: text})
                     break
                 except UserError as error:
                     refusals.append(str(error))
@@ -134,6 +141,14 @@ class _Checker:
                     refusals.append(explain(error))
             else:
                 raise UserError(f"{key}: {self._texts[key]}: {refusals[0]}{self._hint(key, refusals[0])}")
+
+    def _others(self, key: str) -> Iterator[dict[str, str]]:
+        """Every combination of the groups' choices, then each of these with every value of one other key."""
+        yield from self._combinations()
+        for other in self._space.keys() - {key, *self._groups}:
+            for text in self._space[other].edges:
+                for choices in self._combinations():
+                    yield {**choices, other: text}
 
     def _hint(self, key: str, refusal: str) -> str:
         dimension = self._space[key]

@@ -4,12 +4,12 @@ The journal is made from the sweep's folder, so that Optuna and its tools can re
 than the records it is made again. All methods are for those who hold the folder's lock.
 """
 
+import contextlib
 import itertools
 import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,56 +58,63 @@ class Study:
         self._path, self._plan, self._space, self._read_history = path, plan, space, read_history
         self._distributions = {key: _distribution(dimension) for key, dimension in space.items()}
         self._opened: optuna.Study | None = None
-        self._first_line = b""
+        self._first_line, self._size = b"", 0
 
     def ask(self, trials: Sequence[Trial]) -> Trial:
         """The next trial; it depends on these, on the plan and on nothing else."""
-        number, study = len(trials), self._up_to_date(trials)
-        if self._plan.sampler == "grid":
-            grid = itertools.product(*map(_texts, self._space.values()))
-            trial = self._trial(number, next(itertools.islice(grid, number, None)))
-            study.add_trial(self._frozen(trial))
-            return trial
-        study.sampler = self._sampler(number)
-        asked = study.ask(self._distributions)
-        return self._trial(number, [_text(self._space[key], asked.params[key]) for key in self._space])
+        number = len(trials)
+        with self._up_to_date(trials) as study:
+            if self._plan.sampler == "grid":
+                grid = itertools.product(*map(_texts, self._space.values()))
+                trial = self._trial(number, next(itertools.islice(grid, number, None)))
+                study.add_trial(self._frozen(trial))
+                return trial
+            study.sampler = self._sampler(number)
+            asked = study.ask(self._distributions)
+            return self._trial(number, [_text(self._space[key], asked.params[key]) for key in self._space])
 
     def report(self, trials: Sequence[Trial], number: int) -> int | None:
         """Report the new epochs of a trial, one by one; returns that after which it is to be pruned, or None."""
-        study = self._up_to_date(trials)
-        frozen = study.get_trials(deepcopy=False)[number]
-        trial = optuna.Trial(study, frozen._trial_id)
-        for row in self._read_history(trials[number]).epochs[len(frozen.intermediate_values) :]:
-            trial.report(row.val_accuracy, row.epoch)
-            if trial.should_prune():
-                return row.epoch
+        with self._up_to_date(trials) as study:
+            frozen = study.get_trials(deepcopy=False)[number]
+            trial = optuna.Trial(study, frozen._trial_id)
+            for row in self._read_history(trials[number]).epochs[len(frozen.intermediate_values) :]:
+                trial.report(row.val_accuracy, row.epoch)
+                if trial.should_prune():
+                    return row.epoch
         return None
 
     def tell(self, trials: Sequence[Trial], ended: Trial) -> None:
         """Note what has become of a trial that is still under way in `trials`."""
-        self._up_to_date(trials).tell(ended.number, ended.value, state=_STATES[ended.state])
+        with self._up_to_date(trials) as study:
+            study.tell(ended.number, ended.value, state=_STATES[ended.state])
 
     # The journal
 
-    def _up_to_date(self, trials: Sequence[Trial]) -> optuna.Study:
+    @contextlib.contextmanager
+    def _up_to_date(self, trials: Sequence[Trial]) -> Iterator[optuna.Study]:
+        """The study, with these trials, for a block that adds to it."""
         try:
             study = self._open()
-            if self._agrees(study.get_trials(deepcopy=False), trials):
-                return study
+            is_right = self._agrees(study.get_trials(deepcopy=False), trials)
         except Exception:  # whatever may be in a damaged file
-            pass
-        self._opened = None
-        self._write_again(trials)
-        return self._open()
+            is_right = False
+        if not is_right:
+            self._opened = None
+            self._write_again(trials)
+            study = self._open()
+        yield study
+        self._size = self._path.stat().st_size
 
     def _open(self) -> optuna.Study:
         """The study in the file as it is now; raises all kinds of errors if it is damaged."""
         with self._path.open("rb") as stream:
-            first_line = stream.readline()  # it has a number that no other journal has
-            stream.seek(-1, os.SEEK_END)
+            first_line = stream.readline()  # no other journal has the same
+            size = stream.seek(-1, os.SEEK_END)
             if stream.read() != b"\n":
                 raise ValueError("its last line is torn")
-        if self._opened is None or first_line != self._first_line:
+        # What was read once is not read again; others only add to it.
+        if self._opened is None or first_line != self._first_line or size < self._size - 1:
             self._opened = optuna.load_study(study_name=STUDY_NAME, storage=_storage(self._path), pruner=self._pruner())
             self._first_line = first_line
         return self._opened
@@ -116,7 +123,7 @@ class Study:
         return len(found) == len(trials) and all(
             one.state == _STATES.get(trial.state, TrialState.RUNNING)
             and (trial.state != "finished" or one.value == trial.value)
-            and _are_equal(one.params, self._params(trial))
+            and one.params == self._params(trial)
             for one, trial in zip(found, trials, strict=True)
         )
 
@@ -152,12 +159,8 @@ class Study:
         return Trial(number, params, tuple(f"{key}={text}" for key, text in found.items()))
 
     def _params(self, trial: Trial) -> dict[str, Any]:
-        """A trial's values as Optuna has them: those of a choice are texts."""
-        texts = trial.texts
-        return {
-            key: texts[key] if isinstance(dimension, Choice) else trial.params[key]
-            for key, dimension in self._space.items()
-        }
+        """A trial's values as Optuna has them."""
+        return {key: _param(dimension, trial.texts[key], trial.params[key]) for key, dimension in self._space.items()}
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """A new one for each trial, so that it depends on the trial's number only, and not on who asked before."""
@@ -190,11 +193,15 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
         if dimension.is_int:
             return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.is_log)
         return FloatDistribution(dimension.low, dimension.high, log=dimension.is_log)
-    low, high = dimension.values[0], dimension.values[-1]
-    step = dimension.values[1] - low if len(dimension.values) > 1 else 1
-    if all(isinstance(value, int) for value in dimension.values):
-        return IntDistribution(int(low), int(high), step=int(step))
-    return FloatDistribution(low, high, step=step)
+    if _has_positions(dimension):
+        return IntDistribution(0, len(dimension.values) - 1)
+    low, high = int(dimension.values[0]), int(dimension.values[-1])
+    return IntDistribution(low, high, step=(high - low) // (len(dimension.values) - 1 or 1) or 1)
+
+
+def _has_positions(dimension: Range) -> bool:
+    """Whether Optuna gets positions in place of the values: it adds up steps, which gives fractions other last bits."""
+    return not all(isinstance(value, int) for value in dimension.values)
 
 
 def _texts(dimension: Dimension) -> tuple[str, ...]:
@@ -206,17 +213,17 @@ def _text(dimension: Dimension, value: Any) -> str:
     """What Optuna has chosen, as the command line has it."""
     if isinstance(dimension, Choice):
         return str(value)
-    if isinstance(dimension, Range):  # Optuna adds up steps, which does not give the same last bits
-        return repr(min(dimension.values, key=lambda one: abs(one - value)))
+    if isinstance(dimension, Range):
+        return dimension.texts[value] if _has_positions(dimension) else repr(int(value))
     return repr(int(value) if dimension.is_int else float(value))
+
+
+def _param(dimension: Dimension, text: str, value: Any) -> Any:
+    """The opposite of `_text`."""
+    if isinstance(dimension, Choice):
+        return text
+    return dimension.values.index(value) if isinstance(dimension, Range) and _has_positions(dimension) else value
 
 
 def _value(dimension: Dimension, text: str) -> Any:
     return dimension.values[dimension.texts.index(text)] if isinstance(dimension, Choice) else json.loads(text)
-
-
-def _are_equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        math.isclose(value, theirs[key], rel_tol=1e-12) if isinstance(value, float) else value == theirs[key]
-        for key, value in ours.items()
-    )

@@ -3,12 +3,9 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from hydra.core.override_parser.types import Quote, QuotedString
 
 from mnist_dist.base.memory import count_oom_kills
 from mnist_dist.launch.child import Share, start_child
@@ -17,17 +14,11 @@ from mnist_dist.launch.gpus import query_gpus, visible_uuids
 _MOST_READ = 65_536
 
 
-def train_words(run_dir: Path, overrides: Sequence[str], config_dir: str | None) -> list[str]:
-    """The command that trains in `run_dir`."""
-    quoted = QuotedString(str(run_dir), Quote.single).with_quotes()  # a path may have any letter
-    options = [] if config_dir is None else [f"--config-dir={config_dir}"]
-    return [sys.executable, "-m", "mnist_dist.train", *options, f"run_dir={quoted}", *overrides]
-
-
 def shares(number: int, *, visible_gpus: str | None) -> list[Share]:
     """Equal shares of this process's cores and GPUs for so many trainings; all of them where there are fewer."""
     cores = list(_split(sorted(os.sched_getaffinity(0)), number))
-    gpus = list(_split(visible_uuids(query_gpus("uuid"), visible=visible_gpus), number))
+    uuids = visible_uuids(query_gpus("uuid"), visible=visible_gpus) if number > 1 else []
+    gpus = list(_split(uuids, number))
     return [
         Share(own_cores, {"CUDA_VISIBLE_DEVICES": ",".join(own_gpus)} if own_gpus else None)
         for own_cores, own_gpus in zip(cores, gpus, strict=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mnist_dist.base.errors import EXIT_OK
+from mnist_dist.cli.command_line import train_words
 from mnist_dist.launch.child import Share, Signals, exit_code_of
 from mnist_dist.results.history import History
 from mnist_dist.run.checkpoint import CheckpointFolder
@@ -23,7 +24,7 @@ from mnist_dist.run.sweep_folder import Attempt, SweepFolder, Trial
 from mnist_dist.sweep.outcome import LOST, end_attempt, end_reason, judge
 from mnist_dist.sweep.plan import Search
 from mnist_dist.sweep.study import Study
-from mnist_dist.sweep.training import Training, train_words
+from mnist_dist.sweep.training import Training
 
 log = logging.getLogger("mnist_dist.sweep")
 
@@ -155,7 +156,7 @@ class Worker:
         epoch = trial.attempts[-1].from_epoch
         log.info("Trial %d: %s%s", number, " ".join(trial.overrides), f", from epoch {epoch}" if epoch else "")
         overrides = (*self._search.plan.overrides, *trial.overrides)
-        words = train_words(self._folder.run_dir(number), overrides, self._search.config_dir)
+        words = train_words(self._folder.run_dir(number), overrides, config_dir=self._search.config_dir)
         self._running.append(
             Training.start(
                 words, self._folder.log_path(number), number=number, claim=claim, slot=slot, share=self._shares[slot]

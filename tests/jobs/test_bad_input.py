@@ -465,9 +465,19 @@ def test_keys_that_do_not_go_together(arguments, line, refuse):
     assert refuse(TRAIN, *arguments).startswith(line)
 
 
-def test_sweeps_are_refused(refuse):
-    line = refuse(TRAIN, "--multirun", "trainer.epochs=1,2", *NO_DATA)
-    assert line.startswith("--multirun: each run needs a process of its own")
+def test_grids_are_refused(refuse):
+    """All of it, before the first run starts."""
+    assert refuse(TRAIN, "trainer.epochs=1,2", *NO_DATA).startswith("trainer.epochs=1,2: give one value")
+    line = refuse(EVALUATE, "--multirun", "split=val,test", "run_dir=nowhere")
+    assert line == "--multirun: goes with mnist_dist.train only; give the command once for each value"
+    for values, problem in [
+        ("trainer.epochs=1,0", "trainer.epochs=0: must be from 1"),
+        ("optimizer=adam,foo", "optimizer=foo: no such choice"),
+        ("model.dropout=interval(0,1)", "model.dropout=interval(0,1): has no end of values"),
+        ("run_dir=a,b", "run_dir=a,b: give one folder"),
+        ("hydra.mode=a,b", "hydra.mode=a: cannot be changed"),
+    ]:
+        assert refuse(TRAIN, "--multirun", values, *NO_DATA).startswith(problem)
 
 
 # The data file
@@ -925,7 +935,7 @@ def test_evaluate_an_archive_that_holds_no_model(fake_run, ask, work):
 def test_help_shows_keys_and_choices(flag, ask, work):
     answer = ask(TRAIN, flag)
     assert (answer.code, answer.stderr, answer.knows_tensorflow) == (0, "", False)
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "defaults"}
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "defaults", "sweep"}
     assert {"data", "model", "optimizer", "experiment"} <= groups
     for group in groups:
         for path in (CONF / group).glob("*.yaml"):

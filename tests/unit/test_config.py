@@ -47,7 +47,7 @@ def test_the_tables_of_keys_match_the_schemas(monkeypatch):
     for name in make_configuration.PLACES:
         monkeypatch.delenv(name, raising=False)
     page = make_configuration.PAGE.read_text()
-    assert [command for command, _ in make_configuration.TABLE.findall(page)] == ["train", "doctor", "verify"]
+    assert [command for command, _ in make_configuration.TABLE.findall(page)] == ["train", "doctor", "verify", "sweep"]
     assert page == make_configuration.build_page()
 
 
