@@ -13,6 +13,7 @@ from support.job import MIRRORED, SINGLE, wait_for_epoch
 from support.runs import checkpoints_of, history_of, summary_of
 
 from mnist_dist.results.predictions import PREDICTIONS, Predictions
+from mnist_dist.run.sweep_folder import read_sweep
 
 pytestmark = pytest.mark.xdist_group("reports")
 
@@ -21,7 +22,7 @@ HOSTILE = "<script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory, train, uninterrupted, run_python) -> dict[str, Path]:
+def folders(tmp_path_factory, train, uninterrupted, run_python, args) -> dict[str, Path]:
     """Folders with a page each, as commands have left them."""
     root = tmp_path_factory.mktemp("reports")
     finished = root / "finished"
@@ -35,12 +36,18 @@ def folders(tmp_path_factory, train, uninterrupted, run_python) -> dict[str, Pat
         assert train(compared / name, *keys, "trainer.epochs=12").returncode == 0
     shutil.copytree(failed, compared / "fourth")
     assert run_python(*REPORT, f"run_dir={compared}").returncode == 0
-    return {"finished": finished, "failed": failed, "compared": compared}
+    swept = root / "swept"
+    (root / "space.yaml").write_text("optimizer.learning_rate: choice(0.01,0.1,0.2,0.4,1e30)\nmodel.dropout: 0.1,0.2\n")
+    words = [f"space={root / 'space.yaml'}", "sampler=grid", "num_trials=10", "jobs=2", f"sweep_dir={swept}"]
+    result = run_python("-m", "mnist_dist.sweep", *words, *args, "optimizer=sgd", "trainer.epochs=3")
+    assert result.returncode == 0, result.stderr
+    return {"finished": finished, "failed": failed, "compared": compared, "swept": swept}
 
 
-KINDS = ("finished", "failed", "compared")
-TABLES = {"finished": 5, "failed": 2, "compared": 3}
-PLOTS = {"finished": 7, "failed": 1, "compared": 6}
+KINDS = ("finished", "failed", "compared", "swept")
+TABLES = {"finished": 5, "failed": 2, "compared": 3, "swept": 2}
+HEADINGS = {"finished": "Finished", "failed": "Failed", "compared": "4 runs", "swept": "10 of 10 trials"}
+PLOTS = {"finished": 7, "failed": 1, "compared": 6, "swept": 3}
 
 
 @pytest.mark.parametrize("scripts", [True, False])
@@ -53,9 +60,10 @@ def test_opens_anywhere(browser, folders, kind, width, scheme, scripts):
         assert seen.page.locator("table").count() == TABLES[kind]
         assert seen.page.locator("svg.plot").count() == PLOTS[kind]
         assert all(row.inner_text().strip() for row in seen.page.locator("tbody tr").all())
+        assert seen.page.locator("h1").inner_text() == HEADINGS[kind]
         for plot in seen.page.locator("svg.plot:visible").all():
             box = plot.bounding_box()
-            assert box["width"] > 200 and box["height"] > 100
+            assert box["width"] > 200 and box["height"] > 60
         if scripts:  # it needs one to look
             assert seen.sideways() == 0
             assert seen.clipped() == []
@@ -78,6 +86,25 @@ def test_says_what_the_run_says(browser, folders):
         cells = seen.page.locator(".confusion tbody td").all_inner_texts()
         predictions = Predictions.from_bytes((folders["finished"] / PREDICTIONS).read_bytes())
         assert [int(cell or 0) for cell in cells] == predictions.splits["test"].confusion.reshape(-1).tolist()
+
+
+def test_a_sweep_says_what_its_trials_say(browser, folders):
+    found = read_sweep(folders["swept"])
+    with visit(browser, folders["swept"] / "report.html") as seen:
+        rows = [row.inner_text().split("\t") for row in seen.page.locator("#trials tbody tr").all()]
+        assert sorted(int(row[0]) for row in rows) == list(range(10))
+        for row in rows:
+            trial = found.trials[int(row[0])]
+            assert trial.state in row[1]
+            assert row[2] == (f"{trial.value:.4f}" if trial.value is not None else "\N{EN DASH}")
+            assert row[3:5] == [trial.texts["optimizer.learning_rate"], trial.texts["model.dropout"]]
+            assert ("loss became" in row[-1]) == (trial.state == "failed") == (row[3] == "1e+30")
+        assert [row[2] for row in rows] == sorted((row[2] for row in rows), reverse=True)[2:] + 2 * ["\N{EN DASH}"]
+        for link in seen.page.locator("#trials a").all():
+            assert (folders["swept"] / link.get_attribute("href")).is_file()
+        assert f"The best is trial {found.best.number}, " in seen.page.locator(".lead").inner_text()
+        command = seen.page.locator("#search pre").inner_text()
+        assert all(text in command for text in found.best.overrides)
 
 
 def test_predictions_are_those_of_the_model(uninterrupted, small_arrays):
@@ -282,8 +309,15 @@ def test_texts_of_others_are_text(browser, folders, run_python, tmp_path):
     shutil.copytree(folders["failed"], failed)
     events = (failed / "events.jsonl").read_text().replace("the training loss", HOSTILE)
     (failed / "events.jsonl").write_text(events)
-    for folder in (run_dir, failed, run_dir.parent):
-        assert run_python(*REPORT, f"run_dir='{folder}'").returncode == 0
+    swept = tmp_path / re.sub("/", "", HOSTILE) / "swept"
+    shutil.copytree(folders["swept"], swept)
+    plan = json.loads((swept / "sweep.json").read_text())
+    plan["overrides"] = [HOSTILE]
+    (swept / "sweep.json").write_text(json.dumps(plan))
+    record = json.loads((swept / "trials" / "0009.json").read_text())
+    (swept / "trials" / "0009.json").write_text(json.dumps({**record, "reason": HOSTILE}))
+    for key, folder in (("run_dir", run_dir), ("run_dir", failed), ("run_dir", run_dir.parent), ("sweep_dir", swept)):
+        assert run_python(*REPORT, f"{key}='{folder}'").returncode == 0
         for scripts in (True, False):
             with visit(browser, folder / "report.html", scripts=scripts) as seen:
                 assert "<script>window.pwned=1<" in seen.page.locator("body").inner_text()
