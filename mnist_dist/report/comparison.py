@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from mnist_dist.config.compare import flatten, job_keys
-from mnist_dist.report.parts import as_value
+from mnist_dist.results.quantities import as_value
 from mnist_dist.run.record import RunRecord
 
 CONFIDENCE = 0.95

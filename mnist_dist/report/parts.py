@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from mnist_dist.report.charts import Chart, draw_chart
 from mnist_dist.results.page import Html, Tone, badge, code, facts, link, picture, text, two_scales
+from mnist_dist.results.quantities import as_value
 from mnist_dist.results.svg import to_svg
 from mnist_dist.run.record import RunRecord, RunState
 
@@ -47,11 +48,6 @@ def chart_picture(chart: Chart, *, name: str, caption: str, both_scales: bool = 
 def settings(values: Iterable[tuple[str, object]]) -> Html:
     """Keys with their values as a configuration has them."""
     return facts([(key, code(as_value(value))) for key, value in values], kind="many")
-
-
-def as_value(value: object) -> str:
-    """A value as a configuration file has it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def versions_of(records: Sequence[RunRecord]) -> dict[str, Any]:

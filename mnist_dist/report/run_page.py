@@ -16,7 +16,7 @@ from mnist_dist.config.compare import flatten
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import SPLIT_NAMES
 from mnist_dist.report.charts import Chart, Curve, draw_progress, run_curves
-from mnist_dist.report.parts import LOOKS, as_value, chart_picture, settings, versions_of
+from mnist_dist.report.parts import LOOKS, chart_picture, settings, versions_of
 from mnist_dist.results.confusion import MAX_CLASSES_WITH_COUNTS, class_report, draw_confusion_matrix
 from mnist_dist.results.page import (
     Column,
@@ -38,7 +38,7 @@ from mnist_dist.results.page import (
 )
 from mnist_dist.results.png import TRAIN_COLOR
 from mnist_dist.results.predictions import Mistakes, Predictions
-from mnist_dist.results.quantities import counted, moment_text, percent_text, seconds_text
+from mnist_dist.results.quantities import as_value, counted, moment_text, percent_text, seconds_text
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.results.svg import to_svg
 from mnist_dist.run.events import Event

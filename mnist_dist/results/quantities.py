@@ -56,3 +56,8 @@ def as_title(name: str) -> str:
     """The name of a check or a value with spaces and a capital: Slow rank."""
     words = name.replace("_", " ")
     return words[:1].upper() + words[1:]
+
+
+def as_value(value: object) -> str:
+    """A value as a configuration file has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+from mnist_dist.config.compare import flatten
 from mnist_dist.results.page import (
     Column,
     Html,
@@ -22,7 +22,7 @@ from mnist_dist.results.page import (
     table,
     text,
 )
-from mnist_dist.results.quantities import as_title, counted, seconds_text
+from mnist_dist.results.quantities import as_title, as_value, counted, seconds_text
 from mnist_dist.verify.evidence import show_evidence
 from mnist_dist.verify.report import CheckResult, RankFacts, Report, Status, Suspect
 
@@ -202,20 +202,8 @@ def _run(report: Report) -> Iterable[Html]:
     if report.versions:
         yield facts([(name, text(version)) for name, version in report.versions.items()])
     if report.configuration:
-        settings = [(key, code(value)) for key, value in _flatten(report.configuration)]
+        settings = [(key, code(as_value(value))) for key, value in flatten(report.configuration).items()]
         yield fold(text(f"Configuration: {counted(len(settings), 'key')}"), facts(settings, kind="many"))
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
-    """All keys with a dot between the levels, and values as a configuration has them."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield (
-                f"{prefix}{key}",
-                "null" if value is None else str(value).lower() if isinstance(value, bool) else value,
-            )
 
 
 def _badge(status: Status) -> Html:
