@@ -204,6 +204,14 @@ def test_a_choice_need_not_go_with_all_others(space_file, search_for):
     assert search.plan.training["trainer.epochs"] == "150"
 
 
+def test_a_value_need_not_go_with_the_defaults(space_file, search_for):
+    """nesterov needs a momentum, which is 0 by default."""
+    lines = ["optimizer: choice(sgd)", "optimizer.nesterov: true,false"]
+    search_for(space_file(*lines, "optimizer.momentum: choice(0.0,0.9)"))
+    with pytest.raises(UserError, match=r"optimizer\.nesterov=True: needs optimizer\.momentum greater than 0"):
+        search_for(space_file(*lines, "optimizer.momentum: choice(0.0)"))
+
+
 def test_what_varies_with_a_choice_is_not_what_trials_have_in_common(space_file, search_for):
     both = search_for(space_file("optimizer: adam,sgd")).plan.training
     assert not any(key.startswith("optimizer.") for key in both)
@@ -398,6 +406,31 @@ def test_the_journal_is_made_again(damage, in_same_process, tmp_path):
         assert old.intermediate_values == new.intermediate_values
         assert new.number == trial.number
     assert len(after) == 8
+
+
+def test_a_report_that_was_torn_is_made_again(tmp_path):
+    """All that is whole agrees with the records, but whoever adds a line would spoil it."""
+    sweep = compared(tmp_path, "none")
+    leave_history(sweep.folder.run_dir(6), GOOD[:4])
+    sweep.study.report(sweep.trials, 6)
+    with sweep.folder.journal_path.open("ab") as stream:
+        stream.write(b'{"op_code":7,"worker_id":"x","trial_id":6,"st')
+    leave_history(sweep.folder.run_dir(6), GOOD)
+    sweep.study.report(sweep.trials, 6)
+    assert sweep.in_journal()[6].intermediate_values == dict(enumerate(GOOD, start=1))
+
+
+def test_the_journal_was_made_again_by_another_worker(tmp_path):
+    """It has the same trials as before, but at other places of the file, which has grown since."""
+    one, other = compared(tmp_path, "none"), Played(tmp_path, pruner="none", training={"trainer.epochs": "6"})
+    size = one.folder.journal_path.stat().st_size
+    one.folder.journal_path.unlink()
+    leave_history(one.folder.run_dir(6), [0.5] * 200)
+    other.study.report(one.trials, 6)
+    assert one.folder.journal_path.stat().st_size > size
+    one.ask()
+    assert [trial.number for trial in one.in_journal()] == list(range(8))
+    assert len(one.in_journal()[6].intermediate_values) == 200
 
 
 def test_the_journal_follows_a_record_that_changed(tmp_path):
