@@ -219,9 +219,11 @@ def draw_parallel(scales: Sequence[Scale], results: Sequence[float]) -> Figure:
 
 
 def _hide_steep_start(axes: Axes, curves: Sequence[Curve]) -> None:
-    points = [point for curve in curves for point in zip(curve.x, curve.y, strict=True)]
+    points = [(x, y) for curve in curves for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+    if not points:
+        return
     steep = steep_epochs(max(x for x, _ in points))
-    low = min(y for x, y in points if x > steep)
+    low = min((y for x, y in points if x > steep), default=0.0)
     high = max(y for _, y in points)
     margin = max(0.05 * (high - low), 0.001)
     axes.set_ylim(low - margin, min(high + margin, 1.0005))

@@ -3,12 +3,14 @@
 import io
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from hydra.errors import HydraException
 from matplotlib.image import imsave
+from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
@@ -165,7 +167,7 @@ def _curves(record: RunRecord) -> Iterator[Html]:
 
 def _reference(record: RunRecord) -> tuple[Reference | None, str]:
     """The curves that the run was compared with, or why they cannot be read."""
-    name = (record.config.get("plots") or {}).get("reference")
+    name = flatten(record.config).get("plots.reference")
     try:
         return load_reference(name if isinstance(name, str) else None), ""
     except UserError as error:
@@ -314,10 +316,16 @@ def _sessions(record: RunRecord) -> Html:
 
 def _hosts(start: Event) -> list[str]:
     """Each host once, with the number of its processes where they are several."""
-    hosts = [str(host) for host in start.facts.get("hosts") or ()]
+    hosts = list(map(str, _listed(start, "hosts")))
     return [
         f"{host} ({hosts.count(host)} processes)" if hosts.count(host) > 1 else host for host in dict.fromkeys(hosts)
     ]
+
+
+def _listed(start: Event, name: str) -> list[object]:
+    """A list among the facts of a start, empty where there is none."""
+    found = start.facts.get(name)
+    return found if isinstance(found, list) else []
 
 
 # Configuration and machines
@@ -328,7 +336,7 @@ def _configuration(record: RunRecord) -> Iterator[Html]:
     if not values:
         yield remark(text("config.yaml is missing or damaged."), "warn")
         return
-    defaults = _defaults(record.config)
+    defaults = _defaults(values)
     differing = {
         key: value
         for key, value in values.items()
@@ -350,31 +358,27 @@ def _configuration(record: RunRecord) -> Iterator[Html]:
     )
 
 
-def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of all keys; those of a model or optimizer are those of the chosen one."""
+def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of all keys; those of a model or optimizer are those of the one in `values`, by dotted key."""
     plain = flatten(asdict(compose_config()))
-    groups = [
-        f"{group}={name}"
-        for group in ("model", "optimizer")
-        if isinstance(config.get(group), Mapping) and isinstance(name := config[group].get("name"), str)
-    ]
+    names = [f"{group}.name" for group in ("model", "optimizer")]
     try:
+        groups = [f"{name.removesuffix('.name')}={values[name]}" for name in names if name in values]
         chosen = flatten(asdict(compose_config(*groups)))
-    except Exception:  # a choice that this version does not have, or no name at all
+    except (HydraException, OmegaConfBaseException, UserError):  # a choice that this version does not have
         chosen = plain
-    return {**chosen, **{f"{group}.name": plain[f"{group}.name"] for group in ("model", "optimizer")}}
+    return {**chosen, **{name: plain[name] for name in names}}
 
 
 def _machines(record: RunRecord) -> Iterator[Html]:
     yield facts([(name, text(version)) for name, version in versions_of([record]).items()])
     starts = [event for event in record.events if event.kind == "started"]
     if starts:
-        last = starts[-1].facts
-        devices: Iterable[object] = last.get("devices") or ()
+        last = starts[-1]
         yield facts(
             [
-                ("Hosts", text(", ".join(_hosts(starts[-1])) or "unknown")),
-                ("Processes", text(last.get("world_size", "unknown"))),
-                ("Devices of rank 0", text(", ".join(map(str, devices)) or "unknown")),
+                ("Hosts", text(", ".join(_hosts(last)) or "unknown")),
+                ("Processes", text(last.facts.get("world_size", "unknown"))),
+                ("Devices of rank 0", text(", ".join(map(str, _listed(last, "devices"))) or "unknown")),
             ]
         )
