@@ -1,6 +1,7 @@
 """Pages about runs: `python -m mnist_dist.report run_dir=runs/...`."""
 
 import logging
+import re
 from pathlib import Path
 
 from mnist_dist.base.console import Console
@@ -67,12 +68,18 @@ def _report_comparison(folders: list[Path], config: ReportConfig) -> int:
 def _runs_below(folder: Path) -> list[Path]:
     """The run folders in `folder`, by name; raises UserError if there is none."""
     try:
-        found = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run_folder(path)]
+        paths = sorted(folder.iterdir(), key=lambda path: _natural(path.name))
+        found = [path for path in paths if path.is_dir() and is_run_folder(path)]
     except OSError as error:
         raise UserError(f"run_dir={folder}: cannot be read: {describe_os_error(error)}") from error
     if not found:
         raise UserError(f"run_dir={folder}: no run here, nor in the folders below it; name the folder of a run")
     return found
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """A key to sort by: 2 before 10."""
+    return [(text, int(number or 0)) for text, number in re.findall("([^0-9]*)([0-9]*)", name)]
 
 
 def _output(name: str | None, default: Path) -> Path:
