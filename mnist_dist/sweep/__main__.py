@@ -44,7 +44,7 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
                 own_shares = shares(config.jobs, visible_gpus=topology.visible_gpus)
                 if code := Worker(folder, search, own_shares, signals).run():
                     return code
-            write_report(folder)
+                write_report(folder)
             return conclude(read_sweep(folder.path))
     except OSError as error:
         place = error.filename or config.sweep_dir
@@ -89,7 +89,7 @@ def is_over(folder: SweepFolder, search: Search) -> bool:
 
 
 def write_report(folder: SweepFolder) -> None:
-    """The place for the report page of a sweep, written whenever a worker finds it done."""
+    """The place for the report page of a sweep; called by every worker that has seen the last trial end."""
 
 
 def conclude(found: Sweep) -> int:

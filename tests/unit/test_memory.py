@@ -84,8 +84,9 @@ def test_what_is_counted_for_the_network():
 
 
 @pytest.mark.parametrize(
-    ("line", "name"), [(V1, "memory/slurm/uid_0/job_7/memory.oom_control"), (V2, "system.slice/job_7/step_0/memory.events")]
-)  # fmt: skip
+    ("line", "name"),
+    [(V1, "memory/slurm/uid_0/job_7/memory.oom_control"), (V2, "system.slice/job_7/step_0/memory.events")],
+)
 def test_kills_for_want_of_memory_are_counted(line, name, machine, tmp_path):
     around = {"memory/memory.oom_control": "oom_kill 70\n", "system.slice/memory.events": "oom_kill 70\n"}
     machine(line, {**around, name: "oom 4\noom_kill 3\noom_group_kill 0\n"})
