@@ -19,7 +19,7 @@ from mnist_dist.results.reference import Reference
 from mnist_dist.results.sums import weights_digest
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.events import EventLog
-from mnist_dist.run.folder import TENSORBOARD, RunFolder
+from mnist_dist.run.folder import REPORT_PAGE, TENSORBOARD, RunFolder
 from mnist_dist.run.input import RunInput, agree_on_input, read_input
 from mnist_dist.run.record import read_record
 from mnist_dist.run.resume import start_point
@@ -182,9 +182,9 @@ def write_report(run_folder: RunFolder, config: TrainConfig) -> None:
 
     if config.report:
         try:
-            run_folder.write_lazily("report.html", lambda: build_run_page(read_record(run_folder.path, is_alive=False)))
+            run_folder.write_lazily(REPORT_PAGE, lambda: build_run_page(read_record(run_folder.path, is_alive=False)))
         except Exception as error:
-            log.warning("report.html was not written: %s", error)
+            log.warning("%s was not written: %s", REPORT_PAGE, error)
 
 
 def main() -> None:

@@ -22,12 +22,13 @@ def usable_memory(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def count_oom_kills(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processes of our control groups were killed because memory ran out, so far; 0 if unknown."""
-    counts = [0]
-    for group in control_groups("memory", proc=proc, cgroups=cgroups):
+    """How many processes of our control group were killed because memory ran out, so far; 0 if unknown."""
+    for group in control_groups("memory", proc=proc, cgroups=cgroups):  # our own first, then those around it
         for name in ("memory.events", "memory.oom_control"):
-            counts += [int(line.split()[1]) for line in _lines(group / name) if line.startswith("oom_kill ")]
-    return max(counts)
+            for line in _lines(group / name):
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
 
 
 def _read_meminfo(proc: Path) -> tuple[float, float]:

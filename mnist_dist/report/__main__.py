@@ -12,6 +12,7 @@ from mnist_dist.config.compose import Command
 from mnist_dist.launch.topology import Topology
 from mnist_dist.report.comparison import Comparison
 from mnist_dist.report.config import ReportConfig
+from mnist_dist.run.folder import REPORT_PAGE
 from mnist_dist.run.record import is_run_folder, read_record
 from mnist_dist.run.sweep_folder import read_sweep
 
@@ -36,14 +37,14 @@ def _report_run(folder: Path, output: str | None) -> int:
     from mnist_dist.report.run_page import build_run_page
 
     record = read_record(folder)
-    _write(build_run_page(record), _output(output, folder / "report.html"))
+    _write(build_run_page(record), _output(output, folder / REPORT_PAGE))
     return EXIT_OK
 
 
 def _report_sweep(folder: Path, output: str | None) -> int:
     from mnist_dist.report.sweep_page import build_sweep_page
 
-    path = _output(output, folder / "report.html")
+    path = _output(output, folder / REPORT_PAGE)
     _write(build_sweep_page(read_sweep(folder), output=path), path)
     return EXIT_OK
 
@@ -52,7 +53,7 @@ def _report_comparison(folders: list[Path], config: ReportConfig) -> int:
     from mnist_dist.report.comparison_page import build_comparison_page
 
     if len(folders) == 1:
-        output = _output(config.output, folders[0] / "report.html")
+        output = _output(config.output, folders[0] / REPORT_PAGE)
         folders = _runs_below(folders[0])
     else:
         output = _output(config.output, Path("comparison.html"))

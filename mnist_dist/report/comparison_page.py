@@ -21,6 +21,7 @@ from mnist_dist.results.page import (
     text,
 )
 from mnist_dist.results.quantities import counted, moment_text, percent_text
+from mnist_dist.run.folder import REPORT_PAGE
 
 MAX_OPEN_ROWS = 12
 
@@ -87,7 +88,7 @@ def _runs(comparison: Comparison, output: Path) -> Iterator[Html]:
         last = history.epochs[-1].val_accuracy if history.epochs else None
         rows.append(
             [
-                linked(comparison.names[i], record.path / "report.html", output=output),
+                linked(comparison.names[i], record.path / REPORT_PAGE, output=output),
                 state_badge(record),
                 or_dash(summary.test.accuracy if summary else None, "{:.4f}"),
                 or_dash(summary.val.accuracy if summary else last, "{:.4f}"),

@@ -30,6 +30,7 @@ from mnist_dist.results.page import (
 )
 from mnist_dist.results.quantities import counted, moment_text, percent_text, seconds_text
 from mnist_dist.results.svg import to_svg
+from mnist_dist.run.folder import REPORT_PAGE
 from mnist_dist.run.sweep_folder import Sweep, SweepFolder, Trial, TrialState
 
 _LOOKS: Mapping[TrialState, tuple[str, Tone]] = {
@@ -161,7 +162,7 @@ def _trials(sweep: Sweep, output: Path) -> Iterator[Html]:
     ]
     rows = []
     for trial in sorted(sweep.trials, key=lambda trial: -(trial.value or 0.0)):
-        page = sweep.run_dir(trial) / "report.html"
+        page = sweep.run_dir(trial) / REPORT_PAGE
         last = trial.attempts[-1] if trial.attempts else None
         seconds = sum(one.ended - one.started for one in trial.attempts if one.ended is not None)
         rows.append(

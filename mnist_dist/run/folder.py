@@ -36,7 +36,9 @@ from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
 if TYPE_CHECKING:
     import keras
 
-RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", "events.jsonl", "report.html", *RESULT_FILES)
+REPORT_PAGE = "report.html"
+"""All of it for readers; also the name of the page of a sweep, or of a folder of runs."""
+RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", "events.jsonl", REPORT_PAGE, *RESULT_FILES)
 """The files of a training run except its checkpoints."""
 RUN_FOLDERS = ("checkpoints", "plots")
 """The folders in a training run's folder."""

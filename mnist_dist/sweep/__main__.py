@@ -11,7 +11,7 @@ from mnist_dist.cli.command_line import parse_command_line
 from mnist_dist.cli.main import run
 from mnist_dist.launch.child import Signals
 from mnist_dist.launch.topology import Topology
-from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.folder import REPORT_PAGE, RunFolder
 from mnist_dist.run.sweep_folder import Sweep, SweepFolder, is_sweep_folder, read_sweep
 from mnist_dist.sweep.config import SWEEP, SweepConfig
 from mnist_dist.sweep.plan import Search, build_search, check_same
@@ -44,7 +44,9 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
                 own_shares = shares(config.jobs, visible_gpus=topology.visible_gpus)
                 if code := Worker(folder, search, own_shares, signals).run():
                     return code
-            write_report(folder)
+                (folder.path / REPORT_PAGE).unlink(missing_ok=True)  # it may be of an earlier moment
+            if config.report and not (folder.path / REPORT_PAGE).is_file():
+                write_report(folder)
             return conclude(read_sweep(folder.path))
     except OSError as error:
         place = error.filename or config.sweep_dir
@@ -89,10 +91,10 @@ def is_over(folder: SweepFolder, search: Search) -> bool:
 
 
 def write_report(folder: SweepFolder) -> None:
-    """Write `report.html` of the sweep; every worker that finds it done does, with the same content."""
+    """Write `report.html` of the sweep; every worker that sees the last trial end does, with the same content."""
     from mnist_dist.report.sweep_page import build_sweep_page
 
-    path = folder.path / "report.html"
+    path = folder.path / REPORT_PAGE
     write_atomically(path, build_sweep_page(read_sweep(folder.path), output=path).encode())
     log.info("Report: %s", path)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mnist_dist.base.memory import describe_bytes, usable_memory
+from mnist_dist.base.memory import count_oom_kills, describe_bytes, usable_memory
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.engine.footprint import NETWORK, training_moments
@@ -81,3 +81,14 @@ def test_what_is_counted_for_the_network():
 
 
 # When it runs out anyway
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [(V1, "memory/slurm/uid_0/job_7/memory.oom_control"), (V2, "system.slice/job_7/step_0/memory.events")],
+)
+def test_kills_for_want_of_memory_are_counted(line, name, machine, tmp_path):
+    around = {"memory/memory.oom_control": "oom_kill 70\n", "system.slice/memory.events": "oom_kill 70\n"}
+    machine(line, {**around, name: "oom 4\noom_kill 3\noom_group_kill 0\n"})
+    assert count_oom_kills(proc=tmp_path / "proc", cgroups=tmp_path / "cgroup") == 3
+    assert count_oom_kills(proc=tmp_path, cgroups=tmp_path) == 0

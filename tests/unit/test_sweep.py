@@ -1,6 +1,8 @@
 """Search spaces, what a sweep asks for next, and what it makes of what it finds; nothing is trained."""
 
 import dataclasses
+import errno
+import fcntl
 import os
 
 import numpy as np
@@ -17,6 +19,7 @@ from mnist_dist.config.search_space import Choice, Interval, Range, parse_dimens
 from mnist_dist.run.events import Event
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import Attempt, SweepFolder, SweepPlan, Trial, read_sweep
+from mnist_dist.sweep import training
 from mnist_dist.sweep.config import SWEEP
 from mnist_dist.sweep.outcome import LOST, STOPPED, end_attempt, judge
 from mnist_dist.sweep.plan import build_search, check_same
@@ -637,6 +640,38 @@ def test_other_folders_are_refused(tmp_path):
         SweepFolder(tmp_path).check_usable()
     with pytest.raises(UserError, match="no sweep here"):
         read_sweep(tmp_path)
+
+
+def test_a_file_system_without_locks_is_refused(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="or its file system has no locks"), SweepFolder(tmp_path / "sweep").locked():
+        pass
+
+
+def test_what_killed_workers_leave_is_removed(sweep_folder):
+    for folder in (sweep_folder.path, sweep_folder.path / "trials"):
+        (folder / ".0000.json.0123abcd.tmp").touch()
+    sweep_folder.check_usable()
+    with sweep_folder.locked():
+        sweep_folder.tidy()
+    assert not list(sweep_folder.path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "gpus", "visible"), [(1, [None], None), (2, ["a,b", "c,d"], None), (3, ["a", "b", "c,d"], None),
+    (2, ["d", "a"], "3,0"), (5, [None] * 5, None), (2, [None] * 2, "")],
+)  # fmt: skip
+def test_trainings_share_cores_and_gpus(jobs, gpus, visible, monkeypatch):
+    monkeypatch.setattr(training, "query_gpus", lambda _: ["a", "b", "c", "d"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10, 14)))
+    shares = training.shares(jobs, visible_gpus=visible)
+    assert [(share.variables or {}).get("CUDA_VISIBLE_DEVICES") for share in shares] == gpus
+    cores = [tuple(share.cores) for share in shares]
+    expected = {1: [()], 2: [(10, 11), (12, 13)], 3: [(10,), (11,), (12, 13)], 5: [()] * 5}
+    assert cores == expected[jobs]
 
 
 def test_the_best_trial_is_the_earliest_of_equals(sweep_folder):
