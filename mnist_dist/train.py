@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mnist_dist.base.console import Console, progress
 from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED
+from mnist_dist.cli.explain import describe
 from mnist_dist.cli.main import run
 from mnist_dist.config.compose import TRAIN
 from mnist_dist.config.train import TrainConfig
@@ -42,11 +43,12 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
             own_input = read_input(config, job, run_folder)
             check_fits(own_input.config, own_input.dataset, topology)
         run_input = agree_on_input(own_input, job)
+        events = EventLog(run_folder, at_end=lambda: write_report(run_folder, config))
         if run_input.found.is_finished:
             log.info("%s holds this run, finished: nothing to do", run_folder.path)
+            events.settle()
             return EXIT_OK
-        events = EventLog(run_folder, at_end=lambda: write_report(run_folder, config))
-        job.peers.at_loss = partial(events.ended, "failed")
+        job.peers.at_loss = events.failed
         watching = job.peers.watching(run_input.watch_address, start_silence_s=config.strategy.start_timeout_s)
         with events.noting_failure(), watching:
             engine = build(run_input, job, console)
@@ -74,10 +76,12 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
         preprocess, dataset, val_fraction=config.data.val_fraction, split_seed=config.data.split_seed
     )
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        import mnist_dist.report.run_page  # noqa: F401 (hours later its files may have changed)
+        import mnist_dist.report.run_page  # noqa: F401 (like the files of pages, it may have changed hours later)
         from mnist_dist.engine.build import build_engine
+        from mnist_dist.results.page import load_files
         from mnist_dist.strategy.choose import list_gpus
 
+        load_files()
         num_gpus = len(list_gpus())
         splits = preparing.result()
         log.info("Data: %s, %s", dataset.name, splits.describe())
@@ -178,13 +182,13 @@ def write_results(
 
 def write_report(run_folder: RunFolder, config: TrainConfig) -> None:
     """Write `report.html`, if it is wanted; what is wrong with a report must not end a run."""
-    from mnist_dist.report.run_page import build_run_page
-
     if config.report:
         try:
+            from mnist_dist.report.run_page import build_run_page
+
             run_folder.write_lazily(REPORT_PAGE, lambda: build_run_page(read_record(run_folder.path, is_alive=False)))
         except Exception as error:
-            log.warning("%s was not written: %s", REPORT_PAGE, error)
+            log.warning("%s was not written: %s", REPORT_PAGE, describe(error))
 
 
 def main() -> None:

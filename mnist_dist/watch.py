@@ -213,7 +213,7 @@ def _describe_state(look: Look) -> Iterator[Text]:
         "  ",
         (record.state, _STYLES[record.state]),
         f": {look.reason}" if look.reason else "",
-        f": test accuracy {record.summary.test.accuracy:.2%}" if record.summary and record.state == "finished" else "",
+        f": test accuracy {record.results.test.accuracy:.2%}" if record.results else "",
     )
     if record.damage:
         yield Text(record.damage, "yellow")

@@ -1,6 +1,7 @@
-"""What Hydra finds wrong with a command line, explained to somebody who does not know Hydra."""
+"""Errors in words; above all what Hydra finds wrong with a command line, for somebody who does not know Hydra."""
 
 import difflib
+import re
 import sys
 import typing
 from dataclasses import fields, is_dataclass
@@ -9,7 +10,31 @@ from typing import Any
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from mnist_dist.base.errors import LostTouch, TrainingFailed, UserError
+from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.config.rules import shorten
+
+
+def describe(error: BaseException) -> str:
+    """Any error that ends a command, in one line."""
+    if isinstance(error, out_of_memory()):
+        what = re.sub("^{{.*?}} ", "", str(error)) or "Python could not allocate any"
+        text = f"out of memory, of which this process may use {describe_bytes(usable_memory())}: {shorten(what)}"
+    elif isinstance(error, (HydraException, OmegaConfBaseException)):
+        text = explain(error)
+    elif isinstance(error, (UserError, TrainingFailed, LostTouch)):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    else:
+        text = f"{type(error).__name__}: {shorten(error, 400)}"
+    return " ".join(text.splitlines())
+
+
+def out_of_memory() -> tuple[type[BaseException], ...]:
+    """The errors raised when memory runs out; TensorFlow's own one too, if TensorFlow was imported."""
+    errors = getattr(sys.modules.get("tensorflow"), "errors", None)
+    return (MemoryError, *([errors.ResourceExhaustedError] if errors else []))
 
 
 def explain(error: Exception) -> str:

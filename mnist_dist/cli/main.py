@@ -6,7 +6,6 @@ exit code that scripts can rely on (`base/errors.py`).
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -26,13 +25,11 @@ from mnist_dist.base.errors import (
     TrainingFailed,
     UserError,
 )
-from mnist_dist.base.memory import describe_bytes, usable_memory
 from mnist_dist.base.surroundings import existing_working_directory, settle
 from mnist_dist.cli.command_line import parse_command_line, printed
-from mnist_dist.cli.explain import explain
+from mnist_dist.cli.explain import describe, out_of_memory
 from mnist_dist.cli.multirun import run_grid
 from mnist_dist.config.compose import Command, Config, compose, to_config
-from mnist_dist.config.rules import shorten
 from mnist_dist.launch.environment import read_topology
 from mnist_dist.launch.stop import end_at_once
 from mnist_dist.launch.topology import Topology
@@ -92,31 +89,21 @@ def _guarded(action: Callable[[], int]) -> int:
     """The action's exit code, or that of the error it raised, which is printed as one line."""
     try:
         return action()
-    except UserError as error:
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         return _report(EXIT_USER_ERROR, _with_hint(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        return _report(EXIT_USER_ERROR, explain(error))
+    except LostTouch as error:
+        return _report(EXIT_LOST_PEER, describe(error))
     except TrainingFailed as error:
         return _report(EXIT_FAILURE, _with_hint(error))
-    except LostTouch as error:
-        return _report(EXIT_LOST_PEER, str(error))
-    except _out_of_memory() as error:
-        what = re.sub("^{{.*?}} ", "", str(error)) or "Python could not allocate any"
-        limit = describe_bytes(usable_memory())
-        return _report(EXIT_FAILURE, f"out of memory, of which this process may use {limit}: {shorten(what)}")
-    except KeyboardInterrupt:
-        return _report(EXIT_INTERRUPTED, "interrupted")
+    except out_of_memory() as error:
+        return _report(EXIT_FAILURE, describe(error))
+    except KeyboardInterrupt as error:
+        return _report(EXIT_INTERRUPTED, describe(error))
 
 
-def _with_hint(error: Exception) -> str:
-    """The error's message; where the environment is the cause, with the command that looks for what is wrong."""
-    return f"{error}; {DOCTOR_HINT}" if isinstance(error, OfTheEnvironment) else str(error)
-
-
-def _out_of_memory() -> tuple[type[BaseException], ...]:
-    """The errors raised when memory runs out; TensorFlow's own one too, if TensorFlow was imported."""
-    errors = getattr(sys.modules.get("tensorflow"), "errors", None)
-    return (MemoryError, *([errors.ResourceExhaustedError] if errors else []))
+def _with_hint(error: BaseException) -> str:
+    """The error in words; where the environment is the cause, with the command that looks for what is wrong."""
+    return f"{describe(error)}; {DOCTOR_HINT}" if isinstance(error, OfTheEnvironment) else describe(error)
 
 
 def _report(code: int, message: str) -> int:

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from mnist_dist.config.compare import flatten, job_keys
 from mnist_dist.results.quantities import as_value
 from mnist_dist.run.record import RunRecord
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-9
+"""Accuracies are further apart than this, or equal."""
 
 
 class McNemar(NamedTuple):
@@ -57,6 +62,8 @@ class Comparison:
     """As short as they can be told apart."""
     differing: tuple[Mapping[str, str], ...]
     """For each run the keys of its configuration that are not the same in all."""
+    correct: tuple[npt.NDArray[np.bool_] | None, ...]
+    """For each finished run which test images it classifies correctly, if that is known."""
 
     @classmethod
     def of(cls, records: Sequence[RunRecord]) -> "Comparison":
@@ -65,7 +72,8 @@ class Comparison:
             {key: as_value(value) for key, value in flatten(record.config).items() if key != "run_dir"}
             for record in records
         ]
-        return cls(tuple(records), _names(records), tuple(_only_differing(flat)))
+        correct = tuple(map(_correct, records))
+        return cls(tuple(records), _names(records), tuple(_only_differing(flat)), correct)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -83,23 +91,24 @@ class Comparison:
 
     def mcnemar(self, index: int) -> McNemar | None:
         """Compare with the first run on the test set (McNemar 1947, exact); None without the same test images."""
-        first, other = self.records[0], self.records[index]
-        if not (first.predictions and other.predictions and first.summary and other.summary):
+        correct, also = self.correct[0], self.correct[index]
+        if correct is None or also is None or not self._has_same_data(index):
             return None
-        if first.summary.dataset.sha256 != other.summary.dataset.sha256:
-            return None
-        correct, also = (record.predictions.splits["test"].correct for record in (first, other) if record.predictions)
         return exact_mcnemar(int((correct & ~also).sum()), int((also & ~correct).sum()))
+
+    def _has_same_data(self, index: int) -> bool:
+        first, other = self.records[0].results, self.records[index].results
+        return first is not None and other is not None and first.dataset.sha256 == other.dataset.sha256
 
     def groups(self) -> list[Group]:
         """The finished runs, grouped by everything but the seed; the best group first."""
         found: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}
         for record in self.records:
-            if record.summary is not None:
-                keys = job_keys(record.config)
+            if record.results is not None:
+                keys = {**job_keys(record.config), "data": record.results.dataset.sha256[:12]}
                 seed = keys.pop("seed", "")
                 # The same seed again would give the same bits, and say nothing about chance.
-                found.setdefault(tuple(sorted(keys.items())), {}).setdefault(seed, record.summary.test.accuracy)
+                found.setdefault(tuple(sorted(keys.items())), {}).setdefault(seed, record.results.test.accuracy)
         settings = _only_differing([dict(keys) for keys in found])
         groups = [
             Group(one, tuple(accuracies.values())) for one, accuracies in zip(settings, found.values(), strict=True)
@@ -108,12 +117,16 @@ class Comparison:
 
     def worse(self, tolerance: float) -> list[str]:
         """In words, which runs are worse than the first by more than `tolerance` of test accuracy, or have none."""
-        accuracies = [record.summary.test.accuracy if record.summary else None for record in self.records]
+        accuracies = [record.results.test.accuracy if record.results else None for record in self.records]
         problems = []
         for index, (name, accuracy) in enumerate(zip(self.names, accuracies, strict=True)):
             if accuracy is None:
                 problems.append(f"{name} has no result ({self.records[index].state})")
-            elif accuracies[0] is not None and accuracy < accuracies[0] - tolerance:
+            elif accuracies[0] is None:
+                continue
+            elif not self._has_same_data(index):
+                problems.append(f"{name} has other data than {self.names[0]}")
+            elif accuracies[0] - accuracy > tolerance + _ROUNDING:
                 test = self.mcnemar(index)
                 chance = f", McNemar's p = {test.p:.2g}" if test else ""
                 drop = 100 * (accuracies[0] - accuracy)
@@ -121,6 +134,17 @@ class Comparison:
                     f"{name} has a test accuracy of {100 * accuracy:.2f} %, {drop:.2f} below {self.names[0]}{chance}"
                 )
         return problems
+
+
+def _correct(record: RunRecord) -> npt.NDArray[np.bool_] | None:
+    """Which test images a finished run classifies correctly, if that is known."""
+    if record.results is None:
+        return None
+    try:
+        predictions = record.load_predictions()
+    except ValueError:
+        return None
+    return predictions.splits["test"].correct if predictions else None
 
 
 def exact_mcnemar(only_first: int, only_second: int) -> McNemar:

@@ -44,9 +44,9 @@ def build_comparison_page(comparison: Comparison, *, output: Path) -> str:
 
 def _lead(comparison: Comparison) -> str:
     finished = [
-        (record.summary.test.accuracy, name)
+        (record.results.test.accuracy, name)
         for record, name in zip(comparison.records, comparison.names, strict=True)
-        if record.summary
+        if record.results
     ]
     if not finished:
         return "None of them is finished."
@@ -61,7 +61,7 @@ def _identical(comparison: Comparison, index: int) -> str:
     """In which epochs a run's weights are those of the first one, in words."""
     epochs = comparison.identical_epochs(index)
     if epochs is None:
-        return "unknown: without digests"
+        return "unknown"
     lengths = [len(comparison.records[i].history.epochs) for i in (0, index)]
     if epochs == min(lengths):
         return f"in all {epochs} epochs" + (" that both have" if len(set(lengths)) > 1 else "")
@@ -80,11 +80,11 @@ def _runs(comparison: Comparison, output: Path) -> Iterator[Html]:
     ]
     order = sorted(
         range(len(comparison.records)),
-        key=lambda i: -summary.test.accuracy if (summary := comparison.records[i].summary) else 1,
+        key=lambda i: -summary.test.accuracy if (summary := comparison.records[i].results) else 1,
     )
     rows = []
     for i in order:
-        record, summary, history = (one := comparison.records[i]), one.summary, one.history
+        record, summary, history = (one := comparison.records[i]), one.results, one.history
         last = history.epochs[-1].val_accuracy if history.epochs else None
         rows.append(
             [

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def chart_picture(chart: Chart, *, name: str, caption: str, both_scales: bool = 
         return picture(svg, caption=caption)
     linear, logarithmic = (
         to_svg(
-            partial(draw_chart, Chart(chart.curves, chart.y_label, chart.x_label, log=log)),
+            partial(draw_chart, replace(chart, log=log)),
             name=f"{name}-{kind}",
             title=f"{caption}, {kind} axis",
             shows_values=True,
@@ -70,4 +71,4 @@ def linked(name: object, page: Path, *, output: Path) -> Html:
     """A name, as a link to a page where there is one; `output` is the file that the link will stand in."""
     if not page.is_file():
         return text(name)
-    return link(name, quote(os.path.relpath(page.absolute(), output.absolute().parent)))
+    return link(name, quote(os.fsencode(os.path.relpath(page.absolute(), output.absolute().parent))))

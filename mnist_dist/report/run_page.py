@@ -39,7 +39,7 @@ from mnist_dist.results.page import (
     thumbnails,
 )
 from mnist_dist.results.png import TRAIN_COLOR
-from mnist_dist.results.predictions import Mistakes, Predictions
+from mnist_dist.results.predictions import PREDICTIONS, Mistakes, Predictions
 from mnist_dist.results.quantities import as_value, counted, moment_text, percent_text, seconds_text
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.results.svg import to_svg
@@ -56,8 +56,8 @@ def build_run_page(record: RunRecord) -> str:
         section(text("Results"), *_results(record), name="results"),
         section(text("Curves"), *_curves(record), name="curves"),
     ]
-    if record.predictions is not None and record.state == "finished":
-        sections.append(section(text("Mistakes"), *_mistakes(record.predictions), name="mistakes"))
+    if record.results is not None:
+        sections.append(section(text("Mistakes"), *_mistakes(record), name="mistakes"))
     sections += [
         section(text("Time"), *_time(record), name="time"),
         section(text("Configuration"), *_configuration(record), name="configuration"),
@@ -76,11 +76,11 @@ def build_run_page(record: RunRecord) -> str:
 def _lead(record: RunRecord) -> str:
     done, asked = len(record.history.epochs), record.num_epochs
     progress = f"{done} of {counted(asked, 'epoch')}" if asked else counted(done, "epoch")
-    if record.state == "finished" and record.summary:
-        test = record.summary.test
+    if record.results:
+        test = record.results.test
         return (
             f"{percent_text(test.accuracy)} of {test.num_examples:,} test images are classified correctly "
-            f"after {counted(record.summary.epochs_completed, 'epoch')}."
+            f"after {counted(record.results.epochs_completed, 'epoch')}."
         )
     if record.state == "running":
         return f"{progress} so far; this page does not change by itself."
@@ -94,7 +94,10 @@ def _lead(record: RunRecord) -> str:
 def _results(record: RunRecord) -> Iterator[Html]:
     if record.damage:
         yield remark(text(f"Not all files could be used: {record.damage}."), "warn")
-    summary = record.summary
+    if record.summary and not record.results:
+        epochs = counted(record.summary.epochs_completed, "epoch")
+        yield remark(text(f"It was finished after {epochs}, and then trained further: summary.json is of that time."))
+    summary = record.results
     if summary is None:
         if not record.history.epochs:
             yield remark(text("No epoch was finished."))
@@ -177,7 +180,15 @@ def _reference(record: RunRecord) -> tuple[Reference | None, str]:
 # Mistakes
 
 
-def _mistakes(predictions: Predictions) -> Iterator[Html]:
+def _mistakes(record: RunRecord) -> Iterator[Html]:
+    try:
+        predictions = record.load_predictions()
+    except ValueError as error:
+        yield remark(text(f"{PREDICTIONS} is damaged: {error}."), "warn")
+        return
+    if predictions is None:
+        yield remark(text(f"There is no {PREDICTIONS}; runs of earlier versions did not write it."))
+        return
     test, names = predictions.splits["test"].confusion, predictions.class_names
     if len(names) <= MAX_CLASSES_WITH_COUNTS:
         yield side_by_side([confusion_table(names, test), _classes(predictions)])
@@ -267,7 +278,7 @@ def _time(record: RunRecord) -> Iterator[Html]:
             title="Finished epochs over time, with stops and resumes",
         )
         pictures.append(picture(svg, caption="Progress, stops and resumes"))
-    if summary := record.summary:
+    if summary := record.results:
         timing = asdict(summary.timing)
         names = {
             "startup_s": "Start-up",

@@ -61,6 +61,18 @@ def lines(parts: Iterable[Html]) -> Html:
     return Html("<br />").join(parts)
 
 
+def load_files() -> None:
+    """Read the files that pages are made from, for programs that make one hours later."""
+    _elements()
+    for name in ("page.css", "page.js"):
+        _read(name)
+
+
+@functools.cache
+def _read(name: str) -> str:
+    return resources.files("mnist_dist.results").joinpath(name).read_text("utf-8")
+
+
 @functools.cache
 def _elements() -> Any:
     environment = Environment(
@@ -80,14 +92,13 @@ def build_document(
     title: str, *, header: Html, sections: Iterable[Html], footer: Html, has_script: bool = False
 ) -> str:
     """The whole file; with `has_script`, tables can be sorted and curves show their values to a pointer."""
-    folder = resources.files("mnist_dist.results")
-    css, script, policy = folder.joinpath("page.css").read_text("utf-8"), "", _POLICY
+    script, policy = "", _POLICY
     if has_script:
         # Inside a comment of JavaScript, XML's own quotation: "<" and "&" mean themselves to both kinds of parser.
-        script = f"//<![CDATA[\n{folder.joinpath('page.js').read_text('utf-8')}//]]>"
+        script = f"//<![CDATA[\n{_read('page.js')}//]]>"
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{digest}'"
-    parts = (policy, Html(css), Html(script), header, list(sections), footer)
+    parts = (policy, Html(_read("page.css")), Html(script), header, list(sections), footer)
     return str(_element("document", title, *parts))
 
 

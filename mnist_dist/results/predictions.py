@@ -2,7 +2,6 @@
 
 import io
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,9 +83,24 @@ class Predictions:
             names = [key.removesuffix("_confusion") for key in arrays if key.endswith("_confusion")]
             splits = {name: _split_from(arrays, name) for name in names}
             mistakes = Mistakes(**{name: arrays[f"mistakes_{name}"] for name in Mistakes.__dataclass_fields__})
-            return cls(tuple(map(str, arrays["class_names"])), splits, mistakes)
-        except (KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+            found = cls(tuple(map(str, arrays["class_names"])), splits, mistakes)
+            _check_sizes(found)
+        except Exception as error:  # zipfile, the decompressors and NumPy raise many kinds for bad bytes
             raise ValueError(f"it is not such an archive ({error})") from error
+        return found
+
+
+def _check_sizes(found: Predictions) -> None:
+    num_classes, wrong = len(found.class_names), found.mistakes
+    if "test" not in found.splits or any(
+        split.confusion.shape != 2 * (num_classes,) for split in found.splits.values()
+    ):
+        raise ValueError("the confusion matrices do not fit the classes")
+    columns = (wrong.example, wrong.label, wrong.predicted, wrong.probability)
+    if wrong.images.ndim not in (3, 4) or any(column.shape != wrong.images.shape[:1] for column in columns):
+        raise ValueError("the mistakes do not fit each other")
+    if any((column < 0).any() or (column >= num_classes).any() for column in (wrong.label, wrong.predicted)):
+        raise ValueError("the mistakes are of other classes")
 
 
 def _split_from(arrays: Mapping[str, Array], name: str) -> SplitPredictions:

@@ -45,9 +45,9 @@ def percent_text(share: float) -> str:
 
 
 def moment_text(time: float) -> str:
-    """Seconds since 1970 as 2026-03-02 14:05:12, in the zone of this machine; empty where there is no such time."""
+    """Seconds since 1970 as 2026-03-02 14:05:12 CET, in the zone of this machine; empty where there is no such time."""
     try:
-        return datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M:%S")
+        return datetime.fromtimestamp(time).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     except (OSError, OverflowError, ValueError):
         return ""
 

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mnist_dist.base.errors import TrainingFailed
+from mnist_dist.base.errors import EnvironmentFailed, TrainingFailed
+from mnist_dist.base.files import describe_os_error
+from mnist_dist.cli.explain import describe
 from mnist_dist.results.history import from_csv
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.summary import read_as
@@ -49,6 +51,21 @@ def read_events(path: Path) -> tuple[Event, ...]:
     return tuple(found)
 
 
+def with_loss(path: Path, events: Sequence[Event]) -> tuple[Event, ...]:
+    """The events of a run that is not alive; one that has not noted its end is lost since it last wrote its history."""
+    if not events or events[-1].kind != "started":
+        return tuple(events)
+    history = path / "history.csv"
+    since = max(events[-1].time, history.stat().st_mtime) if history.is_file() else events[-1].time
+    return (*events, Event(kind="lost", time=since, epoch=_num_epochs(path)))
+
+
+def _num_epochs(path: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return len(from_csv((path / "history.csv").read_text()).epochs)
+    return 0
+
+
 class EventLog:
     """Writes the events of a run as they happen; on the chief only, like all of the run folder."""
 
@@ -59,24 +76,30 @@ class EventLog:
         self._is_running = False
 
     def started(self, epoch: int, facts: Mapping[str, Any]) -> None:
-        """Note a start after `epoch`, and before it the end of a run that could not note it itself."""
-        events = read_events(self._run_folder.path)
-        if events and events[-1].kind == "started":
-            history = self._run_folder.path / "history.csv"
-            since = max(events[-1].time, history.stat().st_mtime) if history.is_file() else events[-1].time
-            events = (*events, Event(kind="lost", time=since, epoch=self._num_epochs()))
+        """Note a start after `epoch`, and before it the end of a run that could not note it itself.
+
+        Raises:
+            TrainingFailed: the file cannot be read or written.
+        """
         self._is_running = True
-        self._write([*events, Event(kind="started", time=time.time(), epoch=epoch, facts=facts)])
+        self._add(Event(kind="started", time=time.time(), epoch=epoch, facts=facts))
 
     def ended(self, kind: Literal["stopped", "failed", "finished"], reason: str = "", *, error: str = "") -> None:
-        """Note that the run has ended, then call `at_end`; not if it has never started, or has ended already."""
-        if not self._is_running:
-            return
-        self._is_running = False
-        events = read_events(self._run_folder.path)
-        event = Event(kind=kind, time=time.time(), epoch=self._num_epochs(), reason=reason, error=error)
-        self._write([*events, event])
-        self._at_end()
+        """Note that the run has ended, then call `at_end`; not if it has never started, or has ended already.
+
+        Raises:
+            TrainingFailed: as `started`.
+        """
+        if self._is_running:
+            self._is_running = False
+            epoch = _num_epochs(self._run_folder.path)
+            self._add(Event(kind=kind, time=time.time(), epoch=epoch, reason=reason, error=error))
+            self._at_end()
+
+    def failed(self, reason: str, error: str = "") -> None:
+        """Note that the run has failed; if that is impossible, whatever made it fail is what matters."""
+        with contextlib.suppress(TrainingFailed):  # the disk is full, or the folder gone
+            self.ended("failed", reason, error=error)
 
     @contextlib.contextmanager
     def noting_failure(self) -> Iterator[None]:
@@ -84,15 +107,26 @@ class EventLog:
         try:
             yield
         except BaseException as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            with contextlib.suppress(TrainingFailed):  # the disk is full, or the folder gone: the error to show is this
-                self.ended("failed", reason=reason, error=type(error).__name__)
+            self.failed(describe(error), type(error).__name__)
             raise
 
-    def _num_epochs(self) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            return len(from_csv((self._run_folder.path / "history.csv").read_text()).epochs)
-        return 0
+    def settle(self) -> None:
+        """For a run that is found finished: note that, if whatever finished it could not."""
+        events = self._read()
+        if events and events[-1].kind != "finished":
+            self._is_running = True
+            self.ended("finished")
 
-    def _write(self, events: Iterable[Event]) -> None:
-        self._run_folder.write_text(EVENTS, "".join(json.dumps(asdict(event)) + "\n" for event in events))
+    def _read(self) -> tuple[Event, ...]:
+        try:
+            return read_events(self._run_folder.path) if self._run_folder.is_writer else ()
+        except OSError as error:
+            path = self._run_folder.path / EVENTS
+            raise EnvironmentFailed(f"{path} cannot be read: {describe_os_error(error)}") from error
+
+    def _add(self, event: Event) -> None:
+        events = self._read()
+        if event.kind == "started":
+            events = with_loss(self._run_folder.path, events)
+        lines = (json.dumps(asdict(one)) + "\n" for one in (*events, event))
+        self._run_folder.write_lazily(EVENTS, lambda: "".join(lines))

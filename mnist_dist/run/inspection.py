@@ -17,7 +17,6 @@ from mnist_dist.base.files import describe_os_error
 from mnist_dist.config.compare import training_keys
 from mnist_dist.config.data import DataConfig
 from mnist_dist.results.history import History, from_csv
-from mnist_dist.results.predictions import PREDICTIONS, Predictions
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.summary import EARLIER_RESULT_FILES, MODEL, RESULT_FILES, Summary
 
@@ -110,10 +109,6 @@ class Inspection:
     def read_summary(self) -> Summary | None:
         """`summary.json`, None if it is missing or damaged."""
         return self._read("summary.json", Summary.from_json)
-
-    def read_predictions(self) -> Predictions | None:
-        """`predictions.npz`, None if it is missing or damaged."""
-        return self._read(PREDICTIONS, Predictions.from_bytes)
 
     def check_results(self, summary: Summary, history: History | None) -> None:
         """Check that the results belong to `summary`, and `summary` to the run with `history`."""

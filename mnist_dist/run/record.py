@@ -1,16 +1,16 @@
 """What a run folder says of its run, whatever became of it: for reports, and for those who watch it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.base.files import describe_os_error, is_locked
+from mnist_dist.base.files import describe_os_error, is_locked, read_regular
 from mnist_dist.results.history import History
 from mnist_dist.results.predictions import PREDICTIONS, Predictions
-from mnist_dist.run.events import Event, read_events
+from mnist_dist.run.events import Event, read_events, with_loss
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.summary import Summary
@@ -28,12 +28,13 @@ class RunRecord:
     """`config.yaml` as nested mappings."""
     history: History
     summary: Summary | None
-    predictions: Predictions | None
     events: tuple[Event, ...]
     is_alive: bool
     """Whether a job is training there."""
     damage: str
     """What is damaged, in words; files of later stages may well be missing."""
+    load_predictions: Callable[[], Predictions | None] = lambda: None
+    """Reads `predictions.npz`, which may be large; None if there is none. Raises ValueError if it is damaged."""
 
     @property
     def num_epochs(self) -> int | None:
@@ -47,10 +48,18 @@ class RunRecord:
         """What became of the run."""
         if self.is_alive:
             return "running"
+        # Whatever happened later: the results are there, and `train` says that there is nothing to do.
+        if self.summary and self.num_epochs and self.summary.epochs_completed >= self.num_epochs:
+            return "finished"
         last = self.events[-1].kind if self.events else "finished"  # earlier versions wrote no events
         if last == "finished":
             return "finished" if self.summary else "lost"
         return "lost" if last == "started" else last
+
+    @property
+    def results(self) -> Summary | None:
+        """The results, if they are those of the run as it is now: a finished one may have been trained further."""
+        return self.summary if self.state == "finished" else None
 
     @cached_property
     def reason(self) -> str:
@@ -83,19 +92,29 @@ def read_record(path: Path, *, is_alive: bool | None = None) -> RunRecord:
         # First: a run that ends meanwhile is running still, and not one that ended without a word.
         is_alive = is_locked(path / "train.log") if is_alive is None else is_alive
         found = Inspection(path)
-        present = {name for name in ("history.csv", "summary.json", PREDICTIONS) if (path / name).is_file()}
+        present = {name for name in ("history.csv", "summary.json") if (path / name).is_file()}
+        events = read_events(path)
         return RunRecord(
             path=path,
             config=found.read_config() or {},
             history=(found.read_history(None) if "history.csv" in present else None) or History(),
             summary=found.read_summary() if "summary.json" in present else None,
-            predictions=found.read_predictions() if PREDICTIONS in present else None,
-            events=read_events(path),
+            events=events if is_alive else with_loss(path, events),
             is_alive=is_alive,
             damage=found.describe(),
+            load_predictions=lambda: _load_predictions(path),
         )
     except OSError as error:
         raise UserError(f"run_dir={path}: cannot be read: {describe_os_error(error)}") from error
+
+
+def _load_predictions(path: Path) -> Predictions | None:
+    try:
+        return Predictions.from_bytes(read_regular(path / PREDICTIONS))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {describe_os_error(error)}") from error
 
 
 def _last_error(path: Path) -> str:

@@ -19,10 +19,12 @@ from mnist_dist.results.predictions import (
     find_mistakes,
 )
 from mnist_dist.results.sums import SplitMetrics
+from mnist_dist.run.events import Event
 from mnist_dist.run.record import RunRecord
 from mnist_dist.run.summary import DatasetSummary, Summary, Timing
 
 NUM_IMAGES = 400
+STOPPED = (Event(kind="stopped", time=1.8e9, epoch=5, reason="asked to"),)
 
 
 def create_predictions(correct: np.ndarray) -> Predictions:
@@ -57,9 +59,10 @@ def create_record(
             epochs_completed=3, train=split, val=split, test=split, avoidable_bias_percent=0.0, variance_percent=0.0,
             weights_sha256="c" * 64, timing=Timing(1.0, 1.0, 1.0, 1.0), resumed_from_epochs=(), versions={},
         )  # fmt: skip
+    predictions = create_predictions(right) if summary else None
     return RunRecord(
-        Path("runs", name), config, History(tuple(rows)), summary, create_predictions(right) if summary else None, (),
-        is_alive=False, damage="",
+        Path("runs", name), config, History(tuple(rows)), summary, (), is_alive=False, damage="",
+        load_predictions=lambda: predictions,
     )  # fmt: skip
 
 
@@ -77,8 +80,8 @@ def test_mcnemar_counts_images():
     first, second = create_record("a", correct=300), create_record("b", correct=280)
     test = Comparison.of([first, second]).mcnemar(1)
     assert (test.only_first, test.only_second) == (20, 0)
-    swapped = np.roll(first.predictions.splits["test"].correct, 10)
-    second = dataclasses.replace(first, predictions=create_predictions(swapped))
+    swapped = create_predictions(np.roll(first.load_predictions().splits["test"].correct, 10))
+    second = dataclasses.replace(first, load_predictions=lambda: swapped)
     test = Comparison.of([first, second]).mcnemar(1)
     assert (test.only_first, test.only_second) == (10, 10)
 
@@ -86,6 +89,32 @@ def test_mcnemar_counts_images():
 @pytest.mark.parametrize("change", [{"sha256": "other"}, {"correct": None}])
 def test_mcnemar_needs_the_same_images_and_results(change):
     assert Comparison.of([create_record("a"), create_record("b", **change)]).mcnemar(1) is None
+
+
+def test_mcnemar_needs_predictions_that_can_be_read():
+    def fail():
+        raise ValueError("damaged")
+
+    damaged = dataclasses.replace(create_record("b"), load_predictions=fail)
+    assert Comparison.of([create_record("a"), damaged]).mcnemar(1) is None
+
+
+def test_groups_have_the_same_data():
+    runs = [create_record("a", sha256="one"), create_record("b", sha256="two", seed=1)]
+    assert [(group.settings, len(group.accuracies)) for group in Comparison.of(runs).groups()] == [
+        ({"data": "one"}, 1),
+        ({"data": "two"}, 1),
+    ]
+    assert Comparison.of(runs).worse(1.0) == ["b has other data than a"]
+
+
+def test_results_of_a_run_that_was_trained_further_do_not_count():
+    further = create_record("b", correct=390)
+    further = dataclasses.replace(further, config={**further.config, "trainer": {"epochs": 9}}, events=STOPPED)
+    assert further.state == "stopped"
+    comparison = Comparison.of([create_record("a"), further])
+    assert [group.accuracies for group in comparison.groups()] == [(300 / NUM_IMAGES,)]
+    assert comparison.worse(0.0) == ["b has no result (stopped)"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +165,13 @@ def test_names_tell_runs_apart():
 def test_worse(tolerance, expected):
     runs = [create_record(name, correct=correct) for name, correct in zip("abcd", (300, 299, 280, None), strict=True)]
     assert [problem[0] for problem in Comparison.of(runs).worse(tolerance)] == expected
+
+
+@pytest.mark.parametrize("lost", range(1, 40))
+def test_a_drop_of_exactly_the_tolerance_is_not_worse(lost):
+    runs = [create_record("a", correct=397), create_record("b", correct=397 - lost)]
+    assert Comparison.of(runs).worse(lost / NUM_IMAGES) == []
+    assert Comparison.of(runs).worse((lost - 0.5) / NUM_IMAGES) != []
 
 
 def test_worse_than_a_first_run_without_result():
@@ -208,6 +244,31 @@ def test_predictions_read_back():
 def test_damaged_predictions(damage):
     with pytest.raises(ValueError):
         Predictions.from_bytes(damage(create_predictions(np.arange(8) < 5).to_bytes()))
+
+
+def test_any_flipped_byte_is_a_value_error_or_harmless():
+    content = create_predictions(np.arange(800) % 7 < 5).to_bytes()
+    num_refused = 0
+    for place in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x5A
+        try:
+            Predictions.from_bytes(bytes(damaged))
+        except ValueError:
+            num_refused += 1
+    assert num_refused > len(content) / 3 / 2
+
+
+def test_predictions_that_do_not_fit_each_other():
+    found = create_predictions(np.arange(8) < 5)
+    for other in (
+        dataclasses.replace(found, class_names=("a",)),
+        dataclasses.replace(found, splits={"val": found.splits["test"]}),
+        dataclasses.replace(found, mistakes=dataclasses.replace(found.mistakes, label=np.array([1]))),
+        dataclasses.replace(found, mistakes=dataclasses.replace(found.mistakes, images=np.zeros((0, 4), np.uint8))),
+    ):
+        with pytest.raises(ValueError):
+            Predictions.from_bytes(other.to_bytes())
 
 
 def test_bits_take_an_eighth_of_a_byte():

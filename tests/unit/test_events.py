@@ -1,13 +1,15 @@
 """The events of a run, and what its record makes of them."""
 
+import dataclasses
 import json
 import logging
 import os
+import types
 from pathlib import Path
 
 import pytest
 
-from mnist_dist.base.errors import Diverged, UserError
+from mnist_dist.base.errors import Diverged, EnvironmentFailed, UserError
 from mnist_dist.base.files import is_locked, open_locked
 from mnist_dist.config.compose import compose_config
 from mnist_dist.results.history import EpochMetrics, History
@@ -146,7 +148,70 @@ def test_damage_is_told_and_the_rest_is_read(folder):
     (folder.path / "predictions.npz").write_bytes(b"no")
     found = read_record(folder.path, is_alive=False)
     assert len(found.history.epochs) == 2
-    assert "summary.json is damaged" in found.damage and "predictions.npz is damaged" in found.damage
+    assert "summary.json is damaged" in found.damage
+    with pytest.raises(ValueError, match="not such an archive"):
+        found.load_predictions()
+    (folder.path / "predictions.npz").unlink()
+    assert found.load_predictions() is None
+
+
+def test_a_lost_run_has_ended_when_it_last_wrote_its_history(folder):
+    EventLog(folder).started(0, {})
+    found = read_record(folder.path, is_alive=False)
+    assert [event.kind for event in found.events] == ["started", "lost"]
+    assert found.events[-1].epoch == 2
+    assert [event.kind for event in read_record(folder.path, is_alive=True).events] == ["started"]
+    assert kinds(folder.path) == ["started"]  # reading notes nothing
+
+
+@pytest.mark.parametrize("last", ["started", "failed", "stopped", "finished"])
+def test_complete_results_count_whatever_was_noted(folder, last, monkeypatch):
+    log = EventLog(folder)
+    log.started(0, {})
+    if last != "started":
+        log.ended(last)
+    record = read_record(folder.path, is_alive=False)
+    complete = dataclasses.replace(record, summary=types.SimpleNamespace(epochs_completed=5))
+    assert (complete.state, complete.results) == ("finished", complete.summary)
+    further = dataclasses.replace(record, summary=types.SimpleNamespace(epochs_completed=4))
+    assert (further.state == "finished") == (further.results is not None) == (last == "finished")
+
+
+def test_what_finished_unnoted_is_noted_later(folder):
+    ended = []
+    log = EventLog(folder, at_end=lambda: ended.append(1))
+    log.settle()
+    assert (kinds(folder.path), ended) == ([], [])  # a run of an earlier version is left as it is
+    EventLog(folder).started(0, {})
+    log.settle()
+    log.settle()
+    assert (kinds(folder.path), ended) == (["started", "finished"], [1])
+
+
+def test_an_end_that_cannot_be_noted_hides_no_error(folder):
+    log = EventLog(folder)
+    with pytest.raises(Diverged), log.noting_failure():
+        log.started(0, {})
+        (folder.path / EVENTS).unlink()
+        (folder.path / EVENTS).mkdir()
+        raise Diverged("the loss became nan")
+    log = EventLog(folder)
+    with pytest.raises(EnvironmentFailed, match=r"events\.jsonl cannot be read: Is a directory"):
+        log.started(0, {})
+    log.failed("a peer is gone")
+
+
+def test_reasons_of_errors_that_nobody_has_thought_of(folder):
+    for error, reason in [
+        (KeyError("x"), "KeyError: 'x'"),
+        (MemoryError(), "out of memory, of which this process may use"),
+        (KeyboardInterrupt(), "interrupted"),
+    ]:
+        log = EventLog(folder)
+        with pytest.raises(type(error)), log.noting_failure():
+            log.started(0, {})
+            raise error
+        assert read_events(folder.path)[-1].reason.startswith(reason)
 
 
 def test_a_report_that_cannot_be_made_ends_no_run(folder, monkeypatch, logged):

@@ -1,6 +1,7 @@
 """Pages of runs and of comparisons, from records without files: well-formed, and not to be broken by any text."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,8 +15,10 @@ from mnist_dist.report.run_page import build_run_page
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.results.page import printable
 from mnist_dist.results.predictions import Mistakes, Predictions, SplitPredictions
+from mnist_dist.results.sums import SplitMetrics
 from mnist_dist.run.events import Event
 from mnist_dist.run.record import RunRecord
+from mnist_dist.run.summary import DatasetSummary, Summary, Timing
 
 HOSTILE = "</title></style><script>alert('a')</script>]]>\"&amp;\x00\x1b[31m\ud800\u202e$x_{$"
 
@@ -57,13 +60,20 @@ def create_record(**changes) -> RunRecord:
         config={"seed": 3, "optimizer": {"name": "sgd"}, "trainer": {"epochs": 40}, "plots": {"reference": "original"}},
         history=create_history(),
         summary=None,
-        predictions=None,
         events=events,
         is_alive=False,
         damage="",
     )
     return dataclasses.replace(record, **changes)
 
+
+_SPLIT = SplitMetrics(0.1, 0.9, 90, 100)
+SUMMARY = Summary(
+    status="finished", dataset=DatasetSummary("npz", "ab", 100, 100, 100), strategy="single", world_size=1,
+    num_replicas=1, global_batch_size=1, per_replica_batch_size=1, precision="float32", seed=0, epochs_completed=12,
+    train=_SPLIT, val=_SPLIT, test=_SPLIT, avoidable_bias_percent=0.0, variance_percent=0.0, weights_sha256="c" * 64,
+    timing=Timing(1.0, 1.0, 1.0, 1.0), resumed_from_epochs=(), versions={},
+)  # fmt: skip
 
 STRANGE = {
     "failed": {},
@@ -124,8 +134,9 @@ def test_any_runs_can_be_compared(name):
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3), (8, 8, 2), (8, 8, 7), (1, 1)])
 @pytest.mark.parametrize("num_classes", [2, 10, 40])
 def test_mistakes_of_any_data(shape, num_classes, monkeypatch):
-    record = create_record(predictions=create_predictions(num_classes, shape))
-    monkeypatch.setattr(RunRecord, "state", "finished")
+    predictions = create_predictions(num_classes, shape)
+    record = create_record(load_predictions=lambda: predictions)
+    monkeypatch.setattr(RunRecord, "results", SUMMARY)
     root = check_page(build_run_page(record))
     assert len(list(root.iter("img"))) >= 7
     (mistakes,) = [section for section in root.iter("section") if section.get("id") == "mistakes"]
@@ -145,15 +156,41 @@ def test_hostile_texts_are_text(monkeypatch):
         config={HOSTILE: {HOSTILE: HOSTILE}, "plots": {"reference": HOSTILE}},
         events=events,
         damage=HOSTILE,
-        predictions=create_predictions(name=HOSTILE),
+        load_predictions=lambda: create_predictions(name=HOSTILE),
     )
     shown = " ".join(printable(HOSTILE).split())
     root = check_page(build_run_page(record))
     assert shown in " ".join("".join(root.itertext()).split())
     root = check_page(build_comparison_page(Comparison.of([record, create_record()]), output=Path("page.html")))
     assert shown in " ".join("".join(root.itertext()).split())
-    monkeypatch.setattr(RunRecord, "state", "finished")
+    monkeypatch.setattr(RunRecord, "results", SUMMARY)
     check_page(build_run_page(record))
+
+
+def test_a_run_that_was_trained_further_shows_no_old_results():
+    page = build_run_page(create_record(summary=SUMMARY))
+    assert "It was finished after 12 epochs, and then trained further" in page
+    assert "90.00 %" not in page and 'id="mistakes"' not in page
+    page = build_run_page(create_record(summary=dataclasses.replace(SUMMARY, epochs_completed=40)))
+    assert "90.00 %" in page and 'id="mistakes"' in page
+
+
+def test_damaged_predictions_are_told():
+    def fail():
+        raise ValueError("it is torn")
+
+    summary = dataclasses.replace(SUMMARY, epochs_completed=40)
+    page = build_run_page(create_record(summary=summary, load_predictions=fail))
+    assert "predictions.npz is damaged: it is torn." in page
+
+
+def test_links_to_folders_whose_names_are_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff\xfe")
+    folder.mkdir()
+    (folder / "report.html").touch()
+    runs = [create_record(path=folder), create_record(path=tmp_path / "other")]
+    root = check_page(build_comparison_page(Comparison.of(runs), output=tmp_path / "page.html"))
+    assert [link.get("href") for link in root.iter("a")] == ["%FF%FE/report.html"]
 
 
 def test_a_page_is_small():
