@@ -67,6 +67,8 @@ def _label_classes(axes: Axes, class_names: Sequence[str]) -> None:
     axes.set_xticks(positions, names, rotation=rotation, fontsize=size, parse_math=False)
     axes.set_yticks(positions, names, fontsize=size, parse_math=False)
     axes.tick_params(length=0)
+    if num_classes > MAX_CLASS_LABELS:
+        return
     # Lines between the cells, not through them.
     axes.set_xticks(np.arange(num_classes - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(num_classes - 1) + 0.5, minor=True)

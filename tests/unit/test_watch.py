@@ -33,7 +33,7 @@ def look(tmp_path):
 
     def look(num_epochs: int, *, is_alive=True, reason="", **more) -> Look:
         record = RunRecord(
-            tmp_path, {"trainer": {"epochs": 150}}, history(num_epochs), None, None, (), is_alive=is_alive, damage=""
+            tmp_path, {"trainer": {"epochs": 150}}, history(num_epochs), None, (), is_alive=is_alive, damage=""
         )
         record = dataclasses.replace(record, **more)
         pace = 2.0 if num_epochs else None
