@@ -264,6 +264,9 @@ def test_predictions_that_do_not_fit_each_other():
     for other in (
         dataclasses.replace(found, class_names=("a",)),
         dataclasses.replace(found, splits={"val": found.splits["test"]}),
+        dataclasses.replace(
+            found, splits={"test": SplitPredictions(found.splits["test"].confusion, np.zeros(8, bool))}
+        ),
         dataclasses.replace(found, mistakes=dataclasses.replace(found.mistakes, label=np.array([1]))),
         dataclasses.replace(found, mistakes=dataclasses.replace(found.mistakes, images=np.zeros((0, 4), np.uint8))),
     ):
