@@ -1,6 +1,7 @@
 """Pages of runs and of comparisons, from records without files: well-formed, and not to be broken by any text."""
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -80,7 +81,9 @@ STRANGE = {
     "no epochs": {"history": History()},
     "one epoch": {"history": create_history(1)},
     "many epochs": {"history": create_history(3000)},
-    "no numbers": {"history": create_history(val_loss=float("nan"), val_accuracy=float("nan"), loss=float("inf"))},
+    "no numbers": {
+        "history": create_history(val_loss=math.nan, val_accuracy=math.nan, accuracy=math.nan, loss=math.inf)
+    },
     "all zero": {"history": create_history(loss=0.0, val_loss=0.0, epoch_s=0.0, images_per_s=0.0, learning_rate=0.0)},
     "no events": {"events": ()},
     "one start": {"events": create_record().events[:1]},
