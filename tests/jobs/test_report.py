@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.browser import visit
 from support.job import MIRRORED, SINGLE, wait_for_epoch
-from support.runs import checkpoints_of, history_of, summary_of
+from support.runs import history_of, summary_of
 
 from mnist_dist.results.predictions import PREDICTIONS, Predictions
 from mnist_dist.run.sweep_folder import read_sweep
@@ -218,14 +218,14 @@ def test_reasons(run_job, start, args, tmp_path, run_python):
         job.wait()
     assert run_python(*REPORT, f"run_dir={run_dir}").returncode == 0
     assert ">Lost<" in (run_dir / "report.html").read_text()
-    reached = len(checkpoints_of(run_dir))
-    assert reached
+    last_sign = (run_dir / "history.csv").stat().st_mtime
     (result,) = run_job(SINGLE, *args, f"run_dir={run_dir}")
     assert result.returncode == 0
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events] == ["started", "stopped", "started", "lost", "started", "finished"]
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     assert events[0]["epoch"] == 0 and events[1]["epoch"] == events[2]["epoch"] >= 2
+    assert events[3]["time"] == last_sign
     assert events[3]["epoch"] >= events[4]["epoch"] >= events[2]["epoch"]
     page = (run_dir / "report.html").read_text()
     assert ">Finished<" in page and "stopped on request after epoch" in page
