@@ -46,6 +46,10 @@ def start_child(
     parent, share = os.getpid(), share or Share()
 
     def in_child() -> None:
+        # This process's handlers would note a signal in its pipe, and starting the program would forget it.
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
         if os.getppid() != parent:  # it has ended before that took effect
             os._exit(EXIT_PREEMPTED)
