@@ -61,6 +61,8 @@ class SweepPlan:
     """What all trainings have in common, by dotted key; also `data.sha256`, unless the data varies."""
     overrides: tuple[str, ...]
     """KEY=VALUE as the user gave them for all trainings."""
+    config_dir: str | None = None
+    """The user's own configuration files."""
 
 
 @dataclass(frozen=True)

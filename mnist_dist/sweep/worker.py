@@ -156,7 +156,7 @@ class Worker:
         epoch = trial.attempts[-1].from_epoch
         log.info("Trial %d: %s%s", number, " ".join(trial.overrides), f", from epoch {epoch}" if epoch else "")
         overrides = (*self._search.plan.overrides, *trial.overrides)
-        words = train_words(self._folder.run_dir(number), overrides, config_dir=self._search.config_dir)
+        words = train_words(self._folder.run_dir(number), overrides, config_dir=self._search.plan.config_dir)
         self._running.append(
             Training.start(
                 words, self._folder.log_path(number), number=number, claim=claim, slot=slot, share=self._shares[slot]

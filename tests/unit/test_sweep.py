@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import fcntl
 import os
+import re
+import shlex
 
 import numpy as np
 import optuna
@@ -16,6 +18,7 @@ from mnist_dist.cli.main import DOCTOR_HINT
 from mnist_dist.cli.multirun import expand
 from mnist_dist.config.compose import compose, conf_dir, to_config
 from mnist_dist.config.search_space import Choice, Interval, Range, parse_dimension, parse_space, read_space
+from mnist_dist.report.sweep_page import build_sweep_page
 from mnist_dist.run.events import Event
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import Attempt, SweepFolder, SweepPlan, Trial, read_sweep
@@ -681,6 +684,14 @@ def test_the_best_trial_is_the_earliest_of_equals(sweep_folder):
     sweep = read_sweep(sweep_folder.path)
     assert sweep.best.number == 1
     assert Inspection(sweep.run_dir(sweep.best)).read_summary().val.accuracy == 0.9
+
+
+def test_the_page_says_how_to_train_the_best_with_the_users_own_files(sweep_folder):
+    sweep_folder.write_plan(dataclasses.replace(PLAN, config_dir="my conf"))
+    leave_results(sweep_folder.run_dir(0), [0.1, 0.2, 0.9])
+    page = build_sweep_page(read_sweep(sweep_folder.path), output=sweep_folder.path / "report.html")
+    words = shlex.split(re.search(r"python -m mnist_dist\.train ([^<]*)", page)[1].replace("&#x27;", "'"))
+    assert words == ["--config-dir=my conf", "seed=1", "run_dir=ANOTHER_FOLDER"]
 
 
 # --multirun
