@@ -10,7 +10,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mnist_dist.base.errors import UserError
@@ -111,6 +111,22 @@ def file_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(_open_lock(path), "wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
+        yield
+
+
+@contextlib.contextmanager
+def polled_lock(path: Path, *, wait: Callable[[int], object]) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (created if needed, but not its folder); raises OSError.
+
+    While another process holds it, `wait` is called before each further look, with their number so far.
+    """
+    with os.fdopen(_open_lock(path), "wb") as stream:
+        for looks in itertools.count():
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                wait(looks)
         yield
 
 

@@ -69,6 +69,14 @@ def start_child(
     )
 
 
+class Stopped(Exception):
+    """A signal ends the work early."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
 class Signals:
     """Signals to this process, and the ends of its children, as values; a context manager, for the main thread."""
 
@@ -94,6 +102,11 @@ class Signals:
         with contextlib.suppress(BlockingIOError):
             return [signal.Signals(number) for number in os.read(self._reading, 4096) if number in SIGNALS]
         return []
+
+    def sleep(self, timeout_s: float) -> None:
+        """Wait so long, or until a child has ended; raises Stopped if one of `SIGNALS` has come."""
+        for number in self.wait(timeout_s):
+            raise Stopped(number)
 
 
 def exit_code_of(stopped_by: signal.Signals) -> int:

@@ -11,26 +11,30 @@ trials/0003/        its run folder
 
 import contextlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mnist_dist.base.errors import EnvironmentProblem, UserError
+from mnist_dist.base.errors import EnvironmentProblem, TrainingFailed, UserError
 from mnist_dist.base.files import (
     describe_os_error,
-    file_lock,
     is_locked,
     is_temporary,
     make_folder,
     open_locked,
+    polled_lock,
     read_regular,
     remove_temporaries,
     write_atomically,
 )
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.summary import read_as
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -42,6 +46,9 @@ FINAL: tuple[TrialState, ...] = ("finished", "pruned", "failed")
 _PLAN = "sweep.json"
 _LOCK = "sweep.lock"
 _RECORD = re.compile(r"([0-9]{4,})\.json")
+LOOK_S = 0.05
+"""How often to look whether the lock of a sweep's folder is free."""
+_TOLD_AFTER_LOOKS = 100
 
 
 @dataclass(frozen=True)
@@ -181,18 +188,48 @@ class SweepFolder:
             )
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep all others from changing anything here while the block runs."""
+    def locked(
+        self, *, wait: Callable[[int], object] = lambda _: time.sleep(LOOK_S), may_be_new: bool = False
+    ) -> Iterator[None]:
+        """Keep all others from changing anything here while the block runs.
+
+        Args:
+            wait: called before each further look, with their number so far, while another process has the lock; it
+                takes `LOOK_S`, and may raise.
+            may_be_new: there need not be a sweep in the folder, nor the folder.
+
+        Raises:
+            TrainingFailed: there is no sweep in the folder any more.
+        """
+
+        def wait_and_tell(looks: int) -> None:
+            if looks == _TOLD_AFTER_LOOKS:
+                log.warning("%s: waiting for its lock, which another process holds", self.path)
+            wait(looks)
+
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(file_lock(self.path / _LOCK))
-                make_folder(self._trials)
+                if may_be_new:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                else:
+                    self._check_is_there()
+                stack.enter_context(polled_lock(self.path / _LOCK, wait=wait_and_tell))
             except OSError as error:
                 raise EnvironmentProblem(
                     f"sweep_dir={self.path}: cannot be written, or its file system has no locks "
                     f"({describe_os_error(error)}); name a folder on another file system"
                 ) from error
+            if not may_be_new:
+                self._check_is_there()
             yield
+
+    def _check_is_there(self) -> None:
+        if not (is_sweep_folder(self.path) and self._trials.is_dir()):
+            raise TrainingFailed(
+                f"{self.path} is not this sweep's folder any more: it, or what was in it, was removed, moved or "
+                "replaced. Nothing more was written there. Put it back and run the same command again to continue; "
+                "without it, the sweep starts over"
+            )
 
     def claim(self, number: int) -> int | None:
         """Claim a trial for this process and all that inherit the returned descriptor; None if another one has it."""
@@ -216,6 +253,10 @@ class SweepFolder:
     def write_plan(self, plan: SweepPlan) -> None:
         """Write the plan."""
         write_atomically(self.path / _PLAN, _to_json(plan))
+
+    def make_trials(self) -> None:
+        """Make the folder for the trials; after the plan, without which nobody may take this for a sweep."""
+        make_folder(self._trials)
 
     def read_records(self) -> list[Trial]:
         """The records of all trials, by number."""

@@ -7,20 +7,18 @@ trials are alive is in their locks, which are done is in their run folders.
 import contextlib
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mnist_dist.base.errors import EXIT_OK
 from mnist_dist.cli.command_line import train_words
-from mnist_dist.launch.child import Share, Signals, exit_code_of
+from mnist_dist.launch.child import Share, Signals, Stopped
 from mnist_dist.results.history import History
 from mnist_dist.run.checkpoint import CheckpointFolder
 from mnist_dist.run.events import read_events
 from mnist_dist.run.inspection import Inspection
-from mnist_dist.run.sweep_folder import Attempt, SweepFolder, Trial
+from mnist_dist.run.sweep_folder import LOOK_S, Attempt, SweepFolder, Trial
 from mnist_dist.sweep.outcome import LOST, end_attempt, end_reason, judge
 from mnist_dist.sweep.plan import Search
 from mnist_dist.sweep.study import Study
@@ -30,37 +28,43 @@ log = logging.getLogger("mnist_dist.sweep")
 
 _REPORT_S, _WAIT_S = 0.5, 2.0
 """How often new epochs are looked for, and whether trials of others have died."""
+_PATIENCE_S = 5.0
+"""How long a worker that is to end waits for the folder's lock."""
 
 
 class Worker:
-    """Works until all trials of the plan are done, or a signal comes."""
+    """Works until all trials of the plan are done, or there is a reason to end earlier."""
 
     def __init__(self, folder: SweepFolder, search: Search, shares: Sequence[Share], signals: Signals) -> None:
         """Train as many trials at once as there are `shares` of this machine."""
         self._folder, self._search, self._shares, self._signals = folder, search, shares, signals
         self._study = Study(folder.journal_path, search.plan, search.space, self._read_history)
         self._running: list[Training] = []
-        self._stopped_by: signal.Signals | None = None
+        self._end: Exception | None = None
 
-    def run(self) -> int:
-        """Work; returns the exit code: 1 if every trial has failed."""
+    def run(self) -> None:
+        """Work.
+
+        Raises:
+            Stopped: a signal has come.
+        """
         try:
-            while self._stopped_by is None and self._start_trials():
+            while self._end is None and self._start_trials():
                 self._wait()
             while self._running:
                 self._wait()
         finally:
             for training in self._running:  # an error has ended the loop
                 training.stop()
-        if self._stopped_by is not None:
-            log.info("%s: stopped; run the same command again to continue", self._stopped_by.name)
-            return exit_code_of(self._stopped_by)
-        return EXIT_OK
+        if self._end is not None:
+            raise self._end
 
     def _start_trials(self) -> bool:
         """Start as many trials as there is room for; returns False once all are done."""
         while len(self._running) < len(self._shares):
-            with self._folder.locked():
+            with self._folder.locked(wait=self._wait_for_lock):
+                if self._end is not None:
+                    return True
                 claimed, is_over = self._claim_next()
             if claimed is None:
                 return not is_over
@@ -69,16 +73,25 @@ class Worker:
 
     def _wait(self) -> None:
         """Wait for something to happen, and see to it."""
-        for number in self._signals.wait(_REPORT_S if self._running else _WAIT_S):
-            self._stopped_by = self._stopped_by or number
-            for training in self._running:
-                training.stop(number)
+        self._see_signals(_REPORT_S if self._running else _WAIT_S)
         for training in list(self._running):
             if training.process.poll() is not None:
                 self._running.remove(training)
                 self._conclude(training)
             elif not training.was_asked_to_stop:
                 self._report(training)
+
+    def _see_signals(self, timeout_s: float) -> None:
+        """Wait so long, or until a training has ended; a signal ends this worker and goes to all trainings."""
+        for number in self._signals.wait(timeout_s):
+            self._end = self._end or Stopped(number)
+            for training in self._running:
+                training.stop(number)
+
+    def _wait_for_lock(self, looks: int) -> None:
+        self._see_signals(LOOK_S)
+        if self._end is not None and looks * LOOK_S > _PATIENCE_S:
+            raise self._end
 
     # Holding the folder's lock
 
@@ -172,7 +185,7 @@ class Worker:
         if (status.st_mtime_ns, status.st_size) == training.seen:
             return
         training.seen = (status.st_mtime_ns, status.st_size)
-        with self._folder.locked():
+        with self._folder.locked(wait=self._wait_for_lock):
             trials = self._folder.read_records()
             trial = self._pruned(trials[training.number], self._study.report(trials, training.number))
             if trial.state == "pruned":
@@ -183,7 +196,7 @@ class Worker:
     def _conclude(self, training: Training) -> None:
         """Note how a training has ended, and what that makes of its trial."""
         number, code = training.number, training.process.returncode
-        with self._folder.locked():
+        with self._folder.locked(wait=self._wait_for_lock):
             trials = self._folder.read_records()
             trial = end_attempt(
                 trials[number],

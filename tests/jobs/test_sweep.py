@@ -12,6 +12,7 @@ from support.launchers import srun
 from support.processes import is_alive, wait_until
 from support.runs import history_of, result_of
 
+from mnist_dist.base.files import file_lock
 from mnist_dist.run.events import read_events
 from mnist_dist.run.sweep_folder import Sweep, Trial, read_sweep
 from mnist_dist.sweep.outcome import LOST, STOPPED
@@ -200,6 +201,44 @@ def test_a_signal_stops_all_trainings_with_a_checkpoint(begin, space, tmp_path):
         assert (trial.state, attempt.exit_code, attempt.reason) == ("waiting", 75, STOPPED)
         assert attempt.reached_epoch == num_epochs(run_dir) > 2
         assert [event.kind for event in read_events(run_dir)] == ["started", "stopped"]
+
+
+def test_a_worker_that_waits_for_the_lock_says_so_and_can_be_stopped(begin, space, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    with file_lock(tmp_path / "sweep" / "sweep.lock"):
+        sweep = begin(space("seed: range(2)"), "sampler=grid")
+        wait_until(lambda: "waiting for its lock" in sweep.output())
+        sweep.processes[0].send_signal(signal.SIGTERM)
+        assert sweep.codes(60) == [75]
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_a_worker_with_a_training_can_be_stopped_while_the_lock_is_taken(begin, space, tmp_path):
+    sweep = begin(space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000", "checkpoint.every_epochs=1000")
+    run_dir = wait_for_training(sweep.processes[0], but=[])
+    with file_lock(tmp_path / "sweep" / "sweep.lock"):
+        sweep.processes[0].send_signal(signal.SIGTERM)
+        assert sweep.codes(60) == [75], sweep.output()
+    assert [event.kind for event in read_events(run_dir)] == ["started", "stopped"]
+
+
+def test_a_folder_that_is_moved_away_is_not_made_anew(begin, space, tmp_path):
+    sweep = begin(space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000", "checkpoint.every_epochs=1000")
+    wait_for_training(sweep.processes[0], but=[])
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    assert sweep.codes(60) == [1], sweep.output()
+    assert f"error: {tmp_path / 'sweep'} is not this sweep's folder any more" in sweep.output()
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_how_to_continue_a_sweep_whose_folder_was_not_given(start_python, args, space, tmp_path):
+    sweep = start_python(*SWEEP, *args, space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000")
+    wait_until(lambda: "Trial 0: " in sweep.output())
+    sweep.processes[0].send_signal(signal.SIGINT)
+    assert sweep.codes(60) == [130]
+    (folder,) = (tmp_path / "runs").iterdir()
+    line = f"SIGINT: stopped; run the same command again with sweep_dir=runs/{folder.name} to continue\n"
+    assert sweep.output().endswith(line)
 
 
 def test_a_crash_is_tried_again_and_a_bad_combination_is_not(begin, space, tmp_path):

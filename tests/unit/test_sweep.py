@@ -3,26 +3,32 @@
 import dataclasses
 import errno
 import fcntl
+import html
 import os
 import re
 import shlex
+import sys
 
 import numpy as np
 import optuna
 import pytest
 from support.trials import leave_history, leave_results
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.console import Console
+from mnist_dist.base.errors import EnvironmentFailed, UserError
 from mnist_dist.cli.command_line import parse_command_line
 from mnist_dist.cli.main import DOCTOR_HINT
 from mnist_dist.cli.multirun import expand
 from mnist_dist.config.compose import compose, conf_dir, to_config
 from mnist_dist.config.search_space import Choice, Interval, Range, parse_dimension, parse_space, read_space
+from mnist_dist.launch.child import Signals
+from mnist_dist.launch.topology import Topology
 from mnist_dist.report.sweep_page import build_sweep_page
 from mnist_dist.run.events import Event
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import Attempt, SweepFolder, SweepPlan, Trial, read_sweep
 from mnist_dist.sweep import training
+from mnist_dist.sweep.__main__ import find_folder, open_sweep, sweep
 from mnist_dist.sweep.config import SWEEP
 from mnist_dist.sweep.outcome import LOST, STOPPED, end_attempt, judge
 from mnist_dist.sweep.plan import build_search, check_same
@@ -285,8 +291,9 @@ class Played:
         self.plan = dataclasses.replace(PLAN, space=space, **options)
         self.folder = SweepFolder(path)
         self.trials: list[Trial] = []
-        with self.folder.locked():
+        with self.folder.locked(may_be_new=True):
             self.folder.write_plan(self.plan)
+            self.folder.make_trials()
         self.study = self.reopen()
 
     def reopen(self) -> Study:
@@ -553,8 +560,9 @@ def test_the_end_of_an_attempt_is_noted_once():
 def sweep_folder(tmp_path):
     """A folder with a plan and one trial."""
     folder = SweepFolder(tmp_path / "sweep")
-    with folder.locked():
+    with folder.locked(may_be_new=True):
         folder.write_plan(PLAN)
+        folder.make_trials()
         folder.write_record(Trial(0, {"seed": 1}, ("seed=1",)))
     return folder
 
@@ -650,8 +658,45 @@ def test_a_file_system_without_locks_is_refused(monkeypatch, tmp_path):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="or its file system has no locks"), SweepFolder(tmp_path / "sweep").locked():
+    lock = SweepFolder(tmp_path / "sweep").locked(may_be_new=True)
+    with pytest.raises(UserError, match="or its file system has no locks"), lock:
         pass
+
+
+def fill_the_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_start_that_was_cut_short_is_made_up_for(monkeypatch, small_npz, tmp_path):
+    """Before the plan, and between the plan and the folder of the trials."""
+    words = ["data=npz", f"data.path={small_npz}", "space=mlp", f"sweep_dir={tmp_path / 'sweep'}"]
+    for method in ("write_plan", "make_trials"):
+        with monkeypatch.context() as patched:
+            patched.setattr(SweepFolder, method, fill_the_disk)
+            with pytest.raises(OSError, match="No space left"):
+                open_sweep_for(*words)
+    open_sweep_for(*words)
+    assert read_sweep(tmp_path / "sweep").trials == ()
+
+
+def open_sweep_for(*overrides):
+    with Signals() as signals:
+        config = to_config(SWEEP, compose(SWEEP, overrides))
+        return open_sweep(find_folder(config), search(*overrides), signals)
+
+
+def test_a_full_disk_is_named_with_the_new_folder_of_the_sweep(monkeypatch, small_npz, tmp_path):
+    words = ["data=npz", f"data.path={small_npz}", "space=mlp"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep", *words])
+    monkeypatch.setattr(SweepFolder, "write_plan", fill_the_disk)
+    with pytest.raises(EnvironmentFailed) as raised:
+        sweep(to_config(SWEEP, compose(SWEEP, words)), Topology(), Console())
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert str(raised.value) == (
+        f"runs/{folder.name}: No space left on device; fix this and run the same command again with "
+        f"sweep_dir=runs/{folder.name}"
+    )
 
 
 def test_what_killed_workers_leave_is_removed(sweep_folder):
@@ -690,7 +735,7 @@ def test_the_page_says_how_to_train_the_best_with_the_users_own_files(sweep_fold
     sweep_folder.write_plan(dataclasses.replace(PLAN, config_dir="my conf"))
     leave_results(sweep_folder.run_dir(0), [0.1, 0.2, 0.9])
     page = build_sweep_page(read_sweep(sweep_folder.path), output=sweep_folder.path / "report.html")
-    words = shlex.split(re.search(r"python -m mnist_dist\.train ([^<]*)", page)[1].replace("&#x27;", "'"))
+    words = shlex.split(re.search(r"python -m mnist_dist\.train ([^<]*)", html.unescape(page))[1])
     assert words == ["--config-dir=my conf", "seed=1", "run_dir=ANOTHER_FOLDER"]
 
 
