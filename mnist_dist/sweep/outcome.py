@@ -13,13 +13,20 @@ STOPPED = "stopped together with the sweep"
 LOST = "the sweep was killed, or its machine was lost"
 
 
+def expect_stop(trial: Trial) -> Trial:
+    """The trial with a note in its last attempt that it was asked to stop, in case nobody lives to see its end."""
+    return replace(trial, attempts=(*trial.attempts[:-1], replace(trial.attempts[-1], reason=STOPPED)))
+
+
 def end_attempt(
-    trial: Trial, *, ended: float, reached_epoch: int, exit_code: int | None = None, reason: str = ""
+    trial: Trial, *, ended: float, reached_epoch: int, exit_code: int | None = None, reason: str | None = None
 ) -> Trial:
-    """The trial with the end of its last attempt noted, unless that has been done."""
+    """The trial with the end of its last attempt noted, unless that has been done; without a reason it is lost."""
     if not trial.attempts or trial.attempts[-1].ended is not None:
         return trial
-    end = replace(trial.attempts[-1], ended=ended, reached_epoch=reached_epoch, exit_code=exit_code, reason=reason)
+    last = trial.attempts[-1]
+    reason = (last.reason or LOST) if reason is None else reason
+    end = replace(last, ended=ended, reached_epoch=reached_epoch, exit_code=exit_code, reason=reason)
     return replace(trial, attempts=(*trial.attempts[:-1], end))
 
 

@@ -19,7 +19,7 @@ from mnist_dist.run.checkpoint import CheckpointFolder
 from mnist_dist.run.events import read_events
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import LOOK_S, Attempt, SweepFolder, Trial
-from mnist_dist.sweep.outcome import LOST, end_attempt, end_reason, judge
+from mnist_dist.sweep.outcome import end_attempt, end_reason, expect_stop, judge
 from mnist_dist.sweep.plan import Search
 from mnist_dist.sweep.study import Study
 from mnist_dist.sweep.training import Training
@@ -51,6 +51,7 @@ class Worker:
         try:
             while self._end is None and self._start_trials():
                 self._wait()
+            self._note_stop()
             while self._running:
                 self._wait()
         finally:
@@ -122,7 +123,7 @@ class Worker:
         """Note what has become of a trial of which no training is alive; `trials` are the records as they are."""
         number, run_dir = trial.number, self._folder.run_dir(trial.number)
         recorded, epoch = trials[number], CheckpointFolder(run_dir / "checkpoints").newest_epoch()
-        trial = end_attempt(trial, ended=self._last_sign(number), reached_epoch=epoch, reason=LOST)
+        trial = end_attempt(trial, ended=self._last_sign(number), reached_epoch=epoch)
         if not recorded.is_final:
             trial = self._pruned(trial, self._study.report(trials, number))
         trial = judge(
@@ -192,6 +193,13 @@ class Worker:
                 self._tell(trials, trial)
                 self._folder.write_record(trial)
                 training.stop()
+
+    def _note_stop(self) -> None:
+        """Note that the trainings were asked to stop: this worker may be killed before they have ended."""
+        if self._running:
+            with self._folder.locked(wait=self._wait_for_lock):
+                for training in self._running:
+                    self._folder.write_record(expect_stop(self._folder.read_record(training.number)))
 
     def _conclude(self, training: Training) -> None:
         """Note how a training has ended, and what that makes of its trial."""

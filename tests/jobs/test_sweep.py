@@ -14,7 +14,7 @@ from support.runs import history_of, result_of
 
 from mnist_dist.base.files import file_lock
 from mnist_dist.run.events import read_events
-from mnist_dist.run.sweep_folder import Sweep, Trial, read_sweep
+from mnist_dist.run.sweep_folder import Sweep, SweepFolder, Trial, read_sweep
 from mnist_dist.sweep.outcome import LOST, STOPPED
 
 SWEEP = ("-m", "mnist_dist.sweep")
@@ -220,6 +220,20 @@ def test_a_worker_with_a_training_can_be_stopped_while_the_lock_is_taken(begin, 
         sweep.processes[0].send_signal(signal.SIGTERM)
         assert sweep.codes(60) == [75], sweep.output()
     assert [event.kind for event in read_events(run_dir)] == ["started", "stopped"]
+
+
+def test_a_stop_is_noted_at_once_in_case_the_worker_is_killed(begin, space, tmp_path):
+    sweep = begin(space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000", "checkpoint.every_epochs=1000")
+    (worker,) = sweep.processes
+    wait_for_training(worker, but=[])
+    (training,) = trainings_of(worker)
+    training.suspend()
+    worker.send_signal(signal.SIGTERM)
+    record = SweepFolder(tmp_path / "sweep").read_record
+    wait_until(lambda: record(0).attempts[0].reason == STOPPED)
+    assert record(0).attempts[0].ended is None
+    worker.kill()
+    training.resume()
 
 
 def test_a_folder_that_is_moved_away_is_not_made_anew(begin, space, tmp_path):
