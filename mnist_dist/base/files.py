@@ -73,9 +73,12 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == _TEMPORARY
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left of `write_atomically` in `folder`; only for the folder's only writer."""
-    for path in filter(is_temporary, folder.glob(".*")):
+def remove_temporaries(folder: Path, *, of: str = "") -> None:
+    """Remove what killed processes left of `write_atomically` in `folder`; only for the only writer of these files.
+
+    By default of all files, else of those whose names begin with `of`.
+    """
+    for path in filter(is_temporary, folder.glob(f".{of}*")):
         path.unlink(missing_ok=True)
 
 

@@ -246,9 +246,9 @@ class SweepFolder:
         return self._read(_PLAN, SweepPlan)
 
     def tidy(self) -> None:
-        """Remove what killed workers have left half written."""
-        for path in (self.path, self._trials):
-            remove_temporaries(path)
+        """Remove what killed workers have left half written; not of a report, which is written without the lock."""
+        remove_temporaries(self.path, of=_PLAN)
+        remove_temporaries(self._trials)
 
     def write_plan(self, plan: SweepPlan) -> None:
         """Write the plan."""

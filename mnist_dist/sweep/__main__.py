@@ -8,6 +8,7 @@ from mnist_dist.base.console import Console
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EnvironmentFailed, EnvironmentProblem, UserError
 from mnist_dist.base.files import describe_os_error, expand_path, write_atomically
 from mnist_dist.cli.command_line import parse_command_line
+from mnist_dist.cli.explain import describe
 from mnist_dist.cli.main import run
 from mnist_dist.launch.child import Signals, Stopped, exit_code_of
 from mnist_dist.launch.topology import Topology
@@ -39,14 +40,13 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
     try:
         with Signals() as signals:
             search = open_sweep(folder, search, signals)
-            if is_over(folder, search):
+            if was_over := is_over(folder, search):
                 log.info("%s holds this sweep, finished: nothing to do", folder.path)
             else:
                 log.info("Sweep: %s, %d trials", folder.path, search.plan.num_trials)
                 own_shares = shares(config.jobs, visible_gpus=topology.visible_gpus)
                 Worker(folder, search, own_shares, signals).run()
-                (folder.path / REPORT_PAGE).unlink(missing_ok=True)  # it may be of an earlier moment
-            if config.report and not (folder.path / REPORT_PAGE).is_file():
+            if config.report and not (was_over and (folder.path / REPORT_PAGE).is_file()):
                 write_report(folder)
             return conclude(read_sweep(folder.path))
     except Stopped as stopped:
@@ -103,12 +103,19 @@ def is_over(folder: SweepFolder, search: Search) -> bool:
 
 
 def write_report(folder: SweepFolder) -> None:
-    """Write `report.html` of the sweep; every worker that sees the last trial end does, with the same content."""
-    from mnist_dist.report.sweep_page import build_sweep_page
+    """Write `report.html` of the sweep, as every worker does that sees the last trial end, with the same content.
 
+    What is wrong with a report must not fail a sweep.
+    """
     path = folder.path / REPORT_PAGE
-    write_atomically(path, build_sweep_page(read_sweep(folder.path), output=path).encode())
-    log.info("Report: %s", path)
+    try:
+        from mnist_dist.report.sweep_page import build_sweep_page
+
+        path.unlink(missing_ok=True)  # it may be of an earlier moment; without it, the same command makes it again
+        write_atomically(path, build_sweep_page(read_sweep(folder.path), output=path).encode())
+        log.info("Report: %s", path)
+    except Exception as error:
+        log.warning("%s was not written: %s", REPORT_PAGE, describe(error))
 
 
 def conclude(found: Sweep) -> int:

@@ -28,9 +28,9 @@ from mnist_dist.run.events import Event
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import Attempt, SweepFolder, SweepPlan, Trial, read_sweep
 from mnist_dist.sweep import training
-from mnist_dist.sweep.__main__ import find_folder, open_sweep, sweep
+from mnist_dist.sweep.__main__ import find_folder, open_sweep, sweep, write_report
 from mnist_dist.sweep.config import SWEEP
-from mnist_dist.sweep.outcome import LOST, STOPPED, end_attempt, judge
+from mnist_dist.sweep.outcome import LOST, STOPPED, end_attempt, expect_stop, judge
 from mnist_dist.sweep.plan import build_search, check_same
 from mnist_dist.sweep.study import STUDY_NAME, Study
 
@@ -553,6 +553,13 @@ def test_the_end_of_an_attempt_is_noted_once():
     assert end_attempt(ended, ended=9.0, reached_epoch=9) == ended
 
 
+@pytest.mark.parametrize(("was_asked", "reason"), [(False, LOST), (True, STOPPED)])
+def test_an_attempt_whose_worker_was_killed_counts_unless_it_was_asked_to_stop(was_asked, reason):
+    trial = Trial(0, {}, (), attempts=(Attempt(1.0, "node7", 0),))
+    ended = end_attempt(expect_stop(trial) if was_asked else trial, ended=5.0, reached_epoch=2)
+    assert [one.reason for one in ended.attempts] == [reason]
+
+
 # The folder
 
 
@@ -700,12 +707,20 @@ def test_a_full_disk_is_named_with_the_new_folder_of_the_sweep(monkeypatch, smal
 
 
 def test_what_killed_workers_leave_is_removed(sweep_folder):
-    for folder in (sweep_folder.path, sweep_folder.path / "trials"):
-        (folder / ".0000.json.0123abcd.tmp").touch()
+    for folder, name in ((sweep_folder.path, "sweep.json"), (sweep_folder.path / "trials", "0000.json")):
+        (folder / f".{name}.0123abcd.tmp").touch()
+    being_written = sweep_folder.path / ".report.html.0123abcd.tmp"
+    being_written.touch()
     sweep_folder.check_usable()
     with sweep_folder.locked():
         sweep_folder.tidy()
-    assert not list(sweep_folder.path.rglob("*.tmp"))
+    assert list(sweep_folder.path.rglob("*.tmp")) == [being_written]
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(sweep_folder, caplog):
+    (sweep_folder.path / "report.html").mkdir()
+    write_report(sweep_folder)
+    assert [record.message.partition(": ")[0] for record in caplog.records] == ["report.html was not written"]
 
 
 @pytest.mark.parametrize(
