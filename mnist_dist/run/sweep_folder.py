@@ -160,6 +160,7 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._trials = path / "trials"
+        self._known: dict[Path, tuple[tuple[int, int, int], Any]] = {}
 
     @property
     def journal_path(self) -> Path:
@@ -261,19 +262,20 @@ class SweepFolder:
     def read_records(self) -> list[Trial]:
         """The records of all trials, by number."""
         names = [path.name for path in self._trials.iterdir()] if self._trials.is_dir() else []
-        numbers = sorted(int(match[1]) for match in map(_RECORD.fullmatch, names) if match)
-        used = {int(name[:4]) for name in names if re.match("[0-9]{4}", name)} | set(numbers)
+        numbers = {int(match[1]) for match in map(_RECORD.fullmatch, names) if match}
+        used = {int(name[:4]) for name in names if re.match("[0-9]{4}", name)} | numbers
         for number in range(max(used, default=-1) + 1):
             if number not in numbers:
                 raise UserError(
                     f"sweep_dir={self.path}: trials/{number:04d}.json is missing, so it is unknown what was tried; put "
                     "it back, or name another sweep_dir"
                 )
-        return [self.read_record(number) for number in numbers]
+        return [self.read_record(number) for number in sorted(numbers)]
 
     def read_record(self, number: int) -> Trial:
         """The record of one trial."""
-        trial = self._read(f"trials/{number:04d}.json", Trial)
+        name = f"trials/{number:04d}.json"
+        trial = self._unless_known(self.path / name, lambda: self._read(name, Trial), lambda trial: trial.is_final)
         if trial.number != number or any("=" not in text for text in trial.overrides):
             raise UserError(f"sweep_dir={self.path}: trials/{number:04d}.json is not that of trial {number}")
         return trial
@@ -284,9 +286,9 @@ class SweepFolder:
 
     def result(self, plan: SweepPlan, trial: Trial) -> float | None:
         """The validation accuracy of a trial's saved model; None unless its run folder says that all is trained."""
-        found = Inspection(self.run_dir(trial.number))
+        run_dir = self.run_dir(trial.number)
         epochs = trial.params.get("trainer.epochs", plan.training.get("trainer.epochs"))
-        summary = found.read_summary()
+        summary = self._unless_known(run_dir / "summary.json", Inspection(run_dir).read_summary, bool)
         return summary.val.accuracy if summary and summary.epochs_completed >= int(epochs or 1) else None
 
     def as_it_is(self, plan: SweepPlan, trial: Trial) -> Trial:
@@ -299,6 +301,21 @@ class SweepFolder:
         if value is not None:
             return replace(trial, state="finished", value=value, reason="")
         return trial if trial.state == "failed" else replace(trial, state="waiting", value=None)
+
+    def _unless_known(self, path: Path, read: Callable[[], T], is_final: Callable[[T], bool]) -> T:
+        """What `read` makes of the file `path`; what is final is not read again, unless the file is another one."""
+        try:
+            status = path.stat()
+        except OSError:
+            return read()  # which knows what to say
+        version = status.st_ino, status.st_mtime_ns, status.st_size
+        if path in self._known and self._known[path][0] == version:
+            known: T = self._known[path][1]
+            return known
+        found = read()
+        if is_final(found):
+            self._known[path] = version, found
+        return found
 
     def _read(self, name: str, kind: type[T]) -> T:
         try:

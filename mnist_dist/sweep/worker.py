@@ -79,8 +79,8 @@ class Worker:
             if training.process.poll() is not None:
                 self._running.remove(training)
                 self._conclude(training)
-            elif not training.was_asked_to_stop:
-                self._report(training)
+            elif self._search.plan.pruner != "none" and not training.was_asked_to_stop:
+                self._report(training)  # otherwise, its epochs are reported at the end
 
     def _see_signals(self, timeout_s: float) -> None:
         """Wait so long, or until a training has ended; a signal ends this worker and goes to all trainings."""

@@ -24,6 +24,7 @@ from mnist_dist.config.search_space import Choice, Interval, Range, parse_dimens
 from mnist_dist.launch.child import Signals
 from mnist_dist.launch.topology import Topology
 from mnist_dist.report.sweep_page import build_sweep_page
+from mnist_dist.run import sweep_folder as sweep_module
 from mnist_dist.run.events import Event
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import Attempt, SweepFolder, SweepPlan, Trial, read_sweep
@@ -610,6 +611,24 @@ def test_the_run_folder_has_the_last_word(recorded, left, state, sweep_folder):
     assert found.value == (0.75 if state == "finished" else None)
     if claim is not None:
         os.close(claim)
+
+
+def test_what_is_final_is_read_once_unless_it_changes(sweep_folder, monkeypatch):
+    """A large sweep has thousands of records, which each worker looks at again and again, holding the lock."""
+    read = []
+    monkeypatch.setattr(sweep_module, "read_regular", lambda path: read.append(path.name) or path.read_bytes())
+    for number, state in enumerate(["finished", "running"]):
+        leave_results(sweep_folder.run_dir(number), [0.1, 0.2, 0.75])
+        value = 0.75 if state == "finished" else None
+        sweep_folder.write_record(Trial(number, {"seed": number}, (f"seed={number}",), state, value))
+    for _ in range(3):
+        trials = sweep_folder.read_records()
+        assert sweep_folder.result(PLAN, trials[0]) == 0.75
+    assert read == ["0000.json", *["0001.json"] * 3]
+    sweep_folder.write_record(Trial(0, {"seed": 0}, ("seed=0",), "failed"))
+    (sweep_folder.run_dir(0) / "summary.json").unlink()
+    assert sweep_folder.result(PLAN, sweep_folder.read_records()[0]) is None
+    assert sweep_folder.read_record(0).state == "failed"
 
 
 def test_a_claim_is_held_once(sweep_folder):
