@@ -522,7 +522,11 @@ def event(kind, **more):
         ([attempt(code=75, reason=STOPPED)] * 9, {}, "waiting", STOPPED),
         ([attempt(code=None, reason=LOST)] * 3, {}, "failed", LOST),
         ([attempt(code=2, reason="optimizer.momentum=0: bad")], {}, "failed", "optimizer.momentum=0: bad"),
-        ([attempt(code=2, reason=f"no GPU; {DOCTOR_HINT}")], {}, "waiting", "no GPU"),  # another machine may do
+        ([attempt(code=2, reason=f"no GPU; {DOCTOR_HINT}")] * 9, {}, "waiting", "no GPU"),  # another machine may do
+        ([attempt(code=2, reason="run_dir=x: another job is training here")], {}, "waiting", "run_dir=x"),
+        ([attempt(code=2, reason="data.path=x: cannot be read")] * 2, {}, "waiting", "data.path=x"),
+        ([attempt(code=2, reason="data.path=x: cannot be read")] * 3, {}, "failed", "data.path=x"),
+        ([attempt(2, 2, 2, "strategy: other replicas")], {"epoch": 2}, "waiting", "strategy"),  # it could be trained
         ([attempt(code=1)], {"events": [event("failed", error="Diverged", reason="NaN")]}, "failed", "NaN"),
         ([attempt(code=1)], {"events": [event("failed", error="OSError", reason="disk")]}, "waiting", "killed"),
         (
