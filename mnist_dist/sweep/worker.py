@@ -7,11 +7,13 @@ trials are alive is in their locks, which are done is in their run folders.
 import contextlib
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mnist_dist.base.errors import EnvironmentFailed, TrainingFailed
 from mnist_dist.cli.command_line import train_words
 from mnist_dist.launch.child import Share, Signals, Stopped
 from mnist_dist.results.history import History
@@ -19,7 +21,7 @@ from mnist_dist.run.checkpoint import CheckpointFolder
 from mnist_dist.run.events import read_events
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import LOOK_S, Attempt, SweepFolder, Trial
-from mnist_dist.sweep.outcome import end_attempt, end_reason, expect_stop, judge
+from mnist_dist.sweep.outcome import end_attempt, end_reason, expect_stop, is_of_the_machine, judge
 from mnist_dist.sweep.plan import Search
 from mnist_dist.sweep.study import Study
 from mnist_dist.sweep.training import Training
@@ -41,12 +43,15 @@ class Worker:
         self._study = Study(folder.journal_path, search.plan, search.space, self._read_history)
         self._running: list[Training] = []
         self._end: Exception | None = None
+        self._crashed: set[int] = set()
+        """The trials that have crashed here since the last progress of any."""
 
     def run(self) -> None:
         """Work.
 
         Raises:
             Stopped: a signal has come.
+            TrainingFailed: the trainings have failed for what seems to be the machine's fault.
         """
         try:
             while self._end is None and self._start_trials():
@@ -85,9 +90,12 @@ class Worker:
     def _see_signals(self, timeout_s: float) -> None:
         """Wait so long, or until a training has ended; a signal ends this worker and goes to all trainings."""
         for number in self._signals.wait(timeout_s):
-            self._end = self._end or Stopped(number)
-            for training in self._running:
-                training.stop(number)
+            self._stop(Stopped(number), number)
+
+    def _stop(self, end: Exception, number: signal.Signals = signal.SIGTERM) -> None:
+        self._end = self._end or end
+        for training in self._running:
+            training.stop(number)
 
     def _wait_for_lock(self, looks: int) -> None:
         self._see_signals(LOOK_S)
@@ -220,8 +228,28 @@ class Worker:
             )
             trial = self._settle(trials, trial)
             os.close(training.claim)
-        if not trial.is_final and not training.was_asked_to_stop:
-            log.warning("Trial %d: %s; it is tried again", number, trial.reason)
+        if not training.was_asked_to_stop:
+            self._judge_machine(trial)
+
+    def _judge_machine(self, trial: Trial) -> None:
+        """Stop if what has ended the last attempt would end those of other trials too, until none is left."""
+        last = trial.attempts[-1]
+        if trial.state == "finished" or (last.reached_epoch or 0) > last.from_epoch:
+            self._crashed.clear()
+        elif not trial.is_final:
+            self._crashed.add(trial.number)
+        if trial.is_final:
+            return
+        log.warning("Trial %d: %s; it is tried again", trial.number, trial.reason)
+        if is_of_the_machine(last):
+            self._stop(TrainingFailed(f"trial {trial.number}: {last.reason}"))
+        elif len(self._crashed) >= self._search.plan.max_attempts:
+            self._stop(
+                EnvironmentFailed(
+                    f"{len(self._crashed)} trials in a row have crashed on this machine without a new checkpoint; "
+                    f"trial {trial.number}: {last.reason}"
+                )
+            )
 
     def _last_sign(self, number: int) -> float:
         """When a training that nobody has watched to its end still did something, seconds since 1970."""

@@ -13,6 +13,7 @@ from support.processes import is_alive, wait_until
 from support.runs import history_of, result_of
 
 from mnist_dist.base.files import file_lock
+from mnist_dist.cli.main import DOCTOR_HINT
 from mnist_dist.run.events import read_events
 from mnist_dist.run.sweep_folder import Sweep, SweepFolder, Trial, read_sweep
 from mnist_dist.sweep.outcome import LOST, STOPPED
@@ -274,6 +275,36 @@ def test_a_crash_is_tried_again_and_a_bad_combination_is_not(begin, space, tmp_p
     assert [attempt.exit_code for attempt in bad.attempts] == [2]
     assert bad.reason == "optimizer.nesterov=True: needs optimizer.momentum greater than 0"
     assert {killed.state, bad.state} == {"failed"}
+
+
+def test_a_worker_ends_where_the_machine_is_at_fault(begin, space, tmp_path):
+    """Its trainings cannot write checkpoints; the trial is not counted as tried, and no other one is started."""
+    command = (space("seed: range(2)"), "sampler=grid", "max_attempts=1")
+    sweep = begin(*command)
+    sweep.processes[0].rlimit(psutil.RLIMIT_FSIZE, (20_000, 20_000))  # what it starts has the same limit
+    assert sweep.codes(60) == [1], sweep.output()
+    line = sweep.output().splitlines()[-1]
+    assert line.startswith("error: trial 0: ")
+    assert line.endswith(f"; {DOCTOR_HINT}")
+    (trial,) = read_sweep(tmp_path / "sweep").trials
+    assert (trial.state, len(trial.attempts)) == ("waiting", 1)
+    again = begin(*command)
+    assert again.codes(60) == [0], again.output()
+
+
+def test_a_worker_ends_where_one_trial_after_the_other_crashes(begin, space, tmp_path):
+    sweep = begin(space("seed: range(9)"), "sampler=grid", "max_attempts=2")
+    (worker,) = sweep.processes
+    while is_alive(worker):
+        for training in trainings_of(worker):
+            with contextlib.suppress(psutil.Error):
+                training.kill()
+        time.sleep(0.01)
+    assert sweep.codes() == [1]
+    line = sweep.output().splitlines()[-1]
+    assert line.startswith("error: 2 trials in a row have crashed on this machine without a new checkpoint; trial 1: ")
+    states = [(trial.state, len(trial.attempts)) for trial in read_sweep(tmp_path / "sweep").trials]
+    assert states == [("failed", 2), ("waiting", 1)]
 
 
 NO_OPTUNA = "import sys; sys.modules['optuna'] = None; from mnist_dist.sweep.__main__ import main; main()"
