@@ -111,6 +111,7 @@ find_reason() {
     # srun exits with the highest of the exit codes, which may be that of a process that was ended because of another
     # one. The cause is in the first line of "srun: error: node7: task 3: Killed", "tasks 0,2: Exited with exit code 75".
     ends=$(ends_of_tasks)
+    [[ -z ${outlives_oom:-} ]] || ends=$(grep -v "Out Of Memory" <<<"$ends" || true)
     first=${ends%%$'\n'*}
     case $first in
         *" exit code "*) code=${first##* } ;;

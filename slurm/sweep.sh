@@ -42,6 +42,8 @@ echo "Job $id on $SLURM_JOB_NODELIST: $per_task core(s), $gpus GPU(s), restarted
 
 run_step -m mnist_dist.sweep "${arguments[@]}"
 ((code != 0)) || exit 0
+# Slurm says "Out Of Memory" of a task in which a training ran out of it, however the sweep went on and ended.
+outlives_oom=yes
 find_reason
 checkpoints=("${sweep_dir//[\"\']/}"/trials/*/checkpoints/epoch-*.ckpt)
 put_back "checkpoints $(cksum <<<"${checkpoints[*]}")" "continue with $sweep_dir"

@@ -10,7 +10,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mnist_dist.base.errors import UserError
@@ -73,9 +73,12 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == _TEMPORARY
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left of `write_atomically` in `folder`; only for the folder's only writer."""
-    for path in filter(is_temporary, folder.glob(".*")):
+def remove_temporaries(folder: Path, *, of: str = "") -> None:
+    """Remove what killed processes left of `write_atomically` in `folder`; only for the only writer of these files.
+
+    By default of all files, else of those whose names begin with `of`.
+    """
+    for path in filter(is_temporary, folder.glob(f".{of}*")):
         path.unlink(missing_ok=True)
 
 
@@ -111,6 +114,22 @@ def file_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(_open_lock(path), "wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
+        yield
+
+
+@contextlib.contextmanager
+def polled_lock(path: Path, *, wait: Callable[[int], object]) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (created if needed, but not its folder); raises OSError.
+
+    While another process holds it, `wait` is called before each further look, with their number so far.
+    """
+    with os.fdopen(_open_lock(path), "wb") as stream:
+        for looks in itertools.count():
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                wait(looks)
         yield
 
 

@@ -46,6 +46,10 @@ def start_child(
     parent, share = os.getpid(), share or Share()
 
     def in_child() -> None:
+        # This process's handlers would note a signal in its pipe, and starting the program would forget it.
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
         if os.getppid() != parent:  # it has ended before that took effect
             os._exit(EXIT_PREEMPTED)
@@ -63,6 +67,14 @@ def start_child(
         start_new_session=True,
         preexec_fn=in_child,
     )
+
+
+class Stopped(Exception):
+    """A signal ends the work early."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
 
 
 class Signals:
@@ -90,6 +102,11 @@ class Signals:
         with contextlib.suppress(BlockingIOError):
             return [signal.Signals(number) for number in os.read(self._reading, 4096) if number in SIGNALS]
         return []
+
+    def sleep(self, timeout_s: float) -> None:
+        """Wait so long, or until a child has ended; raises Stopped if one of `SIGNALS` has come."""
+        for number in self.wait(timeout_s):
+            raise Stopped(number)
 
 
 def exit_code_of(stopped_by: signal.Signals) -> int:

@@ -100,7 +100,8 @@ def _search(sweep: Sweep) -> Iterator[Html]:
         yield remark(text(why_not))
     if sweep.best:
         yield remark(text("To train the best again, into another folder:"))
-        words = [*sweep.plan.overrides, *sweep.best.overrides, "run_dir=ANOTHER_FOLDER"]
+        own_files = [f"--config-dir={sweep.plan.config_dir}"] if sweep.plan.config_dir else []
+        words = [*own_files, *sweep.plan.overrides, *sweep.best.overrides, "run_dir=ANOTHER_FOLDER"]
         yield command_line(f"python -m mnist_dist.train {shlex.join(words)}")
 
 

@@ -11,26 +11,30 @@ trials/0003/        its run folder
 
 import contextlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mnist_dist.base.errors import EnvironmentProblem, UserError
+from mnist_dist.base.errors import EnvironmentProblem, TrainingFailed, UserError
 from mnist_dist.base.files import (
     describe_os_error,
-    file_lock,
     is_locked,
     is_temporary,
     make_folder,
     open_locked,
+    polled_lock,
     read_regular,
     remove_temporaries,
     write_atomically,
 )
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.summary import read_as
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -42,6 +46,9 @@ FINAL: tuple[TrialState, ...] = ("finished", "pruned", "failed")
 _PLAN = "sweep.json"
 _LOCK = "sweep.lock"
 _RECORD = re.compile(r"([0-9]{4,})\.json")
+LOOK_S = 0.05
+"""How often to look whether the lock of a sweep's folder is free."""
+_TOLD_AFTER_LOOKS = 100
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class SweepPlan:
     """What all trainings have in common, by dotted key; also `data.sha256`, unless the data varies."""
     overrides: tuple[str, ...]
     """KEY=VALUE as the user gave them for all trainings."""
+    config_dir: str | None = None
+    """The user's own configuration files."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,7 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._trials = path / "trials"
+        self._known: dict[Path, tuple[tuple[int, int, int], Any]] = {}
 
     @property
     def journal_path(self) -> Path:
@@ -179,18 +189,48 @@ class SweepFolder:
             )
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep all others from changing anything here while the block runs."""
+    def locked(
+        self, *, wait: Callable[[int], object] = lambda _: time.sleep(LOOK_S), may_be_new: bool = False
+    ) -> Iterator[None]:
+        """Keep all others from changing anything here while the block runs.
+
+        Args:
+            wait: called before each further look, with their number so far, while another process has the lock; it
+                takes `LOOK_S`, and may raise.
+            may_be_new: there need not be a sweep in the folder, nor the folder.
+
+        Raises:
+            TrainingFailed: there is no sweep in the folder any more.
+        """
+
+        def wait_and_tell(looks: int) -> None:
+            if looks == _TOLD_AFTER_LOOKS:
+                log.warning("%s: waiting for its lock, which another process holds", self.path)
+            wait(looks)
+
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(file_lock(self.path / _LOCK))
-                make_folder(self._trials)
+                if may_be_new:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                else:
+                    self._check_is_there()
+                stack.enter_context(polled_lock(self.path / _LOCK, wait=wait_and_tell))
             except OSError as error:
                 raise EnvironmentProblem(
                     f"sweep_dir={self.path}: cannot be written, or its file system has no locks "
                     f"({describe_os_error(error)}); name a folder on another file system"
                 ) from error
+            if not may_be_new:
+                self._check_is_there()
             yield
+
+    def _check_is_there(self) -> None:
+        if not (is_sweep_folder(self.path) and self._trials.is_dir()):
+            raise TrainingFailed(
+                f"{self.path} is not this sweep's folder any more: it, or what was in it, was removed, moved or "
+                "replaced. Nothing more was written there. Put it back and run the same command again to continue; "
+                "without it, the sweep starts over"
+            )
 
     def claim(self, number: int) -> int | None:
         """Claim a trial for this process and all that inherit the returned descriptor; None if another one has it."""
@@ -207,30 +247,35 @@ class SweepFolder:
         return self._read(_PLAN, SweepPlan)
 
     def tidy(self) -> None:
-        """Remove what killed workers have left half written."""
-        for path in (self.path, self._trials):
-            remove_temporaries(path)
+        """Remove what killed workers have left half written; not of a report, which is written without the lock."""
+        remove_temporaries(self.path, of=_PLAN)
+        remove_temporaries(self._trials)
 
     def write_plan(self, plan: SweepPlan) -> None:
         """Write the plan."""
         write_atomically(self.path / _PLAN, _to_json(plan))
 
+    def make_trials(self) -> None:
+        """Make the folder for the trials; after the plan, without which nobody may take this for a sweep."""
+        make_folder(self._trials)
+
     def read_records(self) -> list[Trial]:
         """The records of all trials, by number."""
         names = [path.name for path in self._trials.iterdir()] if self._trials.is_dir() else []
-        numbers = sorted(int(match[1]) for match in map(_RECORD.fullmatch, names) if match)
-        used = {int(name[:4]) for name in names if re.match("[0-9]{4}", name)} | set(numbers)
+        numbers = {int(match[1]) for match in map(_RECORD.fullmatch, names) if match}
+        used = {int(name[:4]) for name in names if re.match("[0-9]{4}", name)} | numbers
         for number in range(max(used, default=-1) + 1):
             if number not in numbers:
                 raise UserError(
                     f"sweep_dir={self.path}: trials/{number:04d}.json is missing, so it is unknown what was tried; put "
                     "it back, or name another sweep_dir"
                 )
-        return [self.read_record(number) for number in numbers]
+        return [self.read_record(number) for number in sorted(numbers)]
 
     def read_record(self, number: int) -> Trial:
         """The record of one trial."""
-        trial = self._read(f"trials/{number:04d}.json", Trial)
+        name = f"trials/{number:04d}.json"
+        trial = self._unless_known(self.path / name, lambda: self._read(name, Trial), lambda trial: trial.is_final)
         if trial.number != number or any("=" not in text for text in trial.overrides):
             raise UserError(f"sweep_dir={self.path}: trials/{number:04d}.json is not that of trial {number}")
         return trial
@@ -241,9 +286,9 @@ class SweepFolder:
 
     def result(self, plan: SweepPlan, trial: Trial) -> float | None:
         """The validation accuracy of a trial's saved model; None unless its run folder says that all is trained."""
-        found = Inspection(self.run_dir(trial.number))
+        run_dir = self.run_dir(trial.number)
         epochs = trial.params.get("trainer.epochs", plan.training.get("trainer.epochs"))
-        summary = found.read_summary()
+        summary = self._unless_known(run_dir / "summary.json", Inspection(run_dir).read_summary, bool)
         return summary.val.accuracy if summary and summary.epochs_completed >= int(epochs or 1) else None
 
     def as_it_is(self, plan: SweepPlan, trial: Trial) -> Trial:
@@ -256,6 +301,21 @@ class SweepFolder:
         if value is not None:
             return replace(trial, state="finished", value=value, reason="")
         return trial if trial.state == "failed" else replace(trial, state="waiting", value=None)
+
+    def _unless_known(self, path: Path, read: Callable[[], T], is_final: Callable[[T], bool]) -> T:
+        """What `read` makes of the file `path`; what is final is not read again, unless the file is another one."""
+        try:
+            status = path.stat()
+        except OSError:
+            return read()  # which knows what to say
+        version = status.st_ino, status.st_mtime_ns, status.st_size
+        if path in self._known and self._known[path][0] == version:
+            known: T = self._known[path][1]
+            return known
+        found = read()
+        if is_final(found):
+            self._known[path] = version, found
+        return found
 
     def _read(self, name: str, kind: type[T]) -> T:
         try:

@@ -5,14 +5,15 @@ import sys
 from dataclasses import replace
 
 from mnist_dist.base.console import Console
-from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EnvironmentFailed, UserError
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EnvironmentFailed, EnvironmentProblem, UserError
 from mnist_dist.base.files import describe_os_error, expand_path, write_atomically
 from mnist_dist.cli.command_line import parse_command_line
+from mnist_dist.cli.explain import describe
 from mnist_dist.cli.main import run
-from mnist_dist.launch.child import Signals
+from mnist_dist.launch.child import Signals, Stopped, exit_code_of
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import REPORT_PAGE, RunFolder
-from mnist_dist.run.sweep_folder import Sweep, SweepFolder, is_sweep_folder, read_sweep
+from mnist_dist.run.sweep_folder import LOOK_S, Sweep, SweepFolder, is_sweep_folder, read_sweep
 from mnist_dist.sweep.config import SWEEP, SweepConfig
 from mnist_dist.sweep.plan import Search, build_search, check_same
 from mnist_dist.sweep.training import shares
@@ -34,52 +35,63 @@ def sweep(config: SweepConfig, topology: Topology, console: Console) -> int:
             raise
         raise UserError("optuna is not installed, which searches: pip install 'mnist-dist[sweep]'") from error
     search = build_search(config, parse_command_line(sys.argv[1:], command=SWEEP.name))
+    folder = find_folder(config)
+    again = "run the same command again" + ("" if config.sweep_dir else f" with sweep_dir={folder.path}")
     try:
         with Signals() as signals:
-            folder, search = open_sweep(config, search)
-            if is_over(folder, search):
+            search = open_sweep(folder, search, signals)
+            if was_over := is_over(folder, search):
                 log.info("%s holds this sweep, finished: nothing to do", folder.path)
             else:
                 log.info("Sweep: %s, %d trials", folder.path, search.plan.num_trials)
                 own_shares = shares(config.jobs, visible_gpus=topology.visible_gpus)
-                if code := Worker(folder, search, own_shares, signals).run():
-                    return code
-                (folder.path / REPORT_PAGE).unlink(missing_ok=True)  # it may be of an earlier moment
-            if config.report and not (folder.path / REPORT_PAGE).is_file():
+                Worker(folder, search, own_shares, signals).run()
+            if config.report and not (was_over and (folder.path / REPORT_PAGE).is_file()):
                 write_report(folder)
             return conclude(read_sweep(folder.path))
+    except Stopped as stopped:
+        log.info("%s: stopped; %s to continue", stopped.number.name, again)
+        return exit_code_of(stopped.number)
     except OSError as error:
-        place = error.filename or config.sweep_dir
-        raise EnvironmentFailed(
-            f"{place}: {describe_os_error(error)}; fix this and run the same command again"
-        ) from error
+        place = error.filename or folder.path
+        raise EnvironmentFailed(f"{place}: {describe_os_error(error)}; fix this and {again}") from error
 
 
-def open_sweep(config: SweepConfig, search: Search) -> tuple[SweepFolder, Search]:
-    """The folder, new or with this sweep, and the search with the names of the folder's plan in their order.
-
-    Raises:
-        UserError: it holds something else, or cannot be used.
-    """
+def find_folder(config: SweepConfig) -> SweepFolder:
+    """The configured folder, or a new one; raises UserError if it holds something else, or cannot be made."""
     if config.sweep_dir is None:
         new = RunFolder.from_config(None)
-        new.reserve()
-        folder = SweepFolder(new.path)
-    else:
-        folder = SweepFolder(expand_path("sweep_dir", config.sweep_dir))
+        try:
+            new.reserve()
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{error.filename}: {describe_os_error(error)}; give sweep_dir=FOLDER in another place"
+            ) from error
+        return SweepFolder(new.path)
+    folder = SweepFolder(expand_path("sweep_dir", config.sweep_dir))
     folder.check_usable()
-    with folder.locked():
+    return folder
+
+
+def open_sweep(folder: SweepFolder, search: Search, signals: Signals) -> Search:
+    """Write the plan, or compare it with that in the folder; the search with the names of that plan in their order.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be used.
+        Stopped: a signal has come.
+    """
+    with folder.locked(wait=lambda _: signals.sleep(LOOK_S), may_be_new=True):
         folder.tidy()
-        if not is_sweep_folder(folder.path):
+        found = folder.read_plan() if is_sweep_folder(folder.path) else None
+        if found is not None:
+            check_same(found, search.plan, path=folder.path)
+            # Optuna draws the values in this order, which should not depend on how the file was sorted last.
+            plan = replace(search.plan, space=found.space)
+            search = Search(plan, {key: search.space[key] for key in found.space})
+        if found is None or search.plan.num_trials > found.num_trials:
             folder.write_plan(search.plan)
-            return folder, search
-        found = folder.read_plan()
-        check_same(found, search.plan, path=folder.path)
-        # Optuna draws the values in this order, which should not depend on how the file was sorted last.
-        plan = replace(search.plan, space=found.space)
-        if plan.num_trials > found.num_trials:
-            folder.write_plan(plan)
-    return folder, replace(search, plan=plan, space={key: search.space[key] for key in found.space})
+        folder.make_trials()
+    return search
 
 
 def is_over(folder: SweepFolder, search: Search) -> bool:
@@ -91,12 +103,19 @@ def is_over(folder: SweepFolder, search: Search) -> bool:
 
 
 def write_report(folder: SweepFolder) -> None:
-    """Write `report.html` of the sweep; every worker that sees the last trial end does, with the same content."""
-    from mnist_dist.report.sweep_page import build_sweep_page
+    """Write `report.html` of the sweep, as every worker does that sees the last trial end, with the same content.
 
+    What is wrong with a report must not fail a sweep.
+    """
     path = folder.path / REPORT_PAGE
-    write_atomically(path, build_sweep_page(read_sweep(folder.path), output=path).encode())
-    log.info("Report: %s", path)
+    try:
+        from mnist_dist.report.sweep_page import build_sweep_page
+
+        path.unlink(missing_ok=True)  # it may be of an earlier moment; without it, the same command makes it again
+        write_atomically(path, build_sweep_page(read_sweep(folder.path), output=path).encode())
+        log.info("Report: %s", path)
+    except Exception as error:
+        log.warning("%s was not written: %s", REPORT_PAGE, describe(error))
 
 
 def conclude(found: Sweep) -> int:

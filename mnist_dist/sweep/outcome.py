@@ -13,13 +13,20 @@ STOPPED = "stopped together with the sweep"
 LOST = "the sweep was killed, or its machine was lost"
 
 
+def expect_stop(trial: Trial) -> Trial:
+    """The trial with a note in its last attempt that it was asked to stop, in case nobody lives to see its end."""
+    return replace(trial, attempts=(*trial.attempts[:-1], replace(trial.attempts[-1], reason=STOPPED)))
+
+
 def end_attempt(
-    trial: Trial, *, ended: float, reached_epoch: int, exit_code: int | None = None, reason: str = ""
+    trial: Trial, *, ended: float, reached_epoch: int, exit_code: int | None = None, reason: str | None = None
 ) -> Trial:
-    """The trial with the end of its last attempt noted, unless that has been done."""
+    """The trial with the end of its last attempt noted, unless that has been done; without a reason it is lost."""
     if not trial.attempts or trial.attempts[-1].ended is not None:
         return trial
-    end = replace(trial.attempts[-1], ended=ended, reached_epoch=reached_epoch, exit_code=exit_code, reason=reason)
+    last = trial.attempts[-1]
+    reason = (last.reason or LOST) if reason is None else reason
+    end = replace(last, ended=ended, reached_epoch=reached_epoch, exit_code=exit_code, reason=reason)
     return replace(trial, attempts=(*trial.attempts[:-1], end))
 
 
@@ -40,8 +47,8 @@ def judge(trial: Trial, *, value: float | None, events: Sequence[Event], epoch: 
     last = trial.attempts[-1] if trial.attempts else None
     if events and events[-1].kind == "failed" and events[-1].error == Diverged.__name__:
         return _failed(trial, events[-1].reason)  # the same bits would come again
-    if last and last.exit_code == EXIT_USER_ERROR and not last.reason.endswith(DOCTOR_HINT):
-        return _failed(trial, last.reason)
+    if last and epoch == 0 and last.exit_code == EXIT_USER_ERROR and not _may_pass(last):
+        return _failed(trial, last.reason)  # a bad combination of values
     if last and _num_tries(trial.attempts, epoch) >= max_attempts:
         return _failed(trial, f"{last.reason} (tried {max_attempts} times from epoch {epoch})")
     return replace(trial, state="waiting", value=None, reason=last.reason if last else "")
@@ -60,6 +67,16 @@ def _failed(trial: Trial, reason: str) -> Trial:
     return replace(trial, state="failed", value=None, reason=reason)
 
 
+def _may_pass(attempt: Attempt) -> bool:
+    """Whether it was refused for something else than its values: its folder is in use, its machine lacks the data."""
+    return attempt.reason.startswith(("run_dir=", "data")) or is_of_the_machine(attempt)
+
+
+def is_of_the_machine(attempt: Attempt) -> bool:
+    """Whether the training itself has said that its machine is at fault, and not the trial."""
+    return attempt.reason.endswith(DOCTOR_HINT)
+
+
 def _num_tries(attempts: Sequence[Attempt], epoch: int) -> int:
     """How many attempts have begun at the newest checkpoint, and failed."""
-    return sum(one.from_epoch == epoch and one.reason != STOPPED for one in attempts)
+    return sum(one.from_epoch == epoch and one.reason != STOPPED and not is_of_the_machine(one) for one in attempts)

@@ -31,8 +31,6 @@ class Search:
 
     plan: SweepPlan
     space: Mapping[str, Dimension]
-    config_dir: str | None
-    """The user's own configuration files."""
 
 
 def build_search(config: SweepConfig, typed: CommandLine) -> Search:
@@ -57,9 +55,17 @@ def build_search(config: SweepConfig, typed: CommandLine) -> Search:
         # `data=auto` may find other data on another machine; and without data no trial need start.
         training[DATA_DIGEST] = load_dataset(config.data).sha256
     plan = SweepPlan(
-        texts, config.sampler, config.pruner, config.seed, num_trials, config.max_attempts, training, overrides
+        space=texts,
+        sampler=config.sampler,
+        pruner=config.pruner,
+        seed=config.seed,
+        num_trials=num_trials,
+        max_attempts=config.max_attempts,
+        training=training,
+        overrides=overrides,
+        config_dir=typed.config_dir,
     )
-    return Search(plan, space, typed.config_dir)
+    return Search(plan, space)
 
 
 def grid_size(space: Mapping[str, Dimension]) -> int:

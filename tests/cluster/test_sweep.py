@@ -21,12 +21,12 @@ RATES = [round(0.01 * (i + 1), 2) for i in range(NUM_TRIALS - 1)] + [1e30]
 def start_sweep(submit, small, desk):
     """Start `sbatch --array slurm/sweep.sh` with the small data set; returns its tasks."""
 
-    def start(name: str, space: str, *arguments: str, num_tasks: int = NUM_TASKS, options=()) -> list[Job]:
+    def start(name: str, space: str, *arguments: str, num_tasks: int = NUM_TASKS, options=(), **more) -> list[Job]:
         (desk / f"{name}.yaml").write_text(space)
         data = [word for word in small if not word.startswith("trainer")]
         options = [f"--array=0-{num_tasks - 1}", *options]
         words = [*data, f"space={name}.yaml", *arguments]
-        first = submit(*words, script="sweep", options=options, log="sweep-{}_0.log", task="_0")
+        first = submit(*words, script="sweep", options=options, log="sweep-{}_0.log", task="_0", **more)
         number = first.job_id.removesuffix("_0")
         folder = desk / "runs" / f"sweep-{number}"
         return [
@@ -102,6 +102,18 @@ def test_a_warning_stops_the_trial_and_the_task_comes_back(start_sweep):
     (trial,) = read_sweep(task.folder).trials
     assert trial.state == "finished"
     assert [one.from_epoch > 0 for one in trial.attempts] == [False, True]
+
+
+def test_a_trial_that_ran_out_of_memory_does_not_keep_a_task_from_coming_back(start_sweep):
+    """Slurm says so of the whole task; the sweep has noted it for the trial, and was asked to stop later."""
+    line = "srun: error: node1: task 0: Out Of Memory"
+    is_logged = "grep -q Out.Of.Memory runs/sweep-${SLURM_ARRAY_JOB_ID}_0.log"
+    task = f'((SLURM_RESTART_COUNT)) && exit 0; echo "{line}" >&2; until {is_logged}; do sleep 0.1; done; exit 75'
+    (task,) = start_sweep("memory", "model.dropout: 0.1,0.2\n", num_tasks=1, site=f"launcher=(bash -c '{task}')")
+    batch = task()
+    check_ended(batch, restarts=1)
+    assert line in batch.log
+    assert "goes back into the queue: stopped on request" in batch.log
 
 
 def test_what_is_wrong_is_one_line(start_sweep):

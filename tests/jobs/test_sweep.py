@@ -12,8 +12,10 @@ from support.launchers import srun
 from support.processes import is_alive, wait_until
 from support.runs import history_of, result_of
 
+from mnist_dist.base.files import file_lock
+from mnist_dist.cli.main import DOCTOR_HINT
 from mnist_dist.run.events import read_events
-from mnist_dist.run.sweep_folder import Sweep, Trial, read_sweep
+from mnist_dist.run.sweep_folder import Sweep, SweepFolder, Trial, read_sweep
 from mnist_dist.sweep.outcome import LOST, STOPPED
 
 SWEEP = ("-m", "mnist_dist.sweep")
@@ -202,6 +204,58 @@ def test_a_signal_stops_all_trainings_with_a_checkpoint(begin, space, tmp_path):
         assert [event.kind for event in read_events(run_dir)] == ["started", "stopped"]
 
 
+def test_a_worker_that_waits_for_the_lock_says_so_and_can_be_stopped(begin, space, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    with file_lock(tmp_path / "sweep" / "sweep.lock"):
+        sweep = begin(space("seed: range(2)"), "sampler=grid")
+        wait_until(lambda: "waiting for its lock" in sweep.output())
+        sweep.processes[0].send_signal(signal.SIGTERM)
+        assert sweep.codes(60) == [75]
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_a_worker_with_a_training_can_be_stopped_while_the_lock_is_taken(begin, space, tmp_path):
+    sweep = begin(space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000", "checkpoint.every_epochs=1000")
+    run_dir = wait_for_training(sweep.processes[0], but=[])
+    with file_lock(tmp_path / "sweep" / "sweep.lock"):
+        sweep.processes[0].send_signal(signal.SIGTERM)
+        assert sweep.codes(60) == [75], sweep.output()
+    assert [event.kind for event in read_events(run_dir)] == ["started", "stopped"]
+
+
+def test_a_stop_is_noted_at_once_in_case_the_worker_is_killed(begin, space, tmp_path):
+    sweep = begin(space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000", "checkpoint.every_epochs=1000")
+    (worker,) = sweep.processes
+    wait_for_training(worker, but=[])
+    (training,) = trainings_of(worker)
+    training.suspend()
+    worker.send_signal(signal.SIGTERM)
+    record = SweepFolder(tmp_path / "sweep").read_record
+    wait_until(lambda: record(0).attempts[0].reason == STOPPED)
+    assert record(0).attempts[0].ended is None
+    worker.kill()
+    training.resume()
+
+
+def test_a_folder_that_is_moved_away_is_not_made_anew(begin, space, tmp_path):
+    sweep = begin(space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000", "checkpoint.every_epochs=1000")
+    wait_for_training(sweep.processes[0], but=[])
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    assert sweep.codes(60) == [1], sweep.output()
+    assert f"error: {tmp_path / 'sweep'} is not this sweep's folder any more" in sweep.output()
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_how_to_continue_a_sweep_whose_folder_was_not_given(start_python, args, space, tmp_path):
+    sweep = start_python(*SWEEP, *args, space("seed: range(2)"), "sampler=grid", "trainer.epochs=20000")
+    wait_until(lambda: "Trial 0: " in sweep.output())
+    sweep.processes[0].send_signal(signal.SIGINT)
+    assert sweep.codes(60) == [130]
+    (folder,) = (tmp_path / "runs").iterdir()
+    line = f"SIGINT: stopped; run the same command again with sweep_dir=runs/{folder.name} to continue\n"
+    assert sweep.output().endswith(line)
+
+
 def test_a_crash_is_tried_again_and_a_bad_combination_is_not(begin, space, tmp_path):
     lines = ["optimizer: choice(sgd)", "optimizer.momentum: choice(0.0,0.9)", "optimizer.nesterov: false,true"]
     sweep = begin(space(*lines), "sampler=grid", "num_trials=2", "max_attempts=2")
@@ -221,6 +275,36 @@ def test_a_crash_is_tried_again_and_a_bad_combination_is_not(begin, space, tmp_p
     assert [attempt.exit_code for attempt in bad.attempts] == [2]
     assert bad.reason == "optimizer.nesterov=True: needs optimizer.momentum greater than 0"
     assert {killed.state, bad.state} == {"failed"}
+
+
+def test_a_worker_ends_where_the_machine_is_at_fault(begin, space, tmp_path):
+    """Its trainings cannot write checkpoints; the trial is not counted as tried, and no other one is started."""
+    command = (space("seed: range(2)"), "sampler=grid", "max_attempts=1")
+    sweep = begin(*command)
+    sweep.processes[0].rlimit(psutil.RLIMIT_FSIZE, (20_000, 20_000))  # what it starts has the same limit
+    assert sweep.codes(60) == [1], sweep.output()
+    line = sweep.output().splitlines()[-1]
+    assert line.startswith("error: trial 0: ")
+    assert line.endswith(f"; {DOCTOR_HINT}")
+    (trial,) = read_sweep(tmp_path / "sweep").trials
+    assert (trial.state, len(trial.attempts)) == ("waiting", 1)
+    again = begin(*command)
+    assert again.codes(60) == [0], again.output()
+
+
+def test_a_worker_ends_where_one_trial_after_the_other_crashes(begin, space, tmp_path):
+    sweep = begin(space("seed: range(9)"), "sampler=grid", "max_attempts=2")
+    (worker,) = sweep.processes
+    while is_alive(worker):
+        for training in trainings_of(worker):
+            with contextlib.suppress(psutil.Error):
+                training.kill()
+        time.sleep(0.01)
+    assert sweep.codes() == [1]
+    line = sweep.output().splitlines()[-1]
+    assert line.startswith("error: 2 trials in a row have crashed on this machine without a new checkpoint; trial 1: ")
+    states = [(trial.state, len(trial.attempts)) for trial in read_sweep(tmp_path / "sweep").trials]
+    assert states == [("failed", 2), ("waiting", 1)]
 
 
 NO_OPTUNA = "import sys; sys.modules['optuna'] = None; from mnist_dist.sweep.__main__ import main; main()"

@@ -3,25 +3,35 @@
 import dataclasses
 import errno
 import fcntl
+import html
 import os
+import re
+import shlex
+import sys
 
 import numpy as np
 import optuna
 import pytest
 from support.trials import leave_history, leave_results
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.console import Console
+from mnist_dist.base.errors import EnvironmentFailed, UserError
 from mnist_dist.cli.command_line import parse_command_line
 from mnist_dist.cli.main import DOCTOR_HINT
 from mnist_dist.cli.multirun import expand
 from mnist_dist.config.compose import compose, conf_dir, to_config
 from mnist_dist.config.search_space import Choice, Interval, Range, parse_dimension, parse_space, read_space
+from mnist_dist.launch.child import Signals
+from mnist_dist.launch.topology import Topology
+from mnist_dist.report.sweep_page import build_sweep_page
+from mnist_dist.run import sweep_folder as sweep_module
 from mnist_dist.run.events import Event
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.sweep_folder import Attempt, SweepFolder, SweepPlan, Trial, read_sweep
 from mnist_dist.sweep import training
+from mnist_dist.sweep.__main__ import find_folder, open_sweep, sweep, write_report
 from mnist_dist.sweep.config import SWEEP
-from mnist_dist.sweep.outcome import LOST, STOPPED, end_attempt, judge
+from mnist_dist.sweep.outcome import LOST, STOPPED, end_attempt, expect_stop, judge
 from mnist_dist.sweep.plan import build_search, check_same
 from mnist_dist.sweep.study import STUDY_NAME, Study
 
@@ -282,8 +292,9 @@ class Played:
         self.plan = dataclasses.replace(PLAN, space=space, **options)
         self.folder = SweepFolder(path)
         self.trials: list[Trial] = []
-        with self.folder.locked():
+        with self.folder.locked(may_be_new=True):
             self.folder.write_plan(self.plan)
+            self.folder.make_trials()
         self.study = self.reopen()
 
     def reopen(self) -> Study:
@@ -511,7 +522,11 @@ def event(kind, **more):
         ([attempt(code=75, reason=STOPPED)] * 9, {}, "waiting", STOPPED),
         ([attempt(code=None, reason=LOST)] * 3, {}, "failed", LOST),
         ([attempt(code=2, reason="optimizer.momentum=0: bad")], {}, "failed", "optimizer.momentum=0: bad"),
-        ([attempt(code=2, reason=f"no GPU; {DOCTOR_HINT}")], {}, "waiting", "no GPU"),  # another machine may do
+        ([attempt(code=2, reason=f"no GPU; {DOCTOR_HINT}")] * 9, {}, "waiting", "no GPU"),  # another machine may do
+        ([attempt(code=2, reason="run_dir=x: another job is training here")], {}, "waiting", "run_dir=x"),
+        ([attempt(code=2, reason="data.path=x: cannot be read")] * 2, {}, "waiting", "data.path=x"),
+        ([attempt(code=2, reason="data.path=x: cannot be read")] * 3, {}, "failed", "data.path=x"),
+        ([attempt(2, 2, 2, "strategy: other replicas")], {"epoch": 2}, "waiting", "strategy"),  # it could be trained
         ([attempt(code=1)], {"events": [event("failed", error="Diverged", reason="NaN")]}, "failed", "NaN"),
         ([attempt(code=1)], {"events": [event("failed", error="OSError", reason="disk")]}, "waiting", "killed"),
         (
@@ -543,6 +558,13 @@ def test_the_end_of_an_attempt_is_noted_once():
     assert end_attempt(ended, ended=9.0, reached_epoch=9) == ended
 
 
+@pytest.mark.parametrize(("was_asked", "reason"), [(False, LOST), (True, STOPPED)])
+def test_an_attempt_whose_worker_was_killed_counts_unless_it_was_asked_to_stop(was_asked, reason):
+    trial = Trial(0, {}, (), attempts=(Attempt(1.0, "node7", 0),))
+    ended = end_attempt(expect_stop(trial) if was_asked else trial, ended=5.0, reached_epoch=2)
+    assert [one.reason for one in ended.attempts] == [reason]
+
+
 # The folder
 
 
@@ -550,8 +572,9 @@ def test_the_end_of_an_attempt_is_noted_once():
 def sweep_folder(tmp_path):
     """A folder with a plan and one trial."""
     folder = SweepFolder(tmp_path / "sweep")
-    with folder.locked():
+    with folder.locked(may_be_new=True):
         folder.write_plan(PLAN)
+        folder.make_trials()
         folder.write_record(Trial(0, {"seed": 1}, ("seed=1",)))
     return folder
 
@@ -592,6 +615,24 @@ def test_the_run_folder_has_the_last_word(recorded, left, state, sweep_folder):
     assert found.value == (0.75 if state == "finished" else None)
     if claim is not None:
         os.close(claim)
+
+
+def test_what_is_final_is_read_once_unless_it_changes(sweep_folder, monkeypatch):
+    """A large sweep has thousands of records, which each worker looks at again and again, holding the lock."""
+    read = []
+    monkeypatch.setattr(sweep_module, "read_regular", lambda path: read.append(path.name) or path.read_bytes())
+    for number, state in enumerate(["finished", "running"]):
+        leave_results(sweep_folder.run_dir(number), [0.1, 0.2, 0.75])
+        value = 0.75 if state == "finished" else None
+        sweep_folder.write_record(Trial(number, {"seed": number}, (f"seed={number}",), state, value))
+    for _ in range(3):
+        trials = sweep_folder.read_records()
+        assert sweep_folder.result(PLAN, trials[0]) == 0.75
+    assert read == ["0000.json", *["0001.json"] * 3]
+    sweep_folder.write_record(Trial(0, {"seed": 0}, ("seed=0",), "failed"))
+    (sweep_folder.run_dir(0) / "summary.json").unlink()
+    assert sweep_folder.result(PLAN, sweep_folder.read_records()[0]) is None
+    assert sweep_folder.read_record(0).state == "failed"
 
 
 def test_a_claim_is_held_once(sweep_folder):
@@ -647,17 +688,62 @@ def test_a_file_system_without_locks_is_refused(monkeypatch, tmp_path):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="or its file system has no locks"), SweepFolder(tmp_path / "sweep").locked():
+    lock = SweepFolder(tmp_path / "sweep").locked(may_be_new=True)
+    with pytest.raises(UserError, match="or its file system has no locks"), lock:
         pass
 
 
+def fill_the_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_start_that_was_cut_short_is_made_up_for(monkeypatch, small_npz, tmp_path):
+    """Before the plan, and between the plan and the folder of the trials."""
+    words = ["data=npz", f"data.path={small_npz}", "space=mlp", f"sweep_dir={tmp_path / 'sweep'}"]
+    for method in ("write_plan", "make_trials"):
+        with monkeypatch.context() as patched:
+            patched.setattr(SweepFolder, method, fill_the_disk)
+            with pytest.raises(OSError, match="No space left"):
+                open_sweep_for(*words)
+    open_sweep_for(*words)
+    assert read_sweep(tmp_path / "sweep").trials == ()
+
+
+def open_sweep_for(*overrides):
+    with Signals() as signals:
+        config = to_config(SWEEP, compose(SWEEP, overrides))
+        return open_sweep(find_folder(config), search(*overrides), signals)
+
+
+def test_a_full_disk_is_named_with_the_new_folder_of_the_sweep(monkeypatch, small_npz, tmp_path):
+    words = ["data=npz", f"data.path={small_npz}", "space=mlp"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep", *words])
+    monkeypatch.setattr(SweepFolder, "write_plan", fill_the_disk)
+    with pytest.raises(EnvironmentFailed) as raised:
+        sweep(to_config(SWEEP, compose(SWEEP, words)), Topology(), Console())
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert str(raised.value) == (
+        f"runs/{folder.name}: No space left on device; fix this and run the same command again with "
+        f"sweep_dir=runs/{folder.name}"
+    )
+
+
 def test_what_killed_workers_leave_is_removed(sweep_folder):
-    for folder in (sweep_folder.path, sweep_folder.path / "trials"):
-        (folder / ".0000.json.0123abcd.tmp").touch()
+    for folder, name in ((sweep_folder.path, "sweep.json"), (sweep_folder.path / "trials", "0000.json")):
+        (folder / f".{name}.0123abcd.tmp").touch()
+    being_written = sweep_folder.path / ".report.html.0123abcd.tmp"
+    being_written.touch()
     sweep_folder.check_usable()
     with sweep_folder.locked():
         sweep_folder.tidy()
-    assert not list(sweep_folder.path.rglob("*.tmp"))
+    assert list(sweep_folder.path.rglob("*.tmp")) == [being_written]
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(sweep_folder, caplog):
+    (sweep_folder.path / "report.html").mkdir()
+    write_report(sweep_folder)
+    assert [record.message.partition(": ")[0] for record in caplog.records] == ["report.html was not written"]
 
 
 @pytest.mark.parametrize(
@@ -681,6 +767,14 @@ def test_the_best_trial_is_the_earliest_of_equals(sweep_folder):
     sweep = read_sweep(sweep_folder.path)
     assert sweep.best.number == 1
     assert Inspection(sweep.run_dir(sweep.best)).read_summary().val.accuracy == 0.9
+
+
+def test_the_page_says_how_to_train_the_best_with_the_users_own_files(sweep_folder):
+    sweep_folder.write_plan(dataclasses.replace(PLAN, config_dir="my conf"))
+    leave_results(sweep_folder.run_dir(0), [0.1, 0.2, 0.9])
+    page = build_sweep_page(read_sweep(sweep_folder.path), output=sweep_folder.path / "report.html")
+    words = shlex.split(re.search(r"python -m mnist_dist\.train ([^<]*)", html.unescape(page))[1])
+    assert words == ["--config-dir=my conf", "seed=1", "run_dir=ANOTHER_FOLDER"]
 
 
 # --multirun
