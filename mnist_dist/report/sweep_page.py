@@ -53,12 +53,8 @@ def build_sweep_page(sweep: Sweep, *, output: Path) -> str:
     ]
     done = sum(trial.is_final for trial in sweep.trials)
     is_over = done >= sweep.plan.num_trials and done == len(sweep.trials)
-    has_best = sweep.best is not None
-    tone: Tone = ("good" if has_best else "bad") if is_over else "info"
+    glyph, tone = _LOOKS["waiting" if not is_over else "finished" if sweep.best else "failed"]
     word = f"{done} of {counted(sweep.plan.num_trials, 'trial')}"
-    glyph = (
-        "\N{CHECK MARK}" if is_over and has_best else "\N{MULTIPLICATION X}" if is_over else "\N{HORIZONTAL ELLIPSIS}"
-    )
     header = headline(word, glyph, tone=tone, label=f"Sweep {sweep.path}", sentence=text(_lead(sweep)))
     footer = text(f"Written {moment_text(time.time())} from the folders in {sweep.path}; python -m mnist_dist.report")
     return build_document(

@@ -76,7 +76,7 @@ def test_failed_contender_is_marked_and_the_rest_run(report):
     result, _, content = report
     assert result.returncode == 1, result.stderr
     assert content["rows"][-1]["status"] == "failed"
-    assert "TrainingFailed" in result.stdout
+    assert "Diverged" in result.stdout
     assert "failed" in result.stdout
 
 
