@@ -21,11 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_dist.base.console import Console
-from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, UserError
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from mnist_dist.base.files import describe_os_error, expand_path
 from mnist_dist.cli.main import run
 from mnist_dist.config.compose import Command
 from mnist_dist.config.rules import Checked, between, ruled
+from mnist_dist.launch.child import Signals
 from mnist_dist.launch.topology import Topology
 from mnist_dist.results.history import Metric
 from mnist_dist.results.text_chart import draw_text_curves
@@ -95,20 +96,18 @@ def watch(config: WatchConfig, topology: Topology, _: Console) -> int:
         raise UserError(f"{topology.world_size} processes were started; one is enough to watch a run")
     assert config.run_dir is not None
     terminal, observer = rich.console.Console(highlight=False), Observer(expand_path("run_dir", config.run_dir))
-    try:
-        if config.once:
-            look = observer.look()
-            terminal.print(build_view(look, terminal))
-            return EXIT_CODES[look.record.state]
-        is_live = terminal.is_terminal and not terminal.is_dumb_terminal
-        with live_view(terminal) if is_live else contextlib.nullcontext(PlainLines(terminal)) as show:
-            return _follow(observer, show, every_s=config.every_s)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    if config.once:
+        look = observer.look()
+        terminal.print(build_view(look, terminal))
+        return EXIT_CODES[look.record.state]
+    is_live = terminal.is_terminal and not terminal.is_dumb_terminal
+    # Signals as values: an exception in the middle of rich's drawing may leave its locks held.
+    with Signals() as signals, live_view(terminal) if is_live else contextlib.nullcontext(PlainLines(terminal)) as show:
+        return _follow(observer, show, signals, every_s=config.every_s)
 
 
-def _follow(observer: "Observer", show: Callable[[Look | str], None], *, every_s: float) -> int:
-    """Show the run, or why there is none to see yet, until it has ended; returns the exit code."""
+def _follow(observer: "Observer", show: Callable[[Look | str], None], signals: Signals, *, every_s: float) -> int:
+    """Show the run, or why there is none to see yet, until it has ended or a signal comes; returns the exit code."""
     while True:
         try:
             look = observer.look()
@@ -118,7 +117,8 @@ def _follow(observer: "Observer", show: Callable[[Look | str], None], *, every_s
             show(look)
             if look.record.state != "running":
                 return EXIT_CODES[look.record.state]
-        time.sleep(every_s)
+        if came := signals.wait(every_s):
+            return 128 + came[0]  # as a shell reports it: 130 for Ctrl-C
 
 
 class Observer:
