@@ -101,7 +101,7 @@ def watch(config: WatchConfig, topology: Topology, _: Console) -> int:
         terminal.print(build_view(look, terminal))
         return EXIT_CODES[look.record.state]
     is_live = terminal.is_terminal and not terminal.is_dumb_terminal
-    # Signals as values: an exception in the middle of rich's drawing may leave its locks held.
+    # Signals as values: KeyboardInterrupt may come at any moment, also where Python ignores exceptions (a finalizer).
     with Signals() as signals, live_view(terminal) if is_live else contextlib.nullcontext(PlainLines(terminal)) as show:
         return _follow(observer, show, signals, every_s=config.every_s)
 
