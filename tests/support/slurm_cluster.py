@@ -202,7 +202,9 @@ def _users_of(slurm_conf: str) -> list[int]:
 
 
 def _environment_of(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    with contextlib.suppress(OSError):  # it has just ended
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return []
 
 
 def _command_of(pid: int) -> list[str]:
