@@ -68,7 +68,7 @@ def draw_chart(chart: Chart) -> Figure:
     if chart.hides_steep_start and not chart.log:
         _hide_steep_start(axes, chart.curves)
     if chart.from_zero:
-        axes.set_ylim(0, 1.1 * max(value for curve in chart.curves for value in curve.y))
+        axes.set_ylim(0, 1.1 * max(value for curve in chart.curves for value in curve.y) or 1)
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     else:
@@ -115,7 +115,8 @@ def draw_progress(events: Sequence[Event], history: History, *, now: float) -> F
     axes.set_ylabel("Epochs finished")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     add_grid(axes)
-    _add_legend(figure, num_columns=5)
+    if any(event is not events[0] for event in events):
+        _add_legend(figure, num_columns=5)
     return figure
 
 

@@ -122,6 +122,7 @@ def check_page(page: str) -> ElementTree.Element:
     return root
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # they would be printed to the terminal of the run
 @pytest.mark.parametrize("name", STRANGE)
 def test_any_run_has_a_page(name):
     root = check_page(build_run_page(create_record(**STRANGE[name])))
