@@ -11,8 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from mnist_dist.results.curves import steep_epochs
-from mnist_dist.results.history import History
+from mnist_dist.results.history import History, steep_epochs
 from mnist_dist.results.page import printable
 from mnist_dist.results.png import REFERENCE_COLOR, TRAIN_COLOR, VALIDATION_COLOR, add_grid, shorten_name
 from mnist_dist.results.reference import Reference

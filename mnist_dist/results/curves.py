@@ -3,7 +3,6 @@
 From numbers and names only: no model, no device.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from mnist_dist.results.confusion import plot_confusion_matrix
-from mnist_dist.results.history import History, Metric
+from mnist_dist.results.history import History, Metric, steep_epochs
 from mnist_dist.results.png import (
     REFERENCE_COLOR,
     TRAIN_COLOR,
@@ -123,14 +122,6 @@ def _reference_curves(reference: Reference, metric: Metric, num_epochs: int) -> 
         values = tuple(reference.columns[column][i] for i in shown)
         curves.append(_Curve(f"{label}, {name}", epochs, values, look))
     return curves
-
-
-def steep_epochs(num_epochs: float) -> float:
-    """How many first epochs rise so much that, shown in full, they would flatten all others into one line.
-
-    Longer runs have more of them, but not in proportion: none of fewer than 9 epochs, 1 of 20, 4 of 150, 18 of 3000.
-    """
-    return math.sqrt(num_epochs) / 3
 
 
 def _set_accuracy_axis(axes: Axes, curves: Iterable[_Curve], num_epochs: int) -> None:

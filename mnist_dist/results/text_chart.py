@@ -1,13 +1,12 @@
 """The loss and accuracy curves of a run in characters, for a terminal."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from rich.text import Text
 
-from mnist_dist.results.history import History, Metric
+from mnist_dist.results.history import History, Metric, steep_epochs
 
 TRAIN_STYLE, VALIDATION_STYLE = "bright_blue", "dark_orange"
 # The dots of a Braille character: the bit of each, by row and column.
@@ -76,7 +75,7 @@ def _scale(
 
 def _after_steep_epochs(metric: Metric, num_epochs: int) -> npt.NDArray[np.bool_]:
     """Which points set the range, of train and validation: as in the pictures, no accuracies of the first epochs."""
-    num_steep = math.sqrt(num_epochs) / 3 if metric == "accuracy" else 0
+    num_steep = steep_epochs(num_epochs) if metric == "accuracy" else 0
     return np.tile(np.arange(1, num_epochs + 1) > num_steep, 2)
 
 
