@@ -11,6 +11,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 from mnist_dist.base.errors import UserError
@@ -86,6 +87,11 @@ def make_folder(path: Path) -> None:
     """Make the folder `path` if there is none, but not its parents; raises OSError."""
     with contextlib.suppress(FileExistsError):  # if it is a file, writing into it will fail
         path.mkdir()
+
+
+def path_by_time() -> Path:
+    """What a new folder of a run, a sweep or a grid is called: `runs/`, date and time."""
+    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def make_new_folder(path: Path) -> Path:

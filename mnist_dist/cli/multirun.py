@@ -4,12 +4,11 @@ import itertools
 import logging
 import subprocess
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from signal import Signals as SignalNumber
 
 from mnist_dist.base.errors import EXIT_OK, UserError
-from mnist_dist.base.files import expand_path, make_new_folder
+from mnist_dist.base.files import expand_path, make_new_folder, path_by_time
 from mnist_dist.cli.command_line import CommandLine, check_override, parse_override, train_words
 from mnist_dist.config.compose import TRAIN, compose, to_config
 from mnist_dist.config.rules import shorten
@@ -89,7 +88,7 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _folder(run_dir: str | None) -> Path:
     if run_dir is None:
-        return make_new_folder(Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        return make_new_folder(path_by_time())
     folder = expand_path("run_dir", run_dir)
     if (folder / "config.yaml").is_file():
         raise UserError(f"run_dir={folder}: holds a single run; name another folder for the runs of --multirun")

@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from mnist_dist.base.files import (
     is_temporary,
     make_folder,
     make_new_folder,
+    path_by_time,
     remove_temporaries,
     write_atomically,
 )
@@ -62,7 +62,7 @@ class RunFolder:
         """The configured folder, or a new one below `runs/`, named by the time; raises UserError for `~nobody`."""
         if run_dir is not None:
             return cls(expand_path("run_dir", run_dir), is_writer=is_writer)
-        return cls(Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), is_writer=is_writer, is_new=True)
+        return cls(path_by_time(), is_writer=is_writer, is_new=True)
 
     @property
     def log_path(self) -> Path:
