@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.engine.layers.dropout import BatchPosition, PositionalDropout, at_position
+from mnist_dist.engine.layers.dropout import PositionalDropout
+from mnist_dist.engine.layers.position import BatchPosition, at_position
 
 FloatArray = npt.NDArray[np.float32]
 

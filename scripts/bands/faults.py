@@ -17,7 +17,7 @@ from mnist_dist.data.splits import SplitName, Splits
 from mnist_dist.engine.batches import PADDING, BatchPlan
 from mnist_dist.engine.build import Engine
 from mnist_dist.engine.flat_model import FlatModel
-from mnist_dist.engine.layers.dropout import BatchPosition, at_position
+from mnist_dist.engine.layers.position import BatchPosition, at_position
 from mnist_dist.engine.optimizer import Adam, Optimizer, create_optimizer
 from mnist_dist.engine.precision import LossScale
 from mnist_dist.engine.programs.state import TrainState

@@ -2,13 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.engine.layers.dropout import (
-    BatchPosition,
-    PositionalDropout,
-    at_position,
-    drop_thresholds,
-    keep_masks,
-)
+from mnist_dist.engine.layers.dropout import PositionalDropout, drop_thresholds, keep_masks
+from mnist_dist.engine.layers.position import BatchPosition, at_position
 
 
 def position(step: int, row: int) -> BatchPosition:
@@ -17,7 +12,7 @@ def position(step: int, row: int) -> BatchPosition:
 
 def masks(*, key: int = 7, step: int = 3, row: int = 0, num_rows: int, num_units: int, rate: float = 0.4) -> np.ndarray:
     thresholds = drop_thresholds(rate, num_units)
-    return keep_masks(key, tf.stack(position(step, row)), num_rows=num_rows, thresholds=thresholds).numpy()
+    return keep_masks(key, position(step, row), num_rows=num_rows, thresholds=thresholds).numpy()
 
 
 @pytest.mark.parametrize("rate", [0.4, 0.01])

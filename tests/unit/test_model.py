@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.flat_model import FlatModel, load_flat_model
-from mnist_dist.engine.layers.dropout import BatchPosition
+from mnist_dist.engine.layers.position import BatchPosition
 from mnist_dist.models.build import build_model
 
 

@@ -13,6 +13,7 @@ from mnist_dist.data.load import load_dataset
 from mnist_dist.data.splits import preprocess
 from mnist_dist.engine.build import Engine, Programs, build_engine
 from mnist_dist.engine.layers.dropout import drop_thresholds, keep_masks
+from mnist_dist.engine.layers.position import BatchPosition, stream_key
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
 
@@ -48,8 +49,9 @@ def train(splits, mnist_path):
 
 
 def masks(step: int, layer: int, num_rows: int) -> np.ndarray:
-    position, thresholds = tf.constant([0, step], tf.int64), drop_thresholds(RATE, 256)
-    return keep_masks((SEED << 32) | layer, position, num_rows=512, thresholds=thresholds).numpy()[:num_rows]
+    position = BatchPosition(tf.constant(0, tf.int64), tf.constant(step, tf.int64))
+    thresholds = drop_thresholds(RATE, 256)
+    return keep_masks(stream_key(SEED, layer), position, num_rows=512, thresholds=thresholds).numpy()[:num_rows]
 
 
 def plain_steps(engine: Engine, splits, weights: np.ndarray, indices: np.ndarray, optimizer: keras.Optimizer):

@@ -1,50 +1,23 @@
-"""Dropout that depends on what is computed, never on which device computes it.
-
-The mask of an example is a pure function of (seed, global step, layer, position in the global batch). So any device
-draws the same masks for its rows of a global batch as a single device would.
-"""
+"""Dropout by batch position: any device drops the same units of its rows as a single device would."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-PHILOX = 1  # TensorFlow's number for the counter-based generator of Salmon et al. 2011 (SC'11)
-_BITS_PER_TICK = 128  # one tick of its counter gives as many
+from mnist_dist.engine.layers.position import BatchPosition, current_position, random_words, stream_key
+
 # Random bits are most of what dropout costs. With 8 of them for each unit, a unit's drop rate is a multiple of 1/256,
 # so a layer's units have two neighbouring rates, in such numbers that their mean is right. That would be rough for
 # a rate near 0 or 1, which gets 16 bits and one rate for all units, right to 1/65536.
 _ROUGH = 1 / 16
-
-
-class BatchPosition(NamedTuple):
-    """Which rows of which step are being computed."""
-
-    first_row: tf.Tensor
-    """Scalar int64: position in the global batch of the first of these rows."""
-    global_step: tf.Tensor
-    """Scalar int64: optimizer steps made so far."""
+_WORD_BITS = 32
 
 
 Thresholds = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-
-_counter: ContextVar[tf.Tensor] = ContextVar("first row and step")
-
-
-@contextmanager
-def at_position(position: BatchPosition) -> Iterator[None]:
-    """Tell the dropout layers which rows they are called for, while the block is traced."""
-    token = _counter.set(tf.stack(position))
-    try:
-        yield
-    finally:
-        _counter.reset(token)
 
 
 class PositionalDropout(keras.layers.Layer):  # type: ignore[misc]
@@ -54,7 +27,7 @@ class PositionalDropout(keras.layers.Layer):  # type: ignore[misc]
         """Build layer number `index` of the network's dropout layers, for the run's `seed`."""
         super().__init__(**kwargs)
         self._rate = rate
-        self._key = (seed << 32) | index
+        self._key = stream_key(seed, index)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Choose the units' drop rates."""
@@ -65,7 +38,7 @@ class PositionalDropout(keras.layers.Layer):  # type: ignore[misc]
         if not training or self._rate == 0:
             return inputs
         masks = keep_masks(
-            self._key, _counter.get(), num_rows=inputs.shape[0], thresholds=self._thresholds, dtype=inputs.dtype
+            self._key, current_position(), num_rows=inputs.shape[0], thresholds=self._thresholds, dtype=inputs.dtype
         )
         return inputs * (masks if inputs.shape.rank == 2 else tf.reshape(masks, inputs.shape))
 
@@ -80,24 +53,12 @@ def drop_thresholds(rate: float, num_units: int) -> Thresholds:
 
 
 def keep_masks(
-    key: int, position: tf.Tensor, *, num_rows: int, thresholds: Thresholds, dtype: tf.DType = tf.float32
+    key: int, position: BatchPosition, *, num_rows: int, thresholds: Thresholds, dtype: tf.DType = tf.float32
 ) -> tf.Tensor:
-    """Factors of shape (num_rows, num_units): 0 for a dropped unit, 1 / (1 - its drop rate) for another.
-
-    `position` is a `BatchPosition` as one tensor. Row i is that of position `first_row + i`: each row owns a range of
-    ticks of the low half of Philox's counter, and the step is the high half.
-    """
+    """Factors of shape (num_rows, num_units): 0 for a dropped unit, 1 / (1 - its drop rate) for another."""
     num_units, bits = len(thresholds), thresholds.dtype.itemsize * 8
-    ticks = -(-num_units * bits // _BITS_PER_TICK)
-    counter = position * tf.constant([ticks, 1], tf.int64)
-    words = tf.raw_ops.StatelessRandomUniformFullIntV2(
-        shape=[num_rows, ticks * _BITS_PER_TICK // 32],
-        key=tf.constant([key], tf.uint64),
-        counter=tf.bitcast(counter, tf.uint64),
-        alg=PHILOX,
-        dtype=tf.uint32,
-    )
-    random = tf.reshape(tf.bitcast(words, thresholds.dtype), [num_rows, ticks * _BITS_PER_TICK // bits])
+    words = random_words(key, position, num_rows=num_rows, num_words=-(-num_units * bits // _WORD_BITS))
+    random = tf.reshape(tf.bitcast(words, thresholds.dtype), [num_rows, words.shape[1] * _WORD_BITS // bits])
     if random.shape[1] > num_units:
         random = random[:, :num_units]
     # By each unit's actual rate, so that its expectation is exact.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mnist_dist.engine.flat_model import FlatModel
-from mnist_dist.engine.layers.dropout import BatchPosition
+from mnist_dist.engine.layers.position import BatchPosition
 from mnist_dist.engine.loss import cross_entropy
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.engine.programs.state import TrainState
