@@ -82,14 +82,13 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
         strategy = SingleDevice()
-        num_pixels = splits.test.images.shape[1]
         try:
-            flat_model = load_flat_model(model_path, num_pixels=num_pixels, num_classes=splits.num_classes)
+            flat_model = load_flat_model(model_path, image_shape=splits.image_shape, num_classes=splits.num_classes)
         except ValueError as error:
             raise UserError(f"{model_path}: not a usable model: {error}; {MODEL_ADVICE}") from error
 
     program = EvaluateProgram(flat_model, strategy=strategy, split=place_split(splits[split_name], strategy))
-    sums = program.run(strategy.create_variable(flat_model.get_weights()))
+    sums = program.run([strategy.create_variable(vector) for vector in flat_model.vectors()])
     if not math.isfinite(sums.loss):
         problem = f"its loss on the {split_name} set is {sums.loss}"
         raise UserError(f"{model_path}: not a usable model: {problem}; {MODEL_ADVICE}")

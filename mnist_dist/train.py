@@ -17,7 +17,6 @@ from mnist_dist.engine.footprint import check_fits
 from mnist_dist.launch.job import Job
 from mnist_dist.launch.topology import Topology
 from mnist_dist.results.reference import Reference
-from mnist_dist.results.sums import weights_digest
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.events import EventLog
 from mnist_dist.run.folder import REPORT_PAGE, TENSORBOARD, RunFolder
@@ -173,7 +172,7 @@ def write_results(
         engine.placement(),
         reached,
         results,
-        weights_sha256=weights_digest(engine.weights()),
+        weights_sha256=engine.weights_digest(),
         timing=clock.timing(history.column("epoch_s")),
     )
     run_folder.write_summary(summary)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.model import CNNConfig, MLPConfig
+from mnist_dist.config.model import CNNConfig, KerasConfig, MLPConfig
 from mnist_dist.config.optimization import AdamConfig, SGDConfig
 from mnist_dist.config.rules import shorten
 from mnist_dist.config.train import TrainConfig
@@ -28,6 +28,7 @@ Config = TypeVar("Config")
 _CHOICES: dict[tuple[str, str], type] = {
     ("model", "mlp"): MLPConfig,
     ("model", "cnn"): CNNConfig,
+    ("model", "keras"): KerasConfig,
     ("optimizer", "adam"): AdamConfig,
     ("optimizer", "sgd"): SGDConfig,
 }

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from omegaconf import MISSING
 
-from mnist_dist.config.rules import MAX_INT64, Checked, between, check, one_of
+from mnist_dist.config.rules import MAX_INT64, Checked, between, check, one_of, ruled
 
 # Listed here rather than looked up in Keras, so that a misspelt one is refused before TensorFlow is imported.
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus", "sigmoid", "tanh", "linear")
@@ -21,6 +22,7 @@ INITIALIZERS = tuple(f"{family}_{kind}" for family in ("he", "glorot", "lecun") 
 MAX_LAYERS = 400
 
 
+_WORD = r"[A-Za-z_]\w*"
 _SET_BY_CHOICE = "is set by model=...; leave it alone"
 _UNKNOWN = "no such network; start your own file with defaults: [mlp], for example"
 
@@ -42,14 +44,8 @@ class ModelConfig(Checked):
     """The keys that make the network large or small."""
 
     name: str = MISSING
-    dropout: float = between(0, 0.9999)
-    """Share of units dropped after each hidden layer, on average over the layer's units."""
-    activation: str = one_of(*ACTIVATIONS)
-    """Activation of the hidden layers."""
-    kernel_initializer: str = one_of(*INITIALIZERS)
-    """Keras initializer of the hidden layers."""
-    output_initializer: str = one_of(*INITIALIZERS)
-    """Keras initializer of the softmax layer."""
+    pretrained: str | None = None
+    """A `model.keras` whose weights the training starts from; the network must be the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +60,21 @@ class ModelConfig(Checked):
 
 
 @dataclass
-class MLPConfig(ModelConfig):
+class BuiltInConfig(ModelConfig):
+    """The keys of the networks that come with the package."""
+
+    dropout: float = between(0, 0.9999)
+    """Share of units dropped after each hidden layer, on average over the layer's units."""
+    activation: str = one_of(*ACTIVATIONS)
+    """Activation of the hidden layers."""
+    kernel_initializer: str = one_of(*INITIALIZERS)
+    """Keras initializer of the hidden layers."""
+    output_initializer: str = one_of(*INITIALIZERS)
+    """Keras initializer of the softmax layer."""
+
+
+@dataclass
+class MLPConfig(BuiltInConfig):
     """The multilayer perceptron of the recipe."""
 
     size_keys: ClassVar = ("hidden_sizes",)
@@ -83,7 +93,7 @@ class MLPConfig(ModelConfig):
 
 
 @dataclass
-class CNNConfig(ModelConfig):
+class CNNConfig(BuiltInConfig):
     """A small convolutional network: one convolution and 2x2 pooling per entry of `filters`, then one dense layer."""
 
     size_keys: ClassVar = ("filters", "kernel_size", "dense_size")
@@ -109,6 +119,28 @@ class CNNConfig(ModelConfig):
             convolutions.append(LayerSize(num_weights, height * width * filters))
             height, width, channels = -(-height // 2), -(-width // 2), filters
         return [*convolutions, *_dense_sizes([height * width * channels, self.dense_size, num_classes])]
+
+
+@dataclass
+class KerasConfig(ModelConfig):
+    """A network of the user's own, built by a function."""
+
+    size_keys: ClassVar = ("factory", "args")
+
+    name: str = one_of("keras", words=_SET_BY_CHOICE)
+    factory: str = ruled(
+        lambda value: re.fullmatch(rf"{_WORD}(\.{_WORD})*:{_WORD}", value) is not None,
+        "say which function builds the network: model.factory=package.module:function",
+    )
+    """keras: `package.module:function`, which returns an uncompiled keras.Model that ends in softmax."""
+    args: Any = None
+    """keras: arguments of that function, by name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_by_name = isinstance(self.args, dict) and all(isinstance(name, str) for name in self.args)
+        words = "must be arguments by name: 'model.args={NAME: VALUE, ...}'"
+        check(self.args is None or is_by_name, "model.args", self.args, words)
 
 
 def _check_layers(key: str, sizes: list[int]) -> None:

@@ -19,6 +19,7 @@ from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
 from mnist_dist.engine.mode import choose_compiler, choose_mode
+from mnist_dist.engine.network import build_network
 from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -32,7 +33,6 @@ from mnist_dist.engine.shards import ShardPlan, plan_shards
 from mnist_dist.engine.trainer import Trainer
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Topology
-from mnist_dist.models.build import build_model
 from mnist_dist.results.placement import Placement
 from mnist_dist.results.predictions import Predictions, SplitPredictions, find_mistakes
 from mnist_dist.results.sums import EpochSums, EvaluationSums, weights_digest
@@ -50,13 +50,17 @@ class Engine:
     """With each `auto` resolved."""
     splits: Splits
     strategy: Strategy
-    model: keras.Model
     flat_model: FlatModel
     plan: BatchPlan
     shards: ShardPlan
     state: TrainState
     learning_rate: LearningRate
     topology: Topology
+
+    @property
+    def model(self) -> keras.Model:
+        """The plain Keras model."""
+        return self.flat_model.model
 
     @property
     def is_exact(self) -> bool:
@@ -75,8 +79,16 @@ class Engine:
         return "epoch" if self.strategy.has_xla_collectives and not self.is_exact else "shard"
 
     def weights(self) -> FloatArray:
-        """The current weights."""
+        """The current weights, those that are trained."""
         return self.strategy.read(self.state.weights)
+
+    def vectors(self) -> list[FloatArray]:
+        """The model's current vectors (`FlatModel.vectors`)."""
+        return [self.strategy.read(variable) for variable in self.state.model]
+
+    def weights_digest(self) -> str:
+        """The digest of the current weights."""
+        return weights_digest(*self.vectors())
 
     def create_trainer(
         self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
@@ -92,12 +104,12 @@ class Engine:
 
     def evaluate(self) -> tuple[dict[SplitName, EvaluationSums], Predictions]:
         """Evaluate the model as it will be saved, in float32, on every example of every split; a collective."""
-        saved = FlatModel(self.flat_model.export(self.weights()))
+        saved = FlatModel(self.flat_model.export(*self.vectors()), image_shape=self.splits.image_shape)
         sums, answers = {}, {}
         for name in SPLIT_NAMES:
             split = place_split(self.splits[name], self.strategy)
             program = EvaluateProgram(saved, strategy=self.strategy, split=split, wants_answers=True)
-            sums[name], answers[name] = program.run_with_answers(self.state.weights)
+            sums[name], answers[name] = program.run_with_answers(self.state.model)
         labels = {name: self.splits[name].labels.argmax(axis=1) for name in SPLIT_NAMES}
         predictions = Predictions(
             self.splits.class_names,
@@ -212,7 +224,7 @@ class Programs:
 
     def validate(self) -> EvaluationSums:
         """Evaluate the current weights on the validation split."""
-        return self._validate.run(self._engine.state.weights)
+        return self._validate.run(self._engine.state.model)
 
     def agree_to_stop(self, epoch: int) -> bool:
         """Whether any process wants to stop after this epoch; raises TrainingFailed if replicas differ."""
@@ -220,7 +232,7 @@ class Programs:
 
     def digest_weights(self) -> str | None:
         """The digest of the current weights, if other runs can be compared by it: with exact."""
-        return weights_digest(self._engine.weights()) if self._engine.is_exact else None
+        return self._engine.weights_digest() if self._engine.is_exact else None
 
 
 def _why_unimplemented(error: tf.errors.UnimplementedError, config: TrainConfig) -> str:
@@ -288,19 +300,23 @@ def assemble(
     """Everything that the training of a configuration (as `start_devices` returns it) needs, on a started strategy.
 
     Raises:
-        UserError: strategy and batch size do not match.
+        UserError: strategy and batch size do not match, or the network cannot be trained (`build_network`).
     """
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
     global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
-    shards = plan_shards(config, global_batch_size, num_replicas=strategy.num_replicas, on_gpu=strategy.on_gpu)
+    flat_model = build_network(config, image_shape=splits.image_shape, num_classes=splits.num_classes)
+    shards = plan_shards(
+        config,
+        global_batch_size,
+        num_replicas=strategy.num_replicas,
+        on_gpu=strategy.on_gpu,
+        by_shard=flat_model.is_by_shard,
+    )
     plan = BatchPlan(len(splits.train), global_batch_size, num_rows=shards.num_rows)
-    model = build_model(config.model, image_shape=splits.image_shape, num_classes=splits.num_classes, seed=config.seed)
-    flat_model = FlatModel(model, seed=config.seed, policy=config.precision.name)
     return Engine(
         config=config,
         splits=splits,
         strategy=strategy,
-        model=model,
         flat_model=flat_model,
         plan=plan,
         shards=shards,
@@ -332,7 +348,7 @@ def _create_state(
     restored: Mapping[str, Array] | None = None,
 ) -> TrainState:
     return TrainState(
-        flat_model.get_weights(),
+        flat_model.vectors(),
         optimizer=create_optimizer(config.optimizer),
         loss_scale=LossScale(config.precision),
         strategy=strategy,

@@ -35,8 +35,7 @@ def check_fits(config: TrainConfig, dataset: ImageDataset, topology: Topology) -
     if max(largest, key=lambda name: largest[name]) in (NETWORK, OUTPUTS):
         layers = model.layer_sizes(dataset.x_train.shape[1:], num_classes)
         num_parameters = sum(layer.num_weights for layer in layers)
-        keys = " ".join(f"model.{key}={shorten(getattr(model, key))}" for key in model.size_keys)
-        _refuse_unless_it_fits(largest, f"{keys}: the network has {num_parameters:,} parameters")
+        _refuse_unless_it_fits(largest, f"{_describe_network(config)} has {num_parameters:,} parameters")
     else:
         check_data_fits(config.data, dataset, moment=largest)
 
@@ -47,6 +46,25 @@ def check_data_fits(config: DataConfig, dataset: ImageDataset, *, moment: Footpr
     where = f"data={config.name}" if config.path is None else f"data.path={config.path}"
     what = f"{where}: {len(dataset.x_train) + len(dataset.x_test):,} images in {num_classes:,} classes"
     _refuse_unless_it_fits(moment or data_moment(dataset, num_classes=num_classes), what)
+
+
+def check_network_fits(config: TrainConfig, num_weights: int) -> None:
+    """Raise UserError if a network of that many weights cannot fit into this process's memory, whatever the data."""
+    _refuse_unless_it_fits(
+        _network_moment(config, num_weights), f"{_describe_network(config)} has {num_weights:,} parameters"
+    )
+
+
+def _describe_network(config: TrainConfig) -> str:
+    model = config.model
+    return " ".join(f"model.{key}={shorten(getattr(model, key))}" for key in model.size_keys) + ": the network"
+
+
+def _network_moment(config: TrainConfig, num_weights: int) -> Footprint:
+    """Always: the model, its twin, `TrainState`, and the 64-bit factors of `ReplicaCheck`."""
+    vectors = 1 + config.optimizer.num_slots  # like the weights
+    bytes_each = 2 if "16" in config.precision.name else _FLOAT32
+    return {NETWORK: num_weights * (_FLOAT32 * (1 + vectors + 2 * vectors) + bytes_each)}
 
 
 def _refuse_unless_it_fits(moment: Footprint, what: str) -> None:
@@ -87,8 +105,7 @@ def training_moments(
     num_weights = sum(layer.num_weights for layer in layers)
     parameters = num_weights * _FLOAT32
     bytes_each = 2 if "16" in config.precision.name else _FLOAT32
-    # Always: the model, its twin, `TrainState`, and the 64-bit factors of `ReplicaCheck`.
-    network = {NETWORK: parameters * (1 + vectors + 2 * vectors) + num_weights * bytes_each}
+    network = _network_moment(config, num_weights)
     # At the end: the confusion matrices of three splits, or their copies.
     num_placed = len(train) - math.ceil(config.data.val_fraction * len(train))
     evaluated = {CONFUSION: 4 * num_classes**2 * 8}

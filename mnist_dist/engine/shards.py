@@ -31,6 +31,8 @@ class ShardPlan:
     num_shards: int
     rows_per_shard: int
     num_replicas: int
+    shards_per_call: int = 1
+    """Shards that a replica computes at once."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_replicas <= self.num_shards:
@@ -51,6 +53,11 @@ class ShardPlan:
         each, more = divmod(self.num_shards, self.num_replicas)
         first = replica * each + min(replica, more)
         return range(first, first + each + (replica < more))
+
+    def calls_of(self, replica: int) -> list[range]:
+        """A replica's shards, in the pieces that it computes at once."""
+        own, size = self.shards_of(replica), self.shards_per_call
+        return [own[first : first + size] for first in range(0, len(own), size)]
 
     def subtrees_of(self, replica: int) -> list[Node]:
         """The largest subtrees that a replica holds entirely, from left to right."""
@@ -75,20 +82,28 @@ _FAST_ROWS = 128
 """Rows of each part of a replica's batch on a CPU with reproducibility=fast: several parts keep all cores busy."""
 
 
-def plan_shards(config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool) -> ShardPlan:
+def plan_shards(
+    config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool, by_shard: bool = False
+) -> ShardPlan:
     """How a global batch is cut, once `reproducibility` is exact or fast.
 
+    `by_shard` says that the network has layers that look at whole virtual shards (batch normalisation), so these must
+    be the same ones with fast.
+
     Raises:
-        UserError: exact with more replicas than shards.
+        UserError: more replicas than virtual shards.
     """
-    num_shards = config.batch.num_shards
-    if config.reproducibility == "fast":
+    num_shards, is_fast = config.batch.num_shards, config.reproducibility == "fast"
+    if is_fast and not by_shard:
         parts = 1 if on_gpu else max(1, global_batch_size // num_replicas // _FAST_ROWS)
         num_shards = num_replicas * parts
     elif num_replicas > num_shards:
         raise UserError(
             f"batch.num_shards={num_shards}: fewer shards than the {num_replicas} replicas, and each replica computes "
-            f"whole shards; give batch.num_shards={num_replicas} (other bits than with {num_shards}), "
-            "or reproducibility=fast"
+            f"whole shards{' for layers like batch normalisation' if is_fast else ''}; give "
+            f"batch.num_shards={num_replicas} (other bits than with {num_shards})"
+            f"{'' if by_shard else ', or reproducibility=fast'}"
         )
-    return ShardPlan(num_shards, rows_per_shard=-(-global_batch_size // num_shards), num_replicas=num_replicas)
+    rows_per_shard = -(-global_batch_size // num_shards)
+    at_once = -(-num_shards // num_replicas) if on_gpu else max(1, _FAST_ROWS // rows_per_shard)
+    return ShardPlan(num_shards, rows_per_shard, num_replicas, shards_per_call=at_once if is_fast and by_shard else 1)

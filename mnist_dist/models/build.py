@@ -3,11 +3,18 @@
 import keras
 import numpy as np
 
-from mnist_dist.config.model import MAX_LAYERS, CNNConfig, MLPConfig, ModelConfig
+from mnist_dist.config.model import MAX_LAYERS, BuiltInConfig, CNNConfig, KerasConfig, MLPConfig, ModelConfig
+from mnist_dist.models.factory import build_from_factory
 
 
 def build_model(config: ModelConfig, *, image_shape: tuple[int, ...], num_classes: int, seed: int) -> keras.Model:
-    """Build the configured network: (n, pixels) float images in 0..1 -> (n, num_classes) softmax probabilities."""
+    """Build the configured network: float images in 0..1 -> (n, num_classes) softmax probabilities.
+
+    The networks of this package take images as (n, pixels). Raises UserError for a factory that does not build one.
+    """
+    if isinstance(config, KerasConfig):
+        return build_from_factory(config, image_shape=image_shape, seed=seed)
+    assert isinstance(config, BuiltInConfig), config
     # A seed per layer with weights, taken from the end: first the 64th to the 1st, then the 65th and so on, an order
     # that keeps the initial weights of earlier versions, which had 64 seeds.
     states = np.random.SeedSequence(seed).generate_state(MAX_LAYERS + 2).tolist()
@@ -25,7 +32,7 @@ def build_model(config: ModelConfig, *, image_shape: tuple[int, ...], num_classe
     return keras.Sequential(layers, name=config.name)
 
 
-def _hidden_layers(config: ModelConfig, image_shape: tuple[int, ...], seeds: list[int]) -> list[keras.Layer]:
+def _hidden_layers(config: BuiltInConfig, image_shape: tuple[int, ...], seeds: list[int]) -> list[keras.Layer]:
     if isinstance(config, MLPConfig):
         return _mlp_layers(config, seeds)
     assert isinstance(config, CNNConfig), config
@@ -58,7 +65,7 @@ def _cnn_layers(config: CNNConfig, image_shape: tuple[int, ...], seeds: list[int
     return [*layers, keras.layers.Flatten(), hidden, keras.layers.Dropout(config.dropout)]
 
 
-def _hidden(config: ModelConfig, units: int, seeds: list[int], *, name: str) -> keras.Layer:
+def _hidden(config: BuiltInConfig, units: int, seeds: list[int], *, name: str) -> keras.Layer:
     return keras.layers.Dense(
         units,
         activation=config.activation,

@@ -51,6 +51,6 @@ class EvaluationSums(NamedTuple):
         return SplitMetrics(self.loss / self.num_examples, accuracy, self.num_correct, self.num_examples)
 
 
-def weights_digest(weights: npt.NDArray[np.float32]) -> str:
-    """SHA-256 over the float32 little-endian bytes of the trainable weights, in model order."""
-    return hashlib.sha256(weights.astype("<f4").tobytes()).hexdigest()
+def weights_digest(*vectors: npt.NDArray[np.float32]) -> str:
+    """SHA-256 over the float32 little-endian bytes of the trainable weights in model order, then of any others."""
+    return hashlib.sha256(b"".join(vector.astype("<f4").tobytes() for vector in vectors)).hexdigest()

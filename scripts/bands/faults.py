@@ -5,7 +5,7 @@ package can turn a fault on: each is a change of the configuration, of the data,
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ import tensorflow as tf
 from mnist_dist.data.splits import SplitName, Splits
 from mnist_dist.engine.batches import PADDING, BatchPlan
 from mnist_dist.engine.build import Engine
-from mnist_dist.engine.flat_model import FlatModel
-from mnist_dist.engine.layers.position import BatchPosition, at_position
+from mnist_dist.engine.flat_model import FlatModel, TrainingPass, Weights
+from mnist_dist.engine.layers.position import BatchPosition, BatchRows
 from mnist_dist.engine.optimizer import Adam, Optimizer, create_optimizer
 from mnist_dist.engine.precision import LossScale
 from mnist_dist.engine.programs.state import TrainState
@@ -84,30 +84,30 @@ class CoarseModel(FlatModel):
 
     bits: int
 
-    def split(self, weights: tf.Tensor) -> list[tf.Tensor]:
+    def split(self, *vectors: tf.Tensor) -> Weights:
         """The rounded weights."""
-        return super().split(round_to(weights, self.bits))
+        return super().split(*(round_to(vector, self.bits) for vector in vectors))
 
-    def _call(self, weights: list[tf.Tensor], images: tf.Tensor, *, training: bool) -> tf.Tensor:
-        return super()._call(weights, round_to(images, self.bits), training=training)
+    def _call(self, weights: Weights, images: tf.Tensor, **options: bool) -> tuple[Any, ...]:
+        return super()._call(weights, round_to(images, self.bits), **options)
 
 
 class FrozenMasksModel(FlatModel):
     """Its dropout draws the same masks at every step."""
 
-    def training_logits(self, weights: list[tf.Tensor], images: tf.Tensor, position: BatchPosition) -> tf.Tensor:
+    def training_pass(self, weights: Weights, images: tf.Tensor, rows: BatchRows) -> TrainingPass:
         """As if every step were the first."""
-        frozen = position._replace(global_step=tf.zeros_like(position.global_step))
-        return super().training_logits(weights, images, frozen)
+        frozen = rows.position._replace(global_step=tf.zeros_like(rows.position.global_step))
+        return super().training_pass(weights, images, replace(rows, position=frozen))
 
 
 class NoisyEvaluationModel(FlatModel):
     """Its dropout is active during evaluation too."""
 
-    def logits(self, weights: list[tf.Tensor], images: tf.Tensor) -> tf.Tensor:
+    def logits(self, weights: Weights, images: tf.Tensor) -> tf.Tensor:
         """As in the first training step."""
-        with at_position(BatchPosition(tf.constant(0, tf.int64), tf.constant(0, tf.int64))):
-            return self._call(weights, images, training=True)
+        first, num_rows = BatchPosition(tf.constant(0, tf.int64), tf.constant(0, tf.int64)), images.shape[0]
+        return self.training_pass(weights, images, BatchRows(first, tf.ones(num_rows), num_rows)).logits
 
 
 def exchange_model(kind: type[FlatModel], **attributes: Any) -> Callable[[Engine], Engine]:
@@ -127,8 +127,8 @@ class SpoiltState(TrainState):
     spoil_gradient: Callable[[tf.Tensor], tf.Tensor] = staticmethod(lambda gradient: gradient)
     spoil_weights: Callable[[tf.Tensor], tf.Tensor] | None = None
 
-    def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor, factors: Sequence[tf.Tensor]) -> None:
-        super()._apply(self.spoil_gradient(gradient), learning_rate, factors)
+    def _apply(self, gradient: tf.Tensor, *step: Any) -> None:
+        super()._apply(self.spoil_gradient(gradient), *step)
         if self.spoil_weights is not None:
             self.weights.assign(self.spoil_weights(self.weights.read_value()))
 
@@ -139,7 +139,7 @@ def exchange_state(optimizer: type[Optimizer] | None = None, **attributes: Any) 
     def spoil(engine: Engine) -> Engine:
         config = engine.config
         state = SpoiltState(
-            engine.flat_model.get_weights(),
+            engine.flat_model.vectors(),
             optimizer=optimizer(config.optimizer) if optimizer else create_optimizer(config.optimizer),
             loss_scale=LossScale(config.precision),
             strategy=engine.strategy,

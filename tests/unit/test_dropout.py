@@ -3,11 +3,15 @@ import pytest
 import tensorflow as tf
 
 from mnist_dist.engine.layers.dropout import PositionalDropout, drop_thresholds, keep_masks
-from mnist_dist.engine.layers.position import BatchPosition, at_position
+from mnist_dist.engine.layers.position import BatchPosition, BatchRows, computing
 
 
 def position(step: int, row: int) -> BatchPosition:
     return BatchPosition(tf.constant(row, tf.int64), tf.constant(step, tf.int64))
+
+
+def at(step: int, row: int, *, num_rows: int):
+    return computing(BatchRows(position(step, row), tf.ones(num_rows), num_rows))
 
 
 def masks(*, key: int = 7, step: int = 3, row: int = 0, num_rows: int, num_units: int, rate: float = 0.4) -> np.ndarray:
@@ -55,13 +59,13 @@ def test_every_unit_is_dropped_at_the_rate_and_keeps_its_expectation(rate, num_u
 
 def test_the_layer_multiplies_by_the_mask():
     x = tf.random.stateless_normal([6, 10], seed=[1, 2])
-    with at_position(position(3, 5)):
+    with at(3, 5, num_rows=6):
         out = PositionalDropout(0.4, seed=2, index=1)(x, training=True).numpy()
     np.testing.assert_array_equal(out, x * masks(key=(2 << 32) | 1, row=5, num_rows=6, num_units=10))
 
 
 def test_layers_and_seeds_differ():
-    with at_position(position(0, 0)):
+    with at(0, 0, num_rows=8):
         outputs = [
             PositionalDropout(0.5, seed=seed, index=index)(tf.ones([8, 64]), training=True).numpy()
             for seed, index in [(0, 1), (0, 2), (1, 1)]
@@ -77,6 +81,6 @@ def test_inference_and_rate_zero_change_nothing():
 
 
 def test_works_on_images():
-    with at_position(position(0, 0)):
+    with at(0, 0, num_rows=8):
         out = PositionalDropout(0.5, seed=0, index=1)(tf.ones([2, 5, 5, 3]), training=True)
     assert out.shape == (2, 5, 5, 3)

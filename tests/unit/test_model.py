@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.flat_model import FlatModel, load_flat_model
-from mnist_dist.engine.layers.position import BatchPosition
+from mnist_dist.engine.layers.position import BatchPosition, BatchRows
 from mnist_dist.models.build import build_model
 
 
@@ -110,7 +110,7 @@ def test_dropout_acts_only_in_training_and_by_position():
 
     def at(step: int, row: int, rows: tf.Tensor) -> np.ndarray:
         position = BatchPosition(tf.constant(row, tf.int64), tf.constant(step, tf.int64))
-        return network.training_logits(weights, rows, position).numpy()
+        return network.training_pass(weights, rows, BatchRows(position, tf.ones(len(rows)), len(rows))).logits.numpy()
 
     whole = at(0, 0, images)
     assert not np.allclose(whole, network.logits(weights, images))
@@ -125,18 +125,12 @@ def test_dropout_acts_only_in_training_and_by_position():
 def test_the_precision_policy_reaches_the_layers_that_compute(policy, dtype, name):
     model = build(f"model={name}")
     network = FlatModel(model, policy=policy)
-    layers = network._twin.layers
+    layers = network.twin.layers
     assert {layer.compute_dtype for layer in layers} == {dtype}
     assert {layer.variable_dtype for layer in layers} == {dtype}  # no layer casts its weights: `split` did, all at once
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}  # what is saved stays plain float32
     weights = network.split(tf.constant(network.get_weights()))
     assert network.logits(weights, tf.zeros([2, 784])).dtype == tf.float32
-
-
-def test_models_with_additional_state_are_refused():
-    layers = [keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(2, activation="softmax")]
-    with pytest.raises(ValueError, match="not trained"):
-        FlatModel(keras.Sequential(layers))
 
 
 def test_models_without_softmax_are_refused():
@@ -189,16 +183,20 @@ def sequential(*parts, pixels=64):
 
 UNUSABLE = {
     "no softmax": (lambda: sequential(layers.Dense(4)), "must end in a layer with softmax activation"),
-    "no activation": (lambda: sequential(probabilities(), layers.Dropout(0.1)), "must end in a layer with softmax"),
-    "nested": (lambda: sequential(sequential(probabilities())), "must end in a layer with softmax activation"),
-    "empty": (lambda: keras.Sequential(), "must end in a layer with softmax activation"),
-    "other input": (
-        lambda: sequential(probabilities(), pixels=784),
-        "expected axis -1 of input shape to have value 784",
+    "sigmoid": (lambda: sequential(layers.Dense(4, activation="sigmoid")), "must end in a layer with softmax"),
+    "empty": (lambda: keras.Sequential(), "must have weights to train"),
+    "other input": (lambda: sequential(probabilities(), pixels=784), "takes inputs of shape (784,), not images of (64"),
+    "larger images": (
+        lambda: keras.Sequential([keras.Input((8, 9)), layers.Flatten(), probabilities()]),
+        "takes inputs of shape (8, 9), not images of (8, 8)",
     ),
-    "images as input": (
-        lambda: keras.Sequential([keras.Input((8, 8)), layers.Flatten(), probabilities()]),
-        "Invalid input shape for input",
+    "channels first": (
+        lambda: keras.Sequential([keras.Input((3, 8, 8)), layers.Flatten(), probabilities()]),
+        "takes inputs of shape (3, 8, 8), not images of (8, 8)",
+    ),
+    "whole numbers": (
+        lambda: keras.Sequential([keras.Input((64,), dtype="int32"), layers.Rescaling(1.0), probabilities()]),
+        "takes int32; images are float32",
     ),
     "other classes": (
         lambda: sequential(layers.Dense(10, activation="softmax")),
@@ -208,18 +206,15 @@ UNUSABLE = {
         lambda: sequential(layers.Reshape((64, 1)), probabilities()),
         "gives the shape (1, 64, 4) for an",
     ),
-    "batch normalisation": (lambda: sequential(layers.BatchNormalization(), probabilities()), "that are not trained"),
-    "frozen": (frozen, "has weights that are not trained"),
-    "random numbers": (lambda: sequential(layers.GaussianNoise(0.1), probabilities()), "that are not trained"),
-    "two inputs": (two_inputs, ""),
-    "two outputs": (two_outputs, "gives the shape (2, 1, 4) for an image, not (1, 4)"),
+    "two inputs": (two_inputs, "must have one input"),
+    "two outputs": (two_outputs, "must end in a layer with softmax activation"),
     "an input by name": (input_by_name, "structure of `inputs` doesn't match the expected structure"),
     "lambda": (lambda: sequential(layers.Lambda(lambda x: 2 * x), probabilities()), "deserialization of a `Lambda`"),
     "a layer of somebody's": (lambda: sequential(OwnLayer(8), probabilities()), "could not be deserialized properly"),
-    "float16": (lambda: sequential(probabilities(dtype="float16")), "must have weights, all float32"),
+    "float16": (lambda: sequential(probabilities(dtype="float16")), "must have weights to train, all float32"),
     "no weights": (
         lambda: sequential(layers.Reshape((16, 4)), layers.GlobalMaxPooling1D(), layers.Activation("softmax")),
-        "must have weights, all float32",
+        "must have weights to train, all float32",
     ),
     "NaN": (with_nan, "its weights are not all finite"),
 }
@@ -232,7 +227,7 @@ def test_a_model_that_is_not_ours(name, tmp_path, capfd):
     make().save(path)
     capfd.readouterr()
     with pytest.raises(ValueError) as error:
-        load_flat_model(path, num_pixels=64, num_classes=4)
+        load_flat_model(path, image_shape=(8, 8), num_classes=4)
     line = str(error.value)
     assert problem in line
     assert "\n" not in line
@@ -241,10 +236,22 @@ def test_a_model_that_is_not_ours(name, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "parts", [(probabilities(),), (layers.Dense(4), layers.Activation("softmax"))], ids=["dense", "activation"]
+    "make",
+    [
+        lambda: sequential(probabilities()),
+        lambda: sequential(layers.Dense(4), layers.Activation("softmax")),
+        lambda: sequential(layers.Dense(4), layers.Softmax()),
+        lambda: sequential(sequential(probabilities())),
+        lambda: sequential(layers.BatchNormalization(), layers.GaussianNoise(0.1), probabilities()),
+        lambda: keras.Sequential([keras.Input((8, 8)), layers.Flatten(), probabilities()]),
+        lambda: keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), probabilities()]),
+        lambda: keras.Sequential([keras.Input((None, None, 1)), layers.GlobalMaxPooling2D(), probabilities()]),
+        frozen,
+    ],
+    ids=["dense", "activation", "softmax", "nested", "more", "images", "channels", "any size", "frozen"],
 )
-def test_a_model_that_is_accepted(parts, tmp_path):
-    model = sequential(*parts)
+def test_a_model_that_is_accepted(make, tmp_path):
+    model = make()
     model.save(tmp_path / "model.keras")
-    network = load_flat_model(tmp_path / "model.keras", num_pixels=64, num_classes=4)
-    np.testing.assert_array_equal(network.get_weights(), FlatModel(model).get_weights())
+    network = load_flat_model(tmp_path / "model.keras", image_shape=(8, 8), num_classes=4)
+    np.testing.assert_array_equal(network.get_weights(), FlatModel(model, image_shape=(8, 8)).get_weights())

@@ -19,7 +19,7 @@ def make_check(num_replicas: int, *overrides: str) -> tuple[Mirrored, TrainState
     strategy, config = Mirrored(num_replicas=num_replicas), compose_config(*overrides)
     weights = np.random.default_rng(0).normal(size=NUM_WEIGHTS).astype(np.float32)
     parts = {"optimizer": create_optimizer(config.optimizer), "loss_scale": LossScale(config.precision)}
-    state = TrainState(weights, **parts, strategy=strategy)
+    state = TrainState([weights], **parts, strategy=strategy)
     return strategy, state, ReplicaCheck(strategy=strategy, state=state)
 
 

@@ -38,7 +38,7 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     model = build_model(config.model, image_shape=(4, 5), num_classes=NUM_CLASSES, seed=0)
     flat_model = FlatModel(model, policy=policy)
     state = TrainState(
-        flat_model.get_weights(),
+        flat_model.vectors(),
         optimizer=create_optimizer(config.optimizer),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
@@ -119,7 +119,7 @@ def test_evaluation_counts_every_example_once(num_examples):
     _, _, network, model = make_program(split)
     strategy = SingleDevice()
     program = EvaluateProgram(network, strategy=strategy, split=place_split(split, strategy))
-    sums = program.run(strategy.create_variable(network.get_weights()))
+    sums = program.run([strategy.create_variable(network.get_weights())])
 
     probabilities = model.predict(split.images, verbose=0)
     actual, predicted = np.argmax(split.labels, axis=1), np.argmax(probabilities, axis=1)
@@ -154,7 +154,7 @@ def test_one_reduction_per_step_with_gradients_and_metrics_in_it():
     assert bucket.shape == [network.num_parameters + 2]
     assert bucket.dtype == tf.float32
     evaluation = EvaluateProgram(network, strategy=strategy, split=place_split(split, strategy))
-    evaluation.run(state.weights)
+    evaluation.run(state.model)
     assert len(strategy.reduced) == 2  # one more, for the whole split
 
 
@@ -268,7 +268,7 @@ def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_exampl
     _, _, network, _ = make_program(split)
     sums = [
         EvaluateProgram(network, strategy=strategy, split=place_split(split, strategy)).run(
-            strategy.create_variable(network.get_weights())
+            [strategy.create_variable(network.get_weights())]
         )
         for strategy in (SingleDevice(), mirrored)
     ]

@@ -167,7 +167,7 @@ def _profile(engine: Engine, programs: AnyPrograms) -> dict[str, Any]:
 
 def _all_reduces(engine: Engine) -> Callable[[], dict[str, Any]]:
     """Each call reduces as many buckets of gradients and metric sums as an epoch has steps."""
-    loop = _create_reduce_loop(engine.strategy, size=engine.flat_model.num_parameters + 2)
+    loop = _create_reduce_loop(engine.strategy, size=engine.flat_model.num_sums)
     num_steps = tf.constant(engine.plan.steps_per_epoch)
 
     def run() -> dict[str, Any]:

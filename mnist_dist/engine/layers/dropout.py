@@ -1,14 +1,12 @@
 """Dropout by batch position: any device drops the same units of its rows as a single device would."""
 
 import math
-from typing import Any
 
-import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.engine.layers.position import BatchPosition, current_position, random_words, stream_key
+from mnist_dist.engine.layers.position import BatchPosition, current_rows, layer_key, random_words
 
 # Random bits are most of what dropout costs. With 8 of them for each unit, a unit's drop rate is a multiple of 1/256,
 # so a layer's units have two neighbouring rates, in such numbers that their mean is right. That would be rough for
@@ -20,27 +18,28 @@ _WORD_BITS = 32
 Thresholds = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 
-class PositionalDropout(keras.layers.Layer):  # type: ignore[misc]
-    """Dropout (Srivastava et al. 2014) by batch position, without any state to save."""
+class PositionalDropout:
+    """Dropout (Srivastava et al. 2014) by batch position, without any state to save; takes the place of a `call`."""
 
-    def __init__(self, rate: float, *, seed: int, index: int, **kwargs: Any) -> None:
-        """Build layer number `index` of the network's dropout layers, for the run's `seed`."""
-        super().__init__(**kwargs)
+    def __init__(self, rate: float, *, seed: int, index: int) -> None:
+        """Make it for layer number `index` of the network's random layers, and the run's `seed`."""
         self._rate = rate
-        self._key = stream_key(seed, index)
+        self._seed = seed
+        self._index = index
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Choose the units' drop rates."""
-        self._thresholds = drop_thresholds(self._rate, math.prod(size for size in input_shape[1:] if size))
-
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+    def __call__(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Drop units while training: (rows, ...) -> (rows, ...); the static shape must be known."""
         if not training or self._rate == 0:
             return inputs
+        num_rows, *sizes = inputs.shape
         masks = keep_masks(
-            self._key, current_position(), num_rows=inputs.shape[0], thresholds=self._thresholds, dtype=inputs.dtype
+            layer_key(self._seed, self._index),
+            current_rows().position,
+            num_rows=num_rows,
+            thresholds=drop_thresholds(self._rate, math.prod(sizes)),
+            dtype=inputs.dtype,
         )
-        return inputs * (masks if inputs.shape.rank == 2 else tf.reshape(masks, inputs.shape))
+        return inputs * (masks if len(sizes) == 1 else tf.reshape(masks, inputs.shape))
 
 
 def drop_thresholds(rate: float, num_units: int) -> Thresholds:

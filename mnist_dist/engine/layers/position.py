@@ -1,12 +1,14 @@
-"""Random numbers that depend on what is computed, never on which device computes it.
+"""Which rows of which step are being computed, and random numbers that depend on nothing else.
 
-Those of an example are a pure function of (seed, global step, stream, position in the global batch). So any device
-draws the same numbers for its rows of a global batch as a single device would.
+A network is called for some of the rows of a global batch. Whatever its layers draw is a pure function of (seed, global
+step, stream, position in the global batch), so any device draws the same numbers for its rows as a single device would.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -24,27 +26,87 @@ class BatchPosition(NamedTuple):
     """Scalar int64: optimizer steps made so far."""
 
 
-_position: ContextVar[BatchPosition] = ContextVar("first row and step")
+@dataclass(frozen=True)
+class BatchRows:
+    """Some rows of a global batch: one or several whole virtual shards."""
+
+    position: BatchPosition
+    weights: tf.Tensor
+    """(rows,) float32: 1 for an example, 0 for padding."""
+    rows_per_shard: int
+    moments: dict[str, list[tf.Tensor]] = field(default_factory=dict)
+    """What the layers of batch normalisation add, by the path of the layer (`layers.batch_norm`)."""
+    num_calls: Counter[int] = field(default_factory=Counter)
+    """How often each random layer was called; a layer may be used several times."""
+    seeded: set[int] = field(default_factory=set)
+    """Which states of random generators were set (`layers.by_shard`), by `id`."""
+
+    @property
+    def num_shards(self) -> int:
+        """How many virtual shards these rows are."""
+        return int(self.weights.shape[0]) // self.rows_per_shard
+
+    def slices(self) -> list[slice]:
+        """Where the shards are in these rows."""
+        size = self.rows_per_shard
+        return [slice(shard * size, (shard + 1) * size) for shard in range(self.num_shards)]
+
+    def shards(self) -> "list[BatchRows]":
+        """These rows shard by shard, none of which has been computed further than these rows have."""
+        first_row, step = self.position
+        return [
+            BatchRows(
+                BatchPosition(first_row + part.start, step),
+                self.weights[part],
+                self.rows_per_shard,
+                num_calls=Counter(self.num_calls),
+            )
+            for part in self.slices()
+        ]
+
+    def gather(self, shards: "Sequence[BatchRows]") -> None:
+        """Take over what computing these rows shard by shard has found."""
+        for path in shards[0].moments:
+            parts = zip(*(one.moments[path] for one in shards), strict=True)
+            self.add_moments(path, [tf.add_n(part) for part in parts])
+        self.num_calls.update(shards[0].num_calls - self.num_calls)
+        self.seeded.update(shards[0].seeded)
+
+    def add_moments(self, path: str, moments: list[tf.Tensor]) -> None:
+        """Note what a layer adds; raises ValueError for the second time, as it has one moving average for both."""
+        if path in self.moments:
+            raise ValueError(f"{path} is called twice in a step")
+        self.moments[path] = moments
+
+
+_rows: ContextVar[BatchRows] = ContextVar("rows")
 
 
 @contextmanager
-def at_position(position: BatchPosition) -> Iterator[None]:
+def computing(rows: BatchRows) -> Iterator[None]:
     """Tell the layers which rows they are called for, while the block is traced."""
-    token = _position.set(position)
+    token = _rows.set(rows)
     try:
         yield
     finally:
-        _position.reset(token)
+        _rows.reset(token)
 
 
-def current_position() -> BatchPosition:
+def current_rows() -> BatchRows:
     """The rows that layers are being called for."""
-    return _position.get()
+    return _rows.get()
 
 
 def stream_key(seed: int, stream: int) -> int:
     """The key of one of the independent streams of a run: of a layer by its number, from 1; 0 is for the images."""
     return (seed << 32) | stream
+
+
+def layer_key(seed: int, layer: int) -> int:
+    """The key of the stream of a layer, by its number from 1, for its next call in the rows that are being computed."""
+    num_calls = current_rows().num_calls
+    num_calls[layer] += 1
+    return stream_key(seed, (num_calls[layer] - 1) << 16 | layer)
 
 
 def random_words(key: int, position: BatchPosition, *, num_rows: int, num_words: int) -> tf.Tensor:

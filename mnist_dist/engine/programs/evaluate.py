@@ -1,12 +1,13 @@
 """One evaluation pass over a split as one compiled call."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from mnist_dist.engine.batches import BatchPlan
-from mnist_dist.engine.flat_model import FlatModel
+from mnist_dist.engine.flat_model import FlatModel, Weights
 from mnist_dist.engine.loss import cross_entropy
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.results.predictions import Answers
@@ -41,41 +42,41 @@ class EvaluateProgram:
         self._rows = rows_of(plan.in_order(multiple_of=strategy.num_replicas))
         self._compiled = tf.function(self._evaluate, autograph=False, jit_compile=True if xla else None)
 
-    def run(self, weights: tf.Variable) -> EvaluationSums:
-        """Evaluate the weights on every example once; no dropout."""
-        return self._sums(*self._call(weights)[:2])
+    def run(self, model: Sequence[tf.Variable]) -> EvaluationSums:
+        """Evaluate the model with these vectors (`TrainState.model`) on every example once; no dropout."""
+        return self._sums(*self._call(model)[:2])
 
-    def run_with_answers(self, weights: tf.Variable) -> tuple[EvaluationSums, Answers]:
+    def run_with_answers(self, model: Sequence[tf.Variable]) -> tuple[EvaluationSums, Answers]:
         """The same, and what the model says to each example."""
-        losses, counts, cells, probabilities = self._call(weights)
+        losses, counts, cells, probabilities = self._call(model)
         is_example = self._rows.weights.reshape(-1) > 0
         predicted = cells.numpy()[is_example].astype(np.int64) % self._num_classes
         return self._sums(losses, counts), Answers(predicted, probabilities.numpy()[is_example].astype(np.float32))
 
-    def _call(self, weights: tf.Variable) -> list[tf.Tensor]:
-        outputs: list[tf.Tensor] = self._compiled(weights, Rows(*map(tf.constant, self._rows)))
+    def _call(self, model: Sequence[tf.Variable]) -> list[tf.Tensor]:
+        outputs: list[tf.Tensor] = self._compiled(list(model), Rows(*map(tf.constant, self._rows)))
         return outputs
 
     def _sums(self, losses: tf.Tensor, counts: tf.Tensor) -> EvaluationSums:
         confusion = np.rint(counts.numpy()).astype(np.int64).reshape(self._num_classes, self._num_classes)
         return EvaluationSums(math.fsum(losses.numpy().tolist()), confusion)
 
-    def _evaluate(self, weights: tf.Variable, chunks: Rows) -> list[tf.Tensor]:
-        outputs: list[tf.Tensor] = self._strategy.run(self._evaluate_replica, weights, self._arrays, chunks)
+    def _evaluate(self, model: list[tf.Variable], chunks: Rows) -> list[tf.Tensor]:
+        outputs: list[tf.Tensor] = self._strategy.run(self._evaluate_replica, model, self._arrays, chunks)
         return outputs
 
-    def _evaluate_replica(self, weights: tf.Variable, data: DeviceArrays, chunks: Rows) -> list[tf.Tensor]:
+    def _evaluate_replica(self, model: list[tf.Variable], data: DeviceArrays, chunks: Rows) -> list[tf.Tensor]:
         """One replica's chunks, then one reduction; `chunks` are those of all replicas, (chunks, rows).
 
         Returns the chunks' losses and the counts; if they are wanted, also each row's cell and probability.
         """
-        layers = self._flat_model.split(weights.read_value())
+        weights = self._flat_model.split(*(vector.read_value() for vector in model))
         num_all = chunks.examples.shape[0]
         num_chunks = num_all // self._strategy.num_replicas
         first = self._strategy.replica_index() * num_chunks
         # The iterations are independent, so TensorFlow runs several in parallel.
         losses, cells, *probabilities = tf.map_fn(
-            lambda rows: self._evaluate_rows(layers, data, rows),
+            lambda rows: self._evaluate_rows(weights, data, rows),
             Rows(*(part[first : first + num_chunks] for part in chunks)),
             fn_output_signature=(tf.float32, tf.int64, *([tf.float32] if self._wants_answers else [])),
         )
@@ -91,10 +92,10 @@ class EvaluateProgram:
         parts: list[tf.Tensor] = tf.split(bucket, sizes)
         return parts
 
-    def _evaluate_rows(self, layers: list[tf.Tensor], data: DeviceArrays, rows: Rows) -> tuple[tf.Tensor, ...]:
+    def _evaluate_rows(self, weights: Weights, data: DeviceArrays, rows: Rows) -> tuple[tf.Tensor, ...]:
         """The sum of losses, each row's cell in the flat confusion matrix (-1 is none), and its probability."""
         images, labels = gather(data, rows.examples)
-        logits = self._flat_model.logits(layers, images)
+        logits = self._flat_model.logits(weights, images)
         losses, _ = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
         cells = labels * self._num_classes + tf.argmax(logits, axis=1)
         probabilities = [tf.reduce_max(tf.nn.softmax(logits), axis=1)] if self._wants_answers else []

@@ -22,8 +22,8 @@ class ReplicaCheck:
     ) -> None:
         self._wants_to_stop = wants_to_stop
         self._strategy = strategy
-        self._vectors = [state.weights, *state.slots]
-        self._factors = strategy.replicate(odd_factors(int(state.weights.shape[0]) * len(self._vectors)))
+        self._vectors = [*state.model, *state.slots]
+        self._factors = strategy.replicate(odd_factors(sum(int(vector.shape[0]) for vector in self._vectors)))
         self._compiled = tf.function(self._digests, autograph=False)
 
     def run(self, epoch: int) -> bool:

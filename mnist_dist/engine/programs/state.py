@@ -18,14 +18,14 @@ class TrainState:
 
     def __init__(
         self,
-        weights: FloatArray,
+        vectors: Sequence[FloatArray],
         *,
         optimizer: Optimizer,
         loss_scale: LossScale,
         strategy: Strategy,
         restored: Mapping[str, Array] | None = None,
     ) -> None:
-        """Create the variables, new or from rank 0's `restored` arrays (see `to_arrays`); a collective."""
+        """Create the variables for the model's `vectors`, or from rank 0's `restored` arrays; a collective."""
         self._optimizer = optimizer
         self._loss_scale = loss_scale
         self.strategy = strategy
@@ -41,8 +41,10 @@ class TrainState:
             self._variables[name] = strategy.create_variable(value)
             return self._variables[name]
 
-        self.weights = create("weights", weights)
-        self.slots = [create(f"slot {name}", np.zeros_like(weights)) for name in optimizer.slot_names]
+        self.model = [create(name, vector) for name, vector in zip(("weights", "other weights"), vectors, strict=False)]
+        """Of the model: the weights that are trained; then the others, if there are any (`FlatModel.vectors`)."""
+        self.weights = self.model[0]
+        self.slots = [create(f"slot {name}", np.zeros_like(vectors[0])) for name in optimizer.slot_names]
         self.global_step = create("global_step", np.array(0, np.int64))
         # A step whose gradient overflowed is not an update (mixed_float16 only).
         self.num_updates = create("num_updates", np.array(0, np.int64))
@@ -53,6 +55,10 @@ class TrainState:
     def variables(self) -> Mapping[str, tf.Variable]:
         """All variables by name."""
         return self._variables
+
+    def read_model(self) -> list[tf.Tensor]:
+        """The model's vectors on one replica."""
+        return [variable.read_value() for variable in self.model]
 
     def to_arrays(self) -> dict[str, Array]:
         """The values of all variables by name, as this process's first replica has them."""
@@ -69,26 +75,40 @@ class TrainState:
         """Weights of losses times the loss scale."""
         return loss_weights * self.loss_scale.read_value() if self._loss_scale.is_dynamic else loss_weights
 
-    def update(self, scaled_gradient: tf.Tensor, learning_rate: tf.Tensor, factors: Sequence[tf.Tensor]) -> None:
+    def update(
+        self,
+        scaled_gradient: tf.Tensor,
+        learning_rate: tf.Tensor,
+        factors: Sequence[tf.Tensor],
+        others: Sequence[tf.Tensor] = (),
+    ) -> None:
         """Make a step on one replica with the reduced gradient; if that overflowed, the weights stay.
 
-        `factors` are the step's of `optimizer_factors`.
+        `factors` are the step's of `optimizer_factors`, `others` the other weights after it, if they change.
         """
         if not self._loss_scale.is_dynamic:
-            self._apply(scaled_gradient, learning_rate, factors)
+            self._apply(scaled_gradient, learning_rate, factors, others)
             return
         gradient = scaled_gradient / self.loss_scale.read_value()
 
         def apply() -> None:
             num_updates = self.num_updates.read_value()
-            self._apply(gradient, learning_rate, self._optimizer.factors(num_updates))
+            self._apply(gradient, learning_rate, self._optimizer.factors(num_updates), others)
             self.num_updates.assign_add(1)
 
         is_finite = tf.reduce_all(tf.math.is_finite(gradient))
         tf.cond(is_finite, apply, lambda: None)
         self._loss_scale.update(self.loss_scale, self.good_steps, is_finite)
 
-    def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor, factors: Sequence[tf.Tensor]) -> None:
+    def _apply(
+        self,
+        gradient: tf.Tensor,
+        learning_rate: tf.Tensor,
+        factors: Sequence[tf.Tensor],
+        others: Sequence[tf.Tensor],
+    ) -> None:
+        for variable, value in zip(self.model[1:], others, strict=False):
+            variable.assign(value)
         self._optimizer.apply(self.weights, self.slots, gradient, learning_rate=learning_rate, factors=factors)
 
     def count_steps(self, num_steps: int) -> None:

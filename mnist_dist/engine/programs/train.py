@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.engine.flat_model import FlatModel
-from mnist_dist.engine.layers.position import BatchPosition
+from mnist_dist.engine.flat_model import FlatModel, Weights
+from mnist_dist.engine.layers.position import BatchPosition, BatchRows
 from mnist_dist.engine.loss import cross_entropy
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.engine.programs.state import TrainState
@@ -111,45 +111,59 @@ class TrainProgram:
     def _train_step(self, data: DeviceArrays, step: StepInputs) -> tf.Tensor:
         """One replica's share of a step; returns the sums over the global batch: losses, and number correct."""
         state = self._state
-        weights = self._flat_model.split(state.weights.read_value())
+        vectors, flat_model = state.read_model(), self._flat_model
+        weights = flat_model.split(*vectors)
         step = step._replace(loss_weights=state.scale(step.loss_weights))
-        shards = self._shards.shards_of(self._strategy.replica_index())
-        sums = [self.shard_sums(shard, data, step, weights) for shard in shards]
-        # Gradients and metric sums travel together: one message per step.
-        bucket = self._reduction(sums)
-        num_parameters = self._flat_model.num_parameters
-        state.update(tf.slice(bucket, [0], [num_parameters]), step.learning_rate, step.factors)
+        calls = self._shards.calls_of(self._strategy.replica_index())
+        # Gradients, metric sums and moments travel together: one message per step.
+        bucket = self._reduction([self.shard_sums(shards, data, step, weights) for shards in calls])
+        num_parameters, num_moments = flat_model.num_parameters, flat_model.num_moments
+        others = []
+        if num_moments:
+            moments = tf.slice(bucket, [num_parameters + 2], [num_moments]) / tf.reduce_sum(step.rows.weights)
+            others = [flat_model.update_averages(vectors[1], moments)]
+        state.update(tf.slice(bucket, [0], [num_parameters]), step.learning_rate, step.factors, others)
         return tf.slice(bucket, [num_parameters], [2])
 
-    def shard_sums(self, shard: int, data: DeviceArrays, step: StepInputs, weights: list[tf.Tensor]) -> list[tf.Tensor]:
-        """What shard number `shard` of a step adds to the gradients and metric sums; see `_trace_shard_sums`."""
-        first_row = tf.constant(shard * self._shards.rows_per_shard, tf.int64)
-        *rows, own_weights = (self._rows_of_shard(part, shard) for part in (*step.rows, step.loss_weights))
+    def shard_sums(self, shards: range, data: DeviceArrays, step: StepInputs, weights: Weights) -> list[tf.Tensor]:
+        """What these shards of a step, computed at once, add to what it reduces; see `_trace_shard_sums`."""
+        first_row = tf.constant(shards.start * self._shards.rows_per_shard, tf.int64)
+        *rows, own_weights = (self._rows_of(shards, part) for part in (*step.rows, step.loss_weights))
         position = BatchPosition(first_row, step.global_step)
         sums: list[tf.Tensor] = self._shard_sums(weights, data, Rows(*rows), own_weights, position)
         return sums
 
-    def _rows_of_shard(self, rows: tf.Tensor, shard: int) -> tf.Tensor:
+    def _rows_of(self, shards: range, rows: tf.Tensor) -> tf.Tensor:
+        if len(shards) == self._shards.num_shards:
+            return rows
         size = self._shards.rows_per_shard
-        return rows if self._shards.num_shards == 1 else tf.slice(rows, [shard * size], [size])
+        return tf.slice(rows, [shards.start * size], [len(shards) * size])
 
     def _trace_shard_sums(
         self,
-        weights: list[tf.Tensor],
+        weights: Weights,
         data: DeviceArrays,
         rows: Rows,
         loss_weights: tf.Tensor,
         position: BatchPosition,
     ) -> list[tf.Tensor]:
-        """What one shard adds to the gradient of the global batch, and to the sum of losses and the number correct."""
+        """What shards add to the global batch's gradient, to its loss and the number correct, and to the moments."""
         images, labels = gather(data, rows.examples)
+        batch_rows = BatchRows(position, rows.weights, self._shards.rows_per_shard)
         with tf.GradientTape() as tape:
-            tape.watch(weights)
-            logits = self._flat_model.training_logits(weights, images, position)
+            tape.watch(weights.trained)
+            logits, penalties, moments = self._flat_model.training_pass(weights, images, batch_rows)
         # Not on the tape, which would also prepare second derivatives.
         losses, slopes = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
-        gradients = tape.gradient(logits, weights, output_gradients=slopes * tf.reshape(loss_weights, [-1, 1]))
+        # A penalty counts once, so in each shard by its share of the examples.
+        share = tf.reduce_sum(loss_weights)
+        gradients = tape.gradient(
+            [logits, *penalties],
+            weights.trained,
+            output_gradients=[slopes * tf.reshape(loss_weights, [-1, 1]), *(share for _ in penalties)],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
         correct = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
         metrics = tf.matmul(tf.reshape(rows.weights, [1, -1]), tf.stack([losses, correct], axis=1))
         # Products may be computed in 16 bits; sums have 32.
-        return [*(tf.cast(gradient, tf.float32) for gradient in gradients), metrics]
+        return [*(tf.cast(gradient, tf.float32) for gradient in gradients), metrics, *moments]

@@ -144,11 +144,11 @@ def _digests(
     """For each replica of this process, for each repeat: digests of all batches' shards."""
     strategy, num_shards = engine.strategy, engine.shards.num_shards
     boxes = Boxes(strategy, np.zeros(num_shards, np.int64))
-    factors = strategy.replicate(odd_factors(engine.flat_model.num_parameters + 2))
+    factors = strategy.replicate(odd_factors(engine.flat_model.num_sums))
 
     def compute(data: DeviceArrays, factors: tf.Tensor, step: StepInputs) -> tf.Tensor:
-        weights = engine.flat_model.split(engine.state.weights.read_value())
-        sums = [program.shard_sums(shard, data, step, weights) for shard in range(num_shards)]
+        weights = engine.flat_model.split(*engine.state.read_model())
+        sums = [program.shard_sums(range(shard, shard + 1), data, step, weights) for shard in range(num_shards)]
         return boxes.fill(tf.stack([checksum(join_sums(one), factors) for one in sums]))
 
     compiled = tf.function(lambda *args: strategy.run(compute, *args), autograph=False)
@@ -165,12 +165,12 @@ def _digests(
 
 def _distances(engine: Engine, program: TrainProgram, data: DeviceArrays, step: StepInputs, shard: int) -> list[float]:
     """Each replica's relative distance from the gradient in float64 on the CPU."""
-    strategy, size = engine.strategy, engine.flat_model.num_parameters + 2
+    strategy, size = engine.strategy, engine.flat_model.num_sums
     boxes = Boxes(strategy, np.zeros(size, np.float32))
 
     def compute(data: DeviceArrays, step: StepInputs) -> tf.Tensor:
-        weights = engine.flat_model.split(engine.state.weights.read_value())
-        return boxes.fill(join_sums(program.shard_sums(shard, data, step, weights)))
+        weights = engine.flat_model.split(*engine.state.read_model())
+        return boxes.fill(join_sums(program.shard_sums(range(shard, shard + 1), data, step, weights)))
 
     tf.function(lambda *args: strategy.run(compute, *args), autograph=False)(data, step)
     opinion = _third_opinion(engine, step, shard)
@@ -181,9 +181,13 @@ def _third_opinion(engine: Engine, step: StepInputs, shard: int) -> Array:
     """The sums of a shard, by products in float64 on this host's CPU."""
     cpu = SingleDevice(tf.config.list_logical_devices("CPU")[0].name)
     split = place_split(engine.splits.train, cpu, dtype=tf.float64)
-    flat_model = FlatModel(engine.model, seed=engine.config.seed, policy="float64")
+    flat_model = FlatModel(
+        engine.model, image_shape=engine.splits.image_shape, seed=engine.config.seed, policy="float64"
+    )
     reduction = ExactSum(cpu, engine.shards)
     program = TrainProgram(flat_model, engine.on(cpu).state, split=split, shards=engine.shards, reduction=reduction)
-    weights = flat_model.split(tf.constant(engine.weights()))
-    sums: Array = cpu.run(lambda: join_sums(program.shard_sums(shard, split.arrays, step, weights))).numpy()
+    weights = flat_model.split(*map(tf.constant, engine.vectors()))
+    sums: Array = cpu.run(
+        lambda: join_sums(program.shard_sums(range(shard, shard + 1), split.arrays, step, weights))
+    ).numpy()
     return sums

@@ -161,15 +161,15 @@ def in_the_network(context, change):
 
     def patch(engine):
         flat_model, strategy = engine.flat_model, engine.strategy
-        compute = flat_model.training_logits
+        compute = flat_model.training_pass
 
-        def faulty(weights, images, position):
-            logits = compute(weights, images, position)
+        def faulty(weights, images, rows):
+            found = compute(weights, images, rows)
             is_faulty = strategy.num_replicas == 1 and strategy.devices() == [device]
             is_faulty |= strategy.num_replicas > 1 and is_here(context) and strategy.replica_index() == REPLICA
-            return change(logits) if is_faulty else logits
+            return found._replace(logits=change(found.logits)) if is_faulty else found
 
-        flat_model.training_logits = faulty
+        flat_model.training_pass = faulty
 
     on_engines(patch)
 

@@ -1,0 +1,86 @@
+"""From the configuration to the network that is trained: built, tried, with its first weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorflow as tf
+
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.files import expand_path
+from mnist_dist.config.model import KerasConfig
+from mnist_dist.config.train import TrainConfig
+from mnist_dist.engine.flat_model import FlatModel, load_flat_model
+from mnist_dist.engine.footprint import check_network_fits
+from mnist_dist.engine.verdicts import Verdict, judge_layers, objection
+from mnist_dist.models.build import build_model
+from mnist_dist.models.factory import count_weights, last_line
+
+
+def build_network(config: TrainConfig, *, image_shape: Sequence[int], num_classes: int) -> FlatModel:
+    """The network with its first weights, those of `model.pretrained` if that is given.
+
+    Raises:
+        UserError: a network of the user's own cannot be built or trained, or pretrained weights do not belong to it.
+    """
+    if isinstance(config.model, KerasConfig):
+        network, verdicts = try_own_network(config, image_shape=image_shape, num_classes=num_classes)
+        check_verdicts(config.model, verdicts, is_exact=config.reproducibility == "exact")
+    else:
+        network = _wrap(config, image_shape=image_shape, num_classes=num_classes)
+    if config.model.pretrained is not None:
+        _load_weights(network, config.model.pretrained, image_shape=image_shape, num_classes=num_classes)
+    return network
+
+
+def try_own_network(
+    config: TrainConfig, *, image_shape: Sequence[int], num_classes: int
+) -> tuple[FlatModel, list[Verdict]]:
+    """The network that the user's function builds, after a trial, with the verdicts on its layers; raises UserError."""
+    model = config.model
+    assert isinstance(model, KerasConfig), model
+    num_weights = count_weights(model, image_shape=tuple(image_shape))
+    if num_weights is not None:
+        check_network_fits(config, num_weights)
+    try:
+        network = _wrap(config, image_shape=image_shape, num_classes=num_classes)
+        weights = network.split(*map(tf.constant, network.vectors()))
+        shape = network.logits(weights, tf.zeros((1, network.num_pixels), network.compute_dtype)).shape
+        if shape != (1, num_classes):
+            raise ValueError(f"its output for an image has the shape {shape[1:]}; the data has {num_classes} classes")
+        return network, judge_layers(network)
+    except UserError:
+        raise
+    except Exception as error:  # of Keras, of TensorFlow, of the user's layers
+        is_ours = type(error) is ValueError and "\n" not in str(error)
+        reason = str(error) if is_ours else last_line(error)
+        raise UserError(f"model.factory={model.factory}: cannot be trained: {reason}") from error
+
+
+def check_verdicts(config: KerasConfig, verdicts: Sequence[Verdict], *, is_exact: bool) -> None:
+    """Raise UserError, naming the layers, if some are refused, or are fast only and the training is to be exact."""
+    if refused := objection(verdicts, "refused"):
+        raise UserError(f"model.factory={config.factory}: cannot be trained: {refused}")
+    if is_exact and (fast_only := objection(verdicts, "fast only")):
+        raise UserError(f"model.factory={config.factory}: needs reproducibility=fast: {fast_only}")
+
+
+def _wrap(config: TrainConfig, *, image_shape: Sequence[int], num_classes: int) -> FlatModel:
+    model = build_model(config.model, image_shape=tuple(image_shape), num_classes=num_classes, seed=config.seed)
+    return FlatModel(model, image_shape=image_shape, seed=config.seed, policy=config.precision.name)
+
+
+def _load_weights(network: FlatModel, name: str, *, image_shape: Sequence[int], num_classes: int) -> None:
+    path: Path = expand_path("model.pretrained", name)
+    try:
+        found = load_flat_model(path, image_shape=image_shape, num_classes=num_classes)
+    except ValueError as error:
+        raise UserError(f"model.pretrained={path}: not a usable model: {error}") from error
+    ours, theirs = (
+        [(tuple(variable.shape), variable.trainable) for variable in one.model.weights] for one in (network, found)
+    )
+    if ours != theirs:
+        raise UserError(
+            f"model.pretrained={path}: its network is another one: {found.num_parameters:,} weights in "
+            f"{len(theirs)} parts, here {network.num_parameters:,} in {len(ours)}"
+        )
+    network.export(*found.vectors())

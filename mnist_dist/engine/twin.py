@@ -1,0 +1,94 @@
+"""The twin of a Keras model: it computes what the model does, but by the position of rows in the global batch.
+
+The twin's layers are those of the model, with another dtype policy. Where what a layer computes while training depends
+on more than one row, its `call` is replaced: nothing is left that depends on which device computes which rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from mnist_dist.engine.layers.batch_norm import ShardNormalization
+from mnist_dist.engine.layers.by_shard import ByShard
+from mnist_dist.engine.layers.dropout import PositionalDropout
+
+BATCH_NORM = keras.layers.BatchNormalization
+
+
+def create_twin(model: keras.Model, *, seed: int, dtype: str, row_shape: Sequence[int]) -> keras.Model:
+    """A copy of a built model with layers that compute in `dtype` and draw by position, for the run's `seed`."""
+    if is_graph(model):
+        twin = keras.models.clone_model(model, clone_function=lambda layer: _copy(layer, dtype), recursive=True)
+    else:
+        twin = _copy_subclassed(model, dtype)
+        twin(keras.ops.zeros((1, *row_shape), dtype=dtype))  # creates the weights
+    _replace_calls(twin, seed=seed)
+    return twin
+
+
+def is_graph(model: keras.Model) -> bool:
+    """Whether Keras knows the graph of a model's layers: Sequential or functional, not subclassed."""
+    return bool(getattr(model, "inputs", None))
+
+
+def layers_of(model: keras.Layer) -> list[keras.Layer]:
+    """The model and all layers in it, at any depth, each once."""
+    return list(model._flatten_layers())  # Keras has no public way to those that layers keep in attributes
+
+
+def _replace_calls(model: keras.Model, *, seed: int) -> None:
+    """Replace the `call` of all layers that need it. Random layers are numbered from 1, in the order of the model."""
+    index, done = 0, set[int]()
+    for layer in layers_of(model):
+        if type(layer) is BATCH_NORM:
+            layer.call = ShardNormalization(layer)
+        elif id(layer) not in done and (generators := _seed_generators(layer)):
+            index += 1
+            if type(layer) is keras.layers.Dropout and layer.noise_shape is None:
+                layer.call = PositionalDropout(layer.rate, seed=seed, index=index)
+            else:
+                layer.call = ByShard(layer.call, generators, seed=seed, index=index)
+                done.update(map(id, layers_of(layer)))
+
+
+def _seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
+    """What a layer draws from: its own generators, and then those of the layers in it as well.
+
+    A recurrent layer has none, but its cell keeps what it has drawn from step to step.
+    """
+
+    def own(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
+        return [value for value in vars(layer).values() if isinstance(value, keras.random.SeedGenerator)]
+
+    is_one = own(layer) or isinstance(layer, keras.layers.RNN)
+    return [generator for part in layers_of(layer) for generator in own(part)] if is_one else []
+
+
+def is_by_shard(model: keras.Model) -> bool:
+    """Whether a twin has layers that need whole virtual shards."""
+    return any(isinstance(layer.call, ShardNormalization | ByShard) for layer in layers_of(model))
+
+
+def _copy(layer: keras.Layer, dtype: str) -> keras.Layer:
+    config: dict[str, Any] = layer.get_config()
+    config["dtype"] = _policy(layer, dtype)
+    return type(layer).from_config(config)
+
+
+def _copy_subclassed(model: keras.Model, dtype: str) -> keras.Model:
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        twin = type(model).from_config({**model.get_config(), "dtype": dtype})
+    finally:
+        keras.config.set_dtype_policy(policy)
+    for layer in layers_of(twin):
+        layer.dtype_policy = _policy(layer, dtype)
+    return twin
+
+
+def _policy(layer: keras.Layer, dtype: str) -> str:
+    # Weights come in the type that layers compute in; but moving averages of 8 significant bits would stand still.
+    is_mixed = isinstance(layer, BATCH_NORM) and dtype in ("float16", "bfloat16")
+    return f"mixed_{dtype}" if is_mixed else dtype
