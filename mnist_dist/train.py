@@ -85,7 +85,8 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
         splits = preparing.result()
         log.info("Data: %s, %s", dataset.name, splits.describe())
         restored = checkpoint.state if checkpoint else None
-        engine = build_engine(config, job.rendezvous, splits, num_gpus=num_gpus, restored=restored)
+        is_new = run_input.found.point is None
+        engine = build_engine(config, job.rendezvous, splits, num_gpus=num_gpus, is_new=is_new, restored=restored)
     job.peers.started()
     return engine
 
@@ -128,7 +129,7 @@ def train_epochs(
 
     num_epochs = engine.config.trainer.epochs
     checkpoints = PeriodicCheckpoints(
-        run_folder, engine.config.checkpoint, start, read_state=engine.state.to_arrays, after_save=board.write
+        run_folder, engine.config.checkpoint, start, read_state=engine.read_state, after_save=board.write
     )
     job.stop_request.training_begins()
     with progress("training") as show, engine.strategy.collectives():

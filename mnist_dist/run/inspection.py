@@ -16,6 +16,7 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error
 from mnist_dist.config.compare import training_keys
 from mnist_dist.config.data import DataConfig
+from mnist_dist.config.model import KerasConfig
 from mnist_dist.results.history import History, from_csv
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.summary import EARLIER_RESULT_FILES, MODEL, RESULT_FILES, Summary
@@ -54,6 +55,13 @@ def read_data_config(path: Path) -> DataConfig:
         raise UserError(f"run_dir={path}: config.yaml does not say which data was used ({reason})") from error
     assert isinstance(data, DataConfig)
     return data
+
+
+def read_own_model(path: Path) -> KerasConfig | None:
+    """The function that built the network of the run in this folder; None if the package has it, or it is unknown."""
+    config = Inspection(path).read_config() or {}
+    model = config.get("model") or {}
+    return KerasConfig(name="keras", factory=model["factory"]) if "factory" in model else None
 
 
 def read_data_sha256(path: Path) -> str:

@@ -12,6 +12,9 @@ from mnist_dist.engine.optimizer import Optimizer
 from mnist_dist.engine.precision import LossScale
 from mnist_dist.strategy.base import Strategy
 
+MODEL_VECTORS = ("weights", "other weights")
+"""Names of the model's vectors in a checkpoint: the weights that are trained; then the others, if there are any."""
+
 
 class TrainState:
     """All variables that training changes: a copy on every replica, all of them bit-identical."""
@@ -41,8 +44,8 @@ class TrainState:
             self._variables[name] = strategy.create_variable(value)
             return self._variables[name]
 
-        self.model = [create(name, vector) for name, vector in zip(("weights", "other weights"), vectors, strict=False)]
-        """Of the model: the weights that are trained; then the others, if there are any (`FlatModel.vectors`)."""
+        self.model = [create(name, vector) for name, vector in zip(MODEL_VECTORS, vectors, strict=False)]
+        """Those of the model (`FlatModel.vectors`)."""
         self.weights = self.model[0]
         self.slots = [create(f"slot {name}", np.zeros_like(vectors[0])) for name in optimizer.slot_names]
         self.global_step = create("global_step", np.array(0, np.int64))
