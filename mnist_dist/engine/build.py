@@ -155,7 +155,9 @@ class Engine:
         placement = self.placement()
         if (job := self.topology.slurm) is not None:
             log.info("Slurm: job %s on %s, restarted %d time(s)", job.job_id, job.node_list, job.restart_count)
-        log.info("Model: %s, %s parameters", self.config.model.name, f"{self.flat_model.num_parameters:,}")
+        model = self.config.model
+        name = model.factory if isinstance(model, KerasConfig) else model.name
+        log.info("Model: %s, %s parameters", name, f"{self.flat_model.num_parameters:,}")
         log.info(
             "Devices: %s; precision %s%s",
             ", ".join(self.strategy.devices()),

@@ -93,14 +93,14 @@ def train(
     return Training(state, flat_model, program, BatchPlan(len(split), batch_size, num_rows=plan.num_rows))
 
 
-def train_plainly(model: keras.Model, split: Split, indices: np.ndarray, *, learning_rate: float = 0.1) -> None:
+def train_plainly(model: keras.Model, split: Split, indices: np.ndarray, *, penalties: bool = True) -> None:
     """The same in plain Keras on one device: the mean loss of a batch, its penalties, SGD."""
-    optimizer = keras.optimizers.SGD(learning_rate)
+    optimizer = keras.optimizers.SGD(0.1)
     for row in indices:
         rows = row[row >= 0]
         with tf.GradientTape() as tape:
             images = tf.reshape(split.images[rows], [-1, *IMAGE_SHAPE])
             outputs = model(images, training=True)
             loss = tf.reduce_mean(keras.losses.categorical_crossentropy(split.labels[rows], outputs))
-            loss += sum(model.losses)
+            loss += sum(model.losses) if penalties else 0
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
