@@ -59,6 +59,7 @@ class TrainProgram:
         self._state = state
         self._strategy = state.strategy
         self._arrays = split.arrays
+        self._augmentation = split.augmentation
         self._shards = shards
         self._reduction = reduction
         # No AutoGraph here and below: nothing needs it, and it takes a second.
@@ -143,6 +144,8 @@ class TrainProgram:
     ) -> list[tf.Tensor]:
         """What one shard adds to the gradient of the global batch, and to the sum of losses and the number correct."""
         images, labels = gather(data, rows.examples)
+        if self._augmentation:
+            images = self._augmentation(images, position)
         with tf.GradientTape() as tape:
             tape.watch(weights)
             logits = self._flat_model.training_logits(weights, images, position)
