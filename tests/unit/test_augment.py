@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import scipy.ndimage
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.config.augment import ShiftConfig
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import Split, Splits
-from mnist_dist.engine.augment import create_augmentation
+from mnist_dist.engine.augment import Shift, create_augmentation
 from mnist_dist.engine.build import Programs, assemble
 from mnist_dist.engine.layers.position import BatchPosition, stream_key, uniform
 from mnist_dist.launch.topology import Topology
@@ -46,12 +48,19 @@ def moved(image: np.ndarray, right: int, down: int) -> np.ndarray:
     return padded[height - down :, width - right :][:height, :width]
 
 
-@SHAPES
-@pytest.mark.parametrize("max_pixels", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float16, tf.float64])
+@pytest.mark.parametrize(
+    ("image_shape", "max_pixels", "dtype"),
+    [
+        ((28, 28), 2, tf.float32),
+        ((8, 11), 7, tf.float32),
+        ((7, 5, 3), 4, tf.float32),
+        ((8, 8), 1, tf.bfloat16),
+        ((8, 8), 1, tf.float16),
+        ((8, 8), 1, tf.float64),
+    ],
+)
 def test_a_shifted_image_is_one_of_those_that_slicing_gives(image_shape, max_pixels, dtype):
-    num_rows = 200
-    images = make_images(num_rows, image_shape)
+    images = make_images(200, image_shape)
     changed = change(images, SHIFT, f"augment.max_pixels={max_pixels}", image_shape=image_shape, dtype=dtype)
     offsets = range(-max_pixels, max_pixels + 1)
     used = set()
@@ -77,16 +86,14 @@ def test_all_shifts_are_equally_likely():
     assert ((counts - expected) ** 2 / expected).sum() < 60  # chi-squared of 24 degrees: p = 6e-5
 
 
-@pytest.mark.parametrize("max_pixels", [*range(1, 64), 1000])
-def test_the_largest_random_number_gives_the_largest_shift(max_pixels):
-    augmentation = create_augmentation(
-        compose_config(SHIFT, f"augment.max_pixels={max_pixels}").augment, (1001, 1001), seed=0
-    )
-    seen = []
-    augmentation._at = lambda images, x, y: seen.append((x, y))
-    augmentation._read(None, tf.constant([[0.0, 1 - 2**-24]]))
-    ((x, y),) = seen
-    assert (x.numpy()[0, 0], y.numpy()[0, 0]) == (max_pixels, -max_pixels)
+def test_the_largest_random_number_gives_the_largest_shift():
+    """However the product is rounded."""
+    for max_pixels in (*range(1, 64), 1000):
+        shift = Shift(ShiftConfig("shift", max_pixels), (1001, 1001), seed=0)
+        with patch.object(shift, "_at") as at:
+            shift._read(Mock(), tf.constant([[0.0, 1 - 2**-24]]))
+        _, x, y = at.call_args.args
+        assert (x.numpy()[0, 0], y.numpy()[0, 0]) == (max_pixels, -max_pixels)
 
 
 def affine_by_scipy(images, image_shape, random, *, degrees, scale, pixels) -> np.ndarray:
