@@ -11,7 +11,7 @@ _FREE_IN_A_JOB = (
 
 # Keys that may differ between commands of one run: they do not change what an epoch does to the weights.
 _FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.epochs", "checkpoint.", "resume")
-IMPLIED = {"compile": "none", "model.pretrained": "None"}
+IMPLIED = {"compile": "none", "model.pretrained": "None", "augment.name": "none"}
 """Keys that runs of earlier versions do not have, and what these versions did."""
 
 

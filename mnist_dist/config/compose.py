@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.config.augment import AffineConfig, AugmentConfig, ShiftConfig
 from mnist_dist.config.model import CNNConfig, KerasConfig, MLPConfig
 from mnist_dist.config.optimization import AdamConfig, SGDConfig
 from mnist_dist.config.rules import shorten
@@ -31,6 +32,9 @@ _CHOICES: dict[tuple[str, str], type] = {
     ("model", "keras"): KerasConfig,
     ("optimizer", "adam"): AdamConfig,
     ("optimizer", "sgd"): SGDConfig,
+    ("augment", "none"): AugmentConfig,
+    ("augment", "shift"): ShiftConfig,
+    ("augment", "affine"): AffineConfig,
 }
 
 

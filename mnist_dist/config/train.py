@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from mnist_dist.config.augment import AugmentConfig
 from mnist_dist.config.data import DataConfig
 from mnist_dist.config.devices import PrecisionConfig, StrategyConfig, ThreadsConfig
 from mnist_dist.config.model import ModelConfig
@@ -59,8 +60,9 @@ class TrainConfig(Checked):
     run_dir: str | None = None
     """The run folder; by default a new one below `runs/`, named by date and time."""
     seed: int = between(0, MAX_INT32)
-    """Random seed of initial weights, shuffling and dropout."""
+    """Random seed of initial weights, shuffling, augmentation and dropout."""
     data: DataConfig = MISSING
+    augment: AugmentConfig = MISSING
     model: ModelConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     learning_rate: LearningRateConfig = MISSING

@@ -17,6 +17,7 @@ from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
+from mnist_dist.engine.augment import Augmentation, create_augmentation
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
 from mnist_dist.engine.mode import choose_compiler, choose_mode
@@ -24,7 +25,7 @@ from mnist_dist.engine.network import NETWORK_DIGEST, build_network, check_same_
 from mnist_dist.engine.optimizer import LearningRate, create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
-from mnist_dist.engine.programs.placement import place_split
+from mnist_dist.engine.programs.placement import PlacedSplit, place_split
 from mnist_dist.engine.programs.replica_check import ReplicaCheck
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.engine.programs.train import TrainProgram, XlaProgram
@@ -56,6 +57,7 @@ class Engine:
     shards: ShardPlan
     state: TrainState
     learning_rate: LearningRate
+    augmentation: Augmentation | None
     topology: Topology
 
     @property
@@ -95,6 +97,11 @@ class Engine:
     def weights_digest(self) -> str:
         """The digest of the current weights."""
         return weights_digest(*self.vectors())
+
+    def place_training_split(self, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
+        """The training images on the devices, with how they are changed."""
+        split = place_split(self.splits.train, self.strategy, dtype=dtype)
+        return split._replace(augmentation=self.augmentation)
 
     def create_trainer(
         self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
@@ -158,6 +165,8 @@ class Engine:
         model = self.config.model
         name = model.factory if isinstance(model, KerasConfig) else model.name
         log.info("Model: %s, %s parameters", name, f"{self.flat_model.num_parameters:,}")
+        if changes := self.config.augment.describe():
+            log.info("Training images: each %s", changes)
         log.info(
             "Devices: %s; precision %s%s",
             ", ".join(self.strategy.devices()),
@@ -202,7 +211,7 @@ class Programs:
         self._train = TrainProgram(
             engine.flat_model,
             engine.state,
-            split=place_split(engine.splits.train, strategy, dtype=dtype),
+            split=engine.place_training_split(dtype=dtype),
             shards=engine.shards,
             reduction=ExactSum(strategy, engine.shards) if engine.is_exact else FastSum(strategy),
             xla=engine.compiled_by_xla,
@@ -310,7 +319,8 @@ def assemble(
     """Everything that the training of a configuration (as `start_devices` returns it) needs, on a started strategy.
 
     Raises:
-        UserError: strategy and batch size do not match, or the network cannot be trained (`build_network`).
+        UserError: strategy and batch size, or augmentation and images, do not match, or the network cannot be trained
+            (`build_network`).
     """
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
     global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
@@ -339,6 +349,7 @@ def assemble(
             batch_factor=batch_factor,
             steps_per_epoch=plan.steps_per_epoch,
         ),
+        augmentation=create_augmentation(config.augment, splits.image_shape, seed=config.seed),
         topology=topology,
     )
 

@@ -44,6 +44,7 @@ def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
     reference = load_reference(asked.plots.reference)
     dataset = load_dataset(asked.data)
     check_val_fraction(len(dataset.x_train), asked.data.val_fraction)
+    asked.augment.check_image_shape(dataset.x_train.shape[1:])
     config = replace(asked, data=replace(asked.data, name=dataset.name))
     found = inspect(run_folder, config, data_sha256=dataset.sha256)
     if job.topology.is_chief and found.point is None:

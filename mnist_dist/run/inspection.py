@@ -28,6 +28,8 @@ MODEL_ADVICE = "remove it, and the training command of this run makes it again f
 """What to do about a `model.keras` that is damaged, or is not this run's."""
 
 
+# Keys that not every choice has.
+_OF_A_CHOICE = ("augment.", "model.", "optimizer.")
 _PNG = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
 
 
@@ -94,11 +96,10 @@ class Inspection:
     def read_training_keys(self, expected: Set[str]) -> dict[str, str]:
         """The keys in `config.yaml` that the training depends on; none if it is damaged.
 
-        A file that lacks one of the `expected` keys counts as damaged, except for keys that only another model or
-        optimizer has.
+        A file that lacks one of the `expected` keys counts as damaged, except for keys that only another choice has.
         """
         keys = training_keys(self.read_config() or {})
-        expected = {key for key in expected if key.endswith(".name") or not key.startswith(("model.", "optimizer."))}
+        expected = {key for key in expected if key.endswith(".name") or not key.startswith(_OF_A_CHOICE)}
         if not self._damage and (lacking := expected - keys.keys()):
             self._damage.append(
                 f"config.yaml is damaged, or from another version of this package (it has no {min(lacking)})"

@@ -132,6 +132,7 @@ CHOICES = [
     ("model=3", "no such choice; choose one of cnn, mlp"),
     ("model=[mlp]", "no such choice; choose one of cnn, mlp"),
     ("data=mnits", "no such choice; choose one of auto, digits, mnist, npz"),
+    ("augment=shfit", "no such choice; choose one of affine, none, shift"),
     ("optimizer=adm", "no such choice; choose one of adam, sgd"),
     ("experiment=x", f"no such choice; choose one of {EXPERIMENTS}"),
     ("experiment=null", f"no such choice; choose one of {EXPERIMENTS}"),
@@ -447,6 +448,13 @@ def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
     assert "'width' not in 'MLPConfig'" in line
 
 
+@pytest.mark.parametrize("choice", ["shift", "affine"])
+def test_images_moved_out_of_view(choice, refuse, small_npz):
+    line = refuse(TRAIN, "data=npz", f"data.path={small_npz}", f"augment={choice}", "augment.max_pixels=8")
+    assert line.startswith("augment.max_pixels=8")
+    assert line.endswith(": must be less than the sides of the images, which have 8x8 pixels")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -459,6 +467,8 @@ def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
         ),
         (["model=cnn", "model.filters=[0]"], "model.filters=[0]: each must be from 1 to "),
         (["model=cnn", "model.hidden_sizes=[1]"], "model.hidden_sizes=[1]: no such key; "),
+        (["augment.max_pixels=1"], "augment.max_pixels=1: no such key; "),
+        (["augment=shift", "augment.max_degrees=1"], "augment.max_degrees=1: no such key; "),
     ],
 )
 def test_keys_that_do_not_go_together(arguments, line, refuse):

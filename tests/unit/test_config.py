@@ -56,8 +56,11 @@ def test_every_key_has_a_description():
         assert key.meaning.endswith("."), key.name
 
 
-def test_a_run_of_an_earlier_version_was_not_compiled():
-    """Its configuration has no such key; one that could not be read says nothing."""
-    assert training_keys({"seed": 0, "trainer": {"epochs": 3}}) == {"seed": "0", "compile": "none"}
-    assert training_keys({"compile": "xla"}) == {"compile": "xla"}
+def test_runs_of_earlier_versions_were_not_compiled_and_changed_no_images():
+    """Their configuration has no such keys; one that could not be read says nothing."""
+    implied = {"compile": "none", "augment.name": "none"}
+    assert training_keys({"seed": 0, "trainer": {"epochs": 3}}) == {"seed": "0", **implied}
+    assert training_keys({"compile": "xla"}) == {**implied, "compile": "xla"}
+    shift = {"name": "shift", "max_pixels": 1}
+    assert training_keys({"augment": shift}) == {**implied, "augment.name": "shift", "augment.max_pixels": "1"}
     assert training_keys({}) == {}

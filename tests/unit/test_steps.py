@@ -7,8 +7,10 @@ import tensorflow as tf
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import Split
+from mnist_dist.engine.augment import create_augmentation
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel
+from mnist_dist.engine.layers.position import BatchPosition
 from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -30,7 +32,9 @@ def make_split(num_examples: int, seed: int = 0) -> Split:
     return Split(rng.random((num_examples, NUM_PIXELS), np.float32), labels)
 
 
-def make_program(split: Split, *overrides: str, strategy: Strategy | None = None, reduction=None, shards=None):
+def make_program(
+    split: Split, *overrides: str, strategy: Strategy | None = None, reduction=None, shards=None, augmentation=None
+):
     strategy = strategy or SingleDevice()
     config = compose_config("model.hidden_sizes=[16]", *overrides)
     policy = choose_precision(config.precision.name, None)
@@ -46,7 +50,7 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     program = TrainProgram(
         flat_model,
         state,
-        split=place_split(split, strategy, dtype=flat_model.compute_dtype),
+        split=place_split(split, strategy, dtype=flat_model.compute_dtype)._replace(augmentation=augmentation),
         shards=shards or shards_for(strategy, 16),
         reduction=(reduction or FastSum)(strategy),
         xla="shard" if config.compile == "xla" else None,
@@ -111,6 +115,30 @@ def test_dropout_differs_from_step_to_step():
     indices = np.repeat(BatchPlan(16, 16).in_order(), 2, axis=0)
     losses = program.run_epoch(indices, learning_rates=rates(indices, 1e-30)).losses  # the weights stay the same
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("choice", ["shift", "affine"])
+@pytest.mark.parametrize("compiler", ["none", "xla"])
+def test_images_are_changed_by_step_and_row(choice, compiler):
+    """As if they had been changed before, each where it is in its global batch; two shards of 8, two steps."""
+    split, shards = make_split(32), ShardPlan(2, 8, 1)
+    config = compose_config(f"augment={choice}").augment
+    augmentation = create_augmentation(config, (4, 5), seed=0)
+    steps = [
+        augmentation(split.images[16 * step :][:16], BatchPosition(*tf.constant([0, step], tf.int64)))
+        for step in range(2)
+    ]
+    found = []
+    for images, change in ((split.images, augmentation), (np.concatenate(steps), None)):
+        program, state, *_ = make_program(
+            Split(images, split.labels), f"compile={compiler}", shards=shards, augmentation=change
+        )
+        indices = BatchPlan(32, 16).in_order()
+        sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+        found.append((state.weights.numpy(), sums.losses))
+    tolerance = 0 if compiler == "none" else 1e-5  # XLA joins the change with what follows
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("num_examples", [1, 50, 1025, 2100])

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.data.splits import Split
+from mnist_dist.engine.augment import Augmentation
 from mnist_dist.engine.batches import PADDING
 from mnist_dist.strategy.base import Strategy
 
@@ -27,6 +28,8 @@ class PlacedSplit(NamedTuple):
     arrays: DeviceArrays
     num_examples: int
     num_classes: int
+    augmentation: Augmentation | None = None
+    """How a training changes the images."""
 
 
 def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float32) -> PlacedSplit:

@@ -59,6 +59,7 @@ class TrainProgram:
         self._state = state
         self._strategy = state.strategy
         self._arrays = split.arrays
+        self._augmentation = split.augmentation
         self._shards = shards
         self._reduction = reduction
         # No AutoGraph here and below: nothing needs it, and it takes a second.
@@ -149,6 +150,8 @@ class TrainProgram:
     ) -> list[tf.Tensor]:
         """What shards add to the global batch's gradient, to its loss and the number correct, and to the moments."""
         images, labels = gather(data, rows.examples)
+        if self._augmentation:
+            images = self._augmentation(images, position)
         batch_rows = BatchRows(position, rows.weights, self._shards.rows_per_shard)
         with tf.GradientTape() as tape:
             tape.watch(weights.trained)

@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.engine.build import Engine, Programs
-from mnist_dist.engine.programs.placement import place_split
 from mnist_dist.engine.programs.train import TrainProgram
 from mnist_dist.engine.reduction import Sums
 from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, minority, names_of
@@ -207,7 +206,7 @@ def _train_in_orders(engine: Engine, orders: Sequence[Sequence[int]]) -> list[Ar
     program = TrainProgram(
         engine.flat_model,
         engine.state,
-        split=place_split(engine.splits.train, engine.strategy),
+        split=engine.place_training_split(),
         shards=engine.shards,
         reduction=_InOrder(order),
     )
