@@ -58,7 +58,7 @@ def test_every_key_has_a_description():
 
 def test_runs_of_earlier_versions_were_not_compiled_and_changed_no_images():
     """Their configuration has no such keys; one that could not be read says nothing."""
-    implied = {"compile": "none", "augment.name": "none"}
+    implied = {"compile": "none", "augment.name": "none", "model.pretrained": "None"}
     assert training_keys({"seed": 0, "trainer": {"epochs": 3}}) == {"seed": "0", **implied}
     assert training_keys({"compile": "xla"}) == {**implied, "compile": "xla"}
     shift = {"name": "shift", "max_pixels": 1}

@@ -40,7 +40,7 @@ def rates(engine: Engine, number: int) -> npt.NDArray[np.float64]:
 
 def state_digests(engine: Engine) -> list[str]:
     """A digest of weights and slots for each replica of this process."""
-    vectors = [engine.strategy.copies(vector) for vector in (engine.state.weights, *engine.state.slots)]
+    vectors = [engine.strategy.copies(vector) for vector in (*engine.state.model, *engine.state.slots)]
     return [digest(b"".join(copy.tobytes() for copy in copies)) for copies in zip(*vectors, strict=True)]
 
 
