@@ -23,7 +23,7 @@ def all_keys(command: str) -> Iterator[Key]:
     """The keys of every choice, each once; of other commands than `train` those that it does not have."""
     keys: dict[str, Key] = {}
     for model in ("mlp", "cnn"):
-        for optimizer in ("adam", "sgd"):
+        for optimizer in ("adam", "adamw", "sgd"):
             for key in describe_keys(compose(TRAIN, [f"model={model}", f"optimizer={optimizer}"])):
                 keys.setdefault(key.name, key)
     if command != TRAIN.name:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.model import CNNConfig, MLPConfig
-from mnist_dist.config.optimization import AdamConfig, SGDConfig
+from mnist_dist.config.optimization import AdamConfig, AdamWConfig, SGDConfig
 from mnist_dist.config.rules import shorten
 from mnist_dist.config.train import TrainConfig
 
@@ -29,6 +29,7 @@ _CHOICES: dict[tuple[str, str], type] = {
     ("model", "mlp"): MLPConfig,
     ("model", "cnn"): CNNConfig,
     ("optimizer", "adam"): AdamConfig,
+    ("optimizer", "adamw"): AdamWConfig,
     ("optimizer", "sgd"): SGDConfig,
 }
 

@@ -4,10 +4,24 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from mnist_dist.config.rules import MAX_INT32, MAX_PARTS, Checked, between, check, decay, one_of, positive_float32
+from mnist_dist.config.rules import (
+    FLOAT32_MAX,
+    MAX_INT32,
+    MAX_PARTS,
+    Checked,
+    between,
+    check,
+    decay,
+    one_of,
+    positive_float32,
+    ruled,
+)
 
 _SET_BY_CHOICE = "is set by optimizer=...; leave it alone"
 _UNKNOWN = "no such optimizer; start your own file with defaults: [adam], for example"
+
+WEIGHT_KINDS = ("kernel", "bias", "normalization", "embedding")
+"""normalization: any weight of a layer whose class name has Normalization. kernel: whatever is none of the others."""
 
 
 @dataclass
@@ -46,6 +60,25 @@ class AdamConfig(OptimizerConfig):
     def num_slots(self) -> int:
         """As the base class says."""
         return 2
+
+
+@dataclass
+class AdamWConfig(AdamConfig):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), with Keras' defaults."""
+
+    name: str = one_of("adamw", words=_SET_BY_CHOICE)
+    weight_decay: float = ruled(
+        lambda value: 0 <= value <= FLOAT32_MAX, f"must be at least 0 and at most {FLOAT32_MAX:.2g}"
+    )
+    """adamw: before each update the weights shrink by this share of themselves times the learning rate."""
+    decay_excludes: list[str] = MISSING
+    """adamw: kinds of weights that do not shrink: any of kernel, bias, normalization and embedding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in self.decay_excludes:
+            words = f"no such kind of weights; the kinds are {', '.join(WEIGHT_KINDS)}"
+            check(kind in WEIGHT_KINDS, "optimizer.decay_excludes", kind, words)
 
 
 @dataclass

@@ -333,7 +333,7 @@ def _create_state(
 ) -> TrainState:
     return TrainState(
         flat_model.get_weights(),
-        optimizer=create_optimizer(config.optimizer),
+        optimizer=create_optimizer(config.optimizer, flat_model.weight_kinds()),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
         restored=restored,

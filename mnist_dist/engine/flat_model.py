@@ -4,6 +4,7 @@ With a vector nothing around the network depends on its layers: all gradients tr
 training is a few arrays.
 """
 
+import math
 import re
 import textwrap
 import warnings
@@ -77,6 +78,15 @@ class FlatModel:
         """Length of the weight vector."""
         return sum(self._sizes)
 
+    def weight_kinds(self) -> list[tuple[str, int]]:
+        """Kind (one of `WEIGHT_KINDS`) and size of each part of the weight vector, in order."""
+        kinds = {
+            id(variable): _weight_kind(layer, variable)
+            for layer in self._model._flatten_layers()
+            for variable in layer._trainable_variables  # its own, without those of layers inside it
+        }
+        return [(kinds[id(variable)], math.prod(variable.shape)) for variable in self._model.trainable_variables]
+
     def get_weights(self) -> FloatArray:
         """The model's weights as one vector."""
         return np.concatenate([variable.numpy().reshape(-1) for variable in self._model.trainable_variables])
@@ -108,6 +118,14 @@ class FlatModel:
     def _call(self, weights: list[tf.Tensor], images: tf.Tensor, *, training: bool) -> tf.Tensor:
         logits, _ = self._twin.stateless_call(weights, [], images, training=training)
         return tf.cast(logits, tf.float32)
+
+
+def _weight_kind(layer: keras.Layer, variable: keras.Variable) -> str:
+    if "Normalization" in type(layer).__name__:
+        return "normalization"
+    if isinstance(layer, keras.layers.Embedding):
+        return "embedding"
+    return "bias" if "bias" in variable.name else "kernel"
 
 
 def _twin(model: keras.Model, *, seed: int, policy: str) -> keras.Model:

@@ -5,6 +5,7 @@ already been reduced, together with the metrics. So the update is TensorFlow's f
 of Keras' optimizer in one operation.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.optimization import AdamConfig, LearningRateConfig, OptimizerConfig, SGDConfig
+from mnist_dist.config.optimization import AdamConfig, AdamWConfig, LearningRateConfig, OptimizerConfig, SGDConfig
 from mnist_dist.config.rules import FLOAT32_MAX
 
 
@@ -79,6 +80,34 @@ class Adam(Optimizer):
         )
 
 
+class AdamW(Adam):
+    """Adam, before which the weights shrink by `weight_decay` times the learning rate, as in Keras' AdamW."""
+
+    def __init__(self, config: AdamWConfig, weight_kinds: Sequence[tuple[str, int]]) -> None:
+        """Create it for a weight vector whose parts have these kinds and sizes."""
+        super().__init__(config)
+        self._weight_decay = config.weight_decay
+        decays = [(kind not in config.decay_excludes, size) for kind, size in weight_kinds]
+        groups = itertools.groupby(decays, key=lambda part: part[0])
+        self._parts = [(decays, sum(size for _, size in parts)) for decays, parts in groups]
+
+    def apply(
+        self,
+        weights: tf.Variable,
+        slots: Sequence[tf.Variable],
+        gradient: tf.Tensor,
+        *,
+        learning_rate: tf.Tensor,
+        factors: Sequence[tf.Tensor],
+    ) -> None:
+        """Update weights and slots in place."""
+        kept = 1 - learning_rate * self._weight_decay
+        # Made on the device in each step: as a constant it would be another vector in every program.
+        shares = [tf.fill([size], kept if decays else tf.ones([])) for decays, size in self._parts]
+        weights.assign(weights.read_value() * tf.concat(shares, axis=0))
+        super().apply(weights, slots, gradient, learning_rate=learning_rate, factors=factors)
+
+
 class SGD(Optimizer):
     """Gradient descent; with momentum in Keras' form (velocity = momentum * velocity - learning_rate * gradient)."""
 
@@ -142,8 +171,10 @@ class LearningRate:
         return np.asarray(self._target - (self._target - self._start) * (1 - progress))
 
 
-def create_optimizer(config: OptimizerConfig) -> Optimizer:
-    """The configured optimizer."""
+def create_optimizer(config: OptimizerConfig, weight_kinds: Sequence[tuple[str, int]] = ()) -> Optimizer:
+    """The configured optimizer, for weights of these kinds (`FlatModel.weight_kinds`), which only AdamW asks for."""
+    if isinstance(config, AdamWConfig):
+        return AdamW(config, weight_kinds)
     if isinstance(config, AdamConfig):
         return Adam(config)
     assert isinstance(config, SGDConfig), config

@@ -132,7 +132,7 @@ CHOICES = [
     ("model=3", "no such choice; choose one of cnn, mlp"),
     ("model=[mlp]", "no such choice; choose one of cnn, mlp"),
     ("data=mnits", "no such choice; choose one of auto, digits, mnist, npz"),
-    ("optimizer=adm", "no such choice; choose one of adam, sgd"),
+    ("optimizer=adm", "no such choice; choose one of adam, adamw, sgd"),
     ("experiment=x", f"no such choice; choose one of {EXPERIMENTS}"),
     ("experiment=null", f"no such choice; choose one of {EXPERIMENTS}"),
     ("strategy=mirorred", "no such choice; choose one of auto, horovod, mirrored, multiworker, single"),
@@ -209,6 +209,11 @@ OUTSIDE = {
     ("checkpoint.every_s", "must be from 0 to inf"): ["-1.0", "nan"],
     ("checkpoint.keep", f"must be from 1 to {INT32}"): ["0", "99999999999"],
 }  # fmt: skip
+ADAMW_OUTSIDE = [
+    ("weight_decay", "-0.1", "must be at least 0 and at most 3.4e+38"),
+    ("weight_decay", "nan", "must be at least 0 and at most 3.4e+38"),
+    ("weight_decay", "1e+300", "must be at least 0 and at most 3.4e+38"),
+]
 RANGES = [
     *((TRAIN, key, value, rule) for (key, rule), values in OUTSIDE.items() for value in values),
     *((BENCHMARK, key, "99999999999", f"must be from 1 to {INT32}") for key in ("epochs", "startup.repeats")),
@@ -268,6 +273,17 @@ def test_value_out_of_range(module, key, value, rule, refuse):
     shown = {"-0": f"{key}=0: ", "1e400": f"{key}=inf: ", "1e3": f"{key}=1000.0: "}.get(value, shown)
     line = refuse(module, f"{key}={value}", *NO_DATA)
     assert line == shown + rule
+
+
+@pytest.mark.parametrize(("key", "value", "rule"), ADAMW_OUTSIDE)
+def test_value_of_adamw_out_of_range(key, value, rule, refuse):
+    assert refuse(TRAIN, "optimizer=adamw", f"optimizer.{key}={value}", *NO_DATA) == f"optimizer.{key}={value}: {rule}"
+
+
+def test_a_misspelt_kind_of_weights(refuse):
+    line = refuse(TRAIN, "optimizer=adamw", "optimizer.decay_excludes=[bias,kernels]", *NO_DATA)
+    kinds = "kernel, bias, normalization, embedding"
+    assert line == f"optimizer.decay_excludes=kernels: no such kind of weights; the kinds are {kinds}"
 
 
 @pytest.mark.parametrize("key", ["model.hidden_sizes", "model.filters"])

@@ -39,7 +39,7 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     flat_model = FlatModel(model, policy=policy)
     state = TrainState(
         flat_model.get_weights(),
-        optimizer=create_optimizer(config.optimizer),
+        optimizer=create_optimizer(config.optimizer, flat_model.weight_kinds()),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
     )
@@ -67,7 +67,15 @@ def rates(indices: np.ndarray, rate: float) -> np.ndarray:
     return np.full(len(indices), rate)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def keras_optimizer(name: str) -> keras.optimizers.Optimizer:
+    if name != "adamw":
+        return {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}[name](0.01)
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.004)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    return optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_an_epoch_equals_plain_keras_steps(optimizer):
     """70 examples in batches of 16: the last batch has 6."""
     split = make_split(70)
@@ -78,7 +86,7 @@ def test_an_epoch_equals_plain_keras_steps(optimizer):
     indices = plan.shuffled(seed=3, epoch=1)
     sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
 
-    reference = {"sgd": keras.optimizers.SGD(0.01), "adam": keras.optimizers.Adam(0.01)}[optimizer]
+    reference = keras_optimizer(optimizer)
     for step, row in enumerate(indices):
         rows = row[row >= 0]
         with tf.GradientTape() as tape:

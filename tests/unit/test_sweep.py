@@ -177,7 +177,7 @@ def test_the_search_spaces_here(path, search_for):
         ("model.dropout: range(-1,1)", "model.dropout=-1.0: must be from 0"),
         ("model.activation: relu,rleu", "model.activation=rleu: must be relu"),
         ("batch.global_size: interval(8,64)", "must be a whole number; write int(interval(8,64))"),
-        ("optimizer: adam,foo", "optimizer=foo: no such choice; choose one of adam, sgd"),
+        ("optimizer: adam,foo", "optimizer=foo: no such choice; choose one of adam, adamw, sgd"),
         ("optimizer: ../optimizer/adam,sgd", "no such choice"),
         ("hydra.run.dir: a,b", "cannot be changed"),
         ("run_dir: a,b", "run_dir: cannot vary"),
