@@ -107,6 +107,16 @@ class SGDConfig(OptimizerConfig):
 
 
 @dataclass
+class LossConfig(Checked):
+    """What the training minimizes."""
+
+    section = "loss."
+
+    label_smoothing: float = decay()
+    """Share of each target that is spread over all classes (arXiv 1512.00567); losses are shown without it."""
+
+
+@dataclass
 class LearningRateConfig(Checked):
     """How the learning rate follows the size of the global batch."""
 

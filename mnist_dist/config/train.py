@@ -8,8 +8,8 @@ from omegaconf import MISSING
 from mnist_dist.config.data import DataConfig
 from mnist_dist.config.devices import PrecisionConfig, StrategyConfig, ThreadsConfig
 from mnist_dist.config.model import ModelConfig
-from mnist_dist.config.optimization import BatchConfig, LearningRateConfig, OptimizerConfig
-from mnist_dist.config.rules import MAX_INT32, Checked, between, one_of
+from mnist_dist.config.optimization import BatchConfig, LearningRateConfig, LossConfig, OptimizerConfig
+from mnist_dist.config.rules import MAX_INT32, Checked, between, one_of, positive_float32
 
 
 @dataclass
@@ -64,6 +64,9 @@ class TrainConfig(Checked):
     model: ModelConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     learning_rate: LearningRateConfig = MISSING
+    loss: LossConfig = MISSING
+    gradient_clip_norm: float | None = positive_float32(default=None)
+    """Largest norm (L2, over all weights) of a step's gradient: one that is longer is shortened to it. No limit."""
     batch: BatchConfig = MISSING
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING

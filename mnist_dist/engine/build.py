@@ -182,7 +182,9 @@ class Programs:
         self._train = TrainProgram(
             engine.flat_model,
             engine.state,
-            split=place_split(engine.splits.train, strategy, dtype=dtype),
+            split=place_split(
+                engine.splits.train, strategy, dtype=dtype, label_smoothing=engine.config.loss.label_smoothing
+            ),
             shards=engine.shards,
             reduction=ExactSum(strategy, engine.shards) if engine.is_exact else FastSum(strategy),
             xla=engine.compiled_by_xla,
@@ -336,5 +338,6 @@ def _create_state(
         optimizer=create_optimizer(config.optimizer, flat_model.weight_kinds()),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
+        clip_norm=config.gradient_clip_norm,
         restored=restored,
     )

@@ -27,13 +27,17 @@ class PlacedSplit(NamedTuple):
     arrays: DeviceArrays
     num_examples: int
     num_classes: int
+    label_smoothing: float
+    """Of the targets that are trained on; the labels here are plain."""
 
 
-def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
+def place_split(
+    split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float32, label_smoothing: float = 0.0
+) -> PlacedSplit:
     """Copy a split to every replica, with the images in the type that the network computes in."""
     images = split.images.astype(dtype.as_numpy_dtype, copy=False)
     arrays = DeviceArrays(strategy.replicate(images), strategy.replicate(split.labels.argmax(axis=1)))
-    return PlacedSplit(arrays, num_examples=len(split), num_classes=split.labels.shape[1])
+    return PlacedSplit(arrays, len(split), num_classes=split.labels.shape[1], label_smoothing=label_smoothing)
 
 
 class Rows(NamedTuple):

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.layers.position import BatchPosition
-from mnist_dist.engine.loss import cross_entropy
+from mnist_dist.engine.loss import cross_entropy, smoothed
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.engine.reduction import Reduction
@@ -59,6 +59,7 @@ class TrainProgram:
         self._state = state
         self._strategy = state.strategy
         self._arrays = split.arrays
+        self._label_smoothing = split.label_smoothing
         self._shards = shards
         self._reduction = reduction
         # No AutoGraph here and below: nothing needs it, and it takes a second.
@@ -148,6 +149,7 @@ class TrainProgram:
             logits = self._flat_model.training_logits(weights, images, position)
         # Not on the tape, which would also prepare second derivatives.
         losses, slopes = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
+        slopes = smoothed(slopes, labels, self._label_smoothing)
         gradients = tape.gradient(logits, weights, output_gradients=slopes * tf.reshape(loss_weights, [-1, 1]))
         correct = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
         metrics = tf.matmul(tf.reshape(rows.weights, [1, -1]), tf.stack([losses, correct], axis=1))

@@ -207,7 +207,7 @@ def _train_in_orders(engine: Engine, orders: Sequence[Sequence[int]]) -> list[Ar
     program = TrainProgram(
         engine.flat_model,
         engine.state,
-        split=place_split(engine.splits.train, engine.strategy),
+        split=place_split(engine.splits.train, engine.strategy, label_smoothing=engine.config.loss.label_smoothing),
         shards=engine.shards,
         reduction=_InOrder(order),
     )
