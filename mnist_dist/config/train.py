@@ -86,3 +86,8 @@ class TrainConfig(Checked):
     tensorboard: bool = MISSING
     """Write event files for TensorBoard into the folder `tensorboard/` of the run folder."""
     console: ConsoleConfig = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Written out, so that a run that is asked for more epochs does not change its schedule unnoticed.
+        self.learning_rate = self.learning_rate.over(self.trainer.epochs)

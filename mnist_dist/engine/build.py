@@ -18,8 +18,9 @@ from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
+from mnist_dist.engine.learning_rate import LearningRate
 from mnist_dist.engine.mode import choose_compiler, choose_mode
-from mnist_dist.engine.optimizer import LearningRate, create_optimizer
+from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
 from mnist_dist.engine.programs.placement import place_split

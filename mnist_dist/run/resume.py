@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.config.compare import IMPLIED, training_keys
+from mnist_dist.config.compare import IMPLIED, SCHEDULE_EPOCHS, training_keys
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History
 from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, ResumePoint
@@ -215,10 +215,17 @@ class _Results:
 def _list_differences(theirs: Mapping[str, str], ours: Mapping[str, str], *, keys: Iterable[str]) -> str:
     """In words, which of `keys` differ; keys that are still `auto` are not known yet and do not count."""
     different = [
-        f"the data was {theirs[key]:.12}..., is now {ours[key]:.12}..."
-        if key == DATA_DIGEST
-        else f"{key} was {theirs.get(key)}, is now {ours.get(key)}"
+        _describe_difference(key, str(theirs.get(key)), str(ours.get(key)))
         for key in sorted(keys)
         if theirs.get(key) != ours.get(key) and ours.get(key) != "auto"
     ]
     return "; ".join(different)
+
+
+def _describe_difference(key: str, was: str, now: str) -> str:
+    if key == DATA_DIGEST:
+        return f"the data was {was:.12}..., is now {now:.12}..."
+    text = f"{key} was {was}, is now {now}"
+    if key == SCHEDULE_EPOCHS and "None" not in (was, now):
+        return f"{text}, which by default is trainer.epochs; with {key}={was} it goes on at the schedule's last rate"
+    return text

@@ -147,6 +147,8 @@ CHOICES = [
     ("threads.inter_op=1.5", "must be auto or a number from 1 to 1024"),
 ]
 
+RATE = ("scaling", "warmup_epochs", "schedule", "schedule_epochs", "final_fraction", "start_fraction", "rise_fraction",
+        "step_factor", "step_epochs")  # fmt: skip
 TYPES = [
     ("trainer.epochs=abc", "must be a whole number"),
     ("trainer.epochs=", "must be a whole number"),
@@ -173,7 +175,7 @@ TYPES = [
     ("model.hidden_sizes=[256,x]", "must be a list in square brackets, each entry a whole number"),
     ("model.hidden_sizes=[1.5]", "must be a list in square brackets, each entry a whole number"),
     ("trainer=3", "must be given key by key: trainer.epochs=..."),
-    ("learning_rate=0.1", "must be given key by key: learning_rate.scaling=..., learning_rate.warmup_epochs=..."),
+    ("learning_rate=0.1", f"must be given key by key: {', '.join(f'learning_rate.{key}=...' for key in RATE)}"),
     ("run_dir=${foo}", "Interpolation key 'foo' not found"),
 ]  # fmt: skip
 
@@ -200,6 +202,15 @@ OUTSIDE = {
     ("optimizer.beta_1", DECAY): ["1.0", "0.99999999", "-1e-46", "nan", "inf"],
     ("optimizer.beta_2", DECAY): ["1.0", "0.99999999", "-1.0", "nan"],
     ("learning_rate.warmup_epochs", f"must be from 0 to {INT32}"): ["-1.0", "nan", "inf", "1e+300"],
+    ("learning_rate.schedule", "must be constant, cosine, one_cycle or step"): ["linear"],
+    ("learning_rate.schedule_epochs", f"must be from 1 to {INT32}"): ["0", "2147483648"],
+    ("learning_rate.final_fraction", "must be from 0 to 1"): ["-0.1", "1.1", "nan"],
+    ("learning_rate.start_fraction", "must be from 0 to 1"): ["-0.1", "1.1", "nan"],
+    ("learning_rate.rise_fraction", "must be more than 0 and less than 1"): ["0.0", "1.0", "nan"],
+    ("learning_rate.step_factor", "must be more than 0 and at most 1"): ["0.0", "1.1", "nan"],
+    ("learning_rate.step_epochs", f"must be from 1 to {INT32}"): ["0", "-1"],
+    ("loss.label_smoothing", DECAY): ["1.0", "-0.1", "nan"],
+    ("gradient_clip_norm", POSITIVE): ["0.0", "-1.0", "nan", "inf", "1e-46"],
     ("precision.initial_loss_scale", f"must be from 1 to {2.0**126}"): ["0.0", "0.5", "nan", "inf", "1e+300"],
     ("precision.loss_scale_growth_steps", f"must be from 1 to {INT32}"): ["0", "9223372036854775808"],
     ("threads.intra_op", "must be auto or a number from 1 to 1024"): ["0", "-1", "1025", "99999999999", "1e3", "0x10",
@@ -299,7 +310,8 @@ def test_too_many_layers(key, refuse):
     ["seed=0", "seed=-0", "seed=1_000", "seed=2147483647", "optimizer.learning_rate=3.4e38", "model.dropout=-0.0",
      "optimizer.learning_rate=1.2e-38", "optimizer.beta_1=0.9999999", "optimizer.epsilon=1.2e-38",
      "batch.num_shards=1024", "checkpoint.every_s=inf", "learning_rate.warmup_epochs=1e-46",
-     "strategy.num_replicas=1024", "model.hidden_sizes=[]"],
+     "strategy.num_replicas=1024", "model.hidden_sizes=[]", "learning_rate.schedule_epochs=null",
+     "gradient_clip_norm=null", "gradient_clip_norm=3.4e38", "loss.label_smoothing=0.9999999"],
 )  # fmt: skip
 def test_value_at_the_edge_of_its_range(value, refuse):
     assert refuse(TRAIN, value, *NO_DATA).startswith("data.path=nowhere.npz: ")

@@ -3,9 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
-from mnist_dist.engine.optimizer import LearningRate, create_optimizer
+from mnist_dist.engine.optimizer import create_optimizer
 
 KINDS = ("kernel", "bias", "kernel")
 
@@ -80,26 +79,3 @@ def test_adamw_needs_the_kinds_of_all_weights():
     factors = optimizer.factors(tf.constant(0, tf.int64))
     with pytest.raises(tf.errors.InvalidArgumentError, match="Incompatible shapes"):
         optimizer.apply(weights, slots, tf.zeros(5), learning_rate=tf.constant(0.5), factors=factors)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "warmup", "factor", "expected"),
-    [
-        ("none", 0, 4, [0.1, 0.1, 0.1, 0.1]),
-        ("linear", 0, 4, [0.4, 0.4, 0.4, 0.4]),
-        ("sqrt", 0, 4, [0.2, 0.2, 0.2, 0.2]),
-        ("linear", 1.5, 4, [0.2, 0.3, 0.4, 0.4]),  # three steps of warm-up, from 0.1
-        ("none", 1, 4, [0.05, 0.1, 0.1, 0.1]),  # nothing to warm up from but 0
-    ],
-)
-def test_learning_rates(scaling, warmup, factor, expected):
-    config = compose_config(f"learning_rate.scaling={scaling}", f"learning_rate.warmup_epochs={warmup}").learning_rate
-    rate = LearningRate(config, base=0.1, batch_factor=factor, steps_per_epoch=2)
-    assert rate.at(np.arange(4)) == pytest.approx(expected)
-    assert rate.at(np.arange(2, 4)) == pytest.approx(expected[2:])
-
-
-def test_a_rate_that_scaling_makes_too_large():
-    config = compose_config("learning_rate.scaling=linear").learning_rate
-    with pytest.raises(UserError, match=r"^learning_rate.scaling=linear: raises optimizer.learning_rate=3e\+38 by "):
-        LearningRate(config, base=3e38, batch_factor=4, steps_per_epoch=2)
