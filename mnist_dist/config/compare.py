@@ -10,7 +10,7 @@ _FREE_IN_A_JOB = (
 )
 
 # Keys that may differ between commands of one run: they do not change what an epoch does to the weights.
-_FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.epochs", "checkpoint.", "resume")
+_FREE_IN_A_RUN = (*_FREE_IN_A_JOB, "strategy.", "trainer.", "checkpoint.", "resume")
 SCHEDULE_EPOCHS = "learning_rate.schedule_epochs"
 IMPLIED = {
     "compile": "none",
@@ -39,7 +39,8 @@ def training_keys(tree: Mapping[str, Any]) -> dict[str, str]:
 
 def sweep_keys(tree: Mapping[str, Any]) -> dict[str, str]:
     """The keys of a configuration (as nested mappings) that the result of a training depends on, dotted."""
-    return training_keys(tree) | {key: str(value) for key, value in flatten(tree).items() if key == "trainer.epochs"}
+    ends = {key: str(value) for key, value in flatten(tree).items() if key.startswith("trainer.") and value is not None}
+    return training_keys(tree) | ends
 
 
 def _select(tree: Mapping[str, Any], *, without: tuple[str, ...]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from mnist_dist.config.data import DataConfig
 from mnist_dist.config.devices import PrecisionConfig, StrategyConfig, ThreadsConfig
 from mnist_dist.config.model import ModelConfig
 from mnist_dist.config.optimization import BatchConfig, LearningRateConfig, LossConfig, OptimizerConfig
-from mnist_dist.config.rules import MAX_INT32, Checked, between, one_of, positive_float32
+from mnist_dist.config.rules import MAX_INT32, Checked, between, one_of, positive_float32, ruled
 
 
 @dataclass
@@ -20,6 +20,12 @@ class TrainerConfig(Checked):
 
     epochs: int = between(1, MAX_INT32)
     """Epochs to train; raising it trains a finished run further."""
+    stop_at_val_accuracy: float | None = ruled(
+        lambda value: value is None or 0 < value <= 1, "must be more than 0 and at most 1", default=None
+    )
+    """Validation accuracy that is enough: the epoch that reaches it is the last one."""
+    patience: int | None = between(1, MAX_INT32, default=None)
+    """Epochs without a higher validation accuracy after which the training ends."""
 
 
 @dataclass

@@ -174,7 +174,9 @@ TYPES = [
     ("model.hidden_sizes=null", "must be a list in square brackets, each entry a whole number"),
     ("model.hidden_sizes=[256,x]", "must be a list in square brackets, each entry a whole number"),
     ("model.hidden_sizes=[1.5]", "must be a list in square brackets, each entry a whole number"),
-    ("trainer=3", "must be given key by key: trainer.epochs=..."),
+    ("trainer=3", "must be given key by key: trainer.epochs=..., trainer.stop_at_val_accuracy=..., "
+     "trainer.patience=..."),
+    ("trainer.patience=some", "must be a whole number or null"),
     ("learning_rate=0.1", f"must be given key by key: {', '.join(f'learning_rate.{key}=...' for key in RATE)}"),
     ("run_dir=${foo}", "Interpolation key 'foo' not found"),
 ]  # fmt: skip
@@ -188,6 +190,8 @@ MANY_DIGITS = "1" * 4000  # Python reads up to 4,300
 # Keys with their range, and values outside it.
 OUTSIDE = {
     ("trainer.epochs", f"must be from 1 to {INT32}"): ["0", "-0", "-3", "2147483648", MANY_DIGITS],
+    ("trainer.stop_at_val_accuracy", "must be more than 0 and at most 1"): ["0.0", "-0.5", "1.01", "98.0", "nan"],
+    ("trainer.patience", f"must be from 1 to {INT32}"): ["0", "-1", "2147483648"],
     ("seed", f"must be from 0 to {INT32}"): ["-1", "2147483648", "99_999_999_999"],
     ("data.split_seed", f"must be from 0 to {2**32 - 1}"): ["-1", "4294967296"],
     ("data.val_fraction", "must be between 0 and 1"): ["0.0", "-0.0", "1.0", "1e+300", "nan", "inf", "1e400"],
