@@ -127,8 +127,7 @@ class LearningRateConfig(Checked):
     warmup_epochs: float = between(0, MAX_INT32)
     """Epochs over which the rate rises to its full value (Goyal et al. 2017, arXiv 1706.02677)."""
     schedule: str = one_of("constant", "cosine", "one_cycle", "step")
-    """cosine: falls after the warm-up (arXiv 1608.03983); one_cycle: rises, then falls (arXiv 1708.07120); step: falls
-    every `step_epochs`."""
+    """cosine: falls (arXiv 1608.03983); one_cycle: rises, then falls (arXiv 1708.07120); step: falls step by step."""
     schedule_epochs: int | None = between(1, MAX_INT32, default=None)
     """cosine, one_cycle: epochs until the end, by default `trainer.epochs`; from then on the rate stays the same."""
     final_fraction: float = between(0, 1)
