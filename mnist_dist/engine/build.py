@@ -20,9 +20,10 @@ from mnist_dist.engine.actions import EpochAction
 from mnist_dist.engine.augment import Augmentation, create_augmentation
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
+from mnist_dist.engine.learning_rate import LearningRate
 from mnist_dist.engine.mode import choose_compiler, choose_mode
 from mnist_dist.engine.network import NETWORK_DIGEST, build_network, check_same_network, digest_of
-from mnist_dist.engine.optimizer import LearningRate, create_optimizer
+from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
 from mnist_dist.engine.programs.placement import PlacedSplit, place_split
@@ -99,9 +100,9 @@ class Engine:
         return weights_digest(*self.vectors())
 
     def place_training_split(self, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
-        """The training images on the devices, with how they are changed."""
+        """The training images on the devices, with how they and their labels are changed."""
         split = place_split(self.splits.train, self.strategy, dtype=dtype)
-        return split._replace(augmentation=self.augmentation)
+        return split._replace(augmentation=self.augmentation, label_smoothing=self.config.loss.label_smoothing)
 
     def create_trainer(
         self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
@@ -372,8 +373,9 @@ def _create_state(
 ) -> TrainState:
     return TrainState(
         flat_model.vectors(),
-        optimizer=create_optimizer(config.optimizer),
+        optimizer=create_optimizer(config.optimizer, flat_model.weight_kinds()),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
+        clip_norm=config.gradient_clip_norm,
         restored=restored,
     )

@@ -80,7 +80,8 @@ def _lead(record: RunRecord) -> str:
         test = record.results.test
         return (
             f"{percent_text(test.accuracy)} of {test.num_examples:,} test images are classified correctly "
-            f"after {counted(record.results.epochs_completed, 'epoch')}."
+            f"after {counted(record.results.epochs_completed, 'epoch')}"
+            + (f" of {asked}: {record.early_end}." if record.early_end else ".")
         )
     if record.state == "running":
         return f"{progress} so far; this page does not change by itself."

@@ -78,7 +78,7 @@ def train(
     plan = ShardPlan(num_shards, -(-batch_size // num_shards), strategy.num_replicas, shards_per_call)
     state = TrainState(
         flat_model.vectors(),
-        optimizer=create_optimizer(config.optimizer),
+        optimizer=create_optimizer(config.optimizer, flat_model.weight_kinds()),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
     )

@@ -168,6 +168,8 @@ def test_some_keys_do_not_matter(overrides):
         (["data.split_seed=1"], "data.split_seed=1 rather than 0"),
         (["optimizer=sgd"], "optimizer.name=sgd rather than adam"),
         (["batch.scaling=weak"], "batch.scaling=weak rather than strong"),
+        (["gradient_clip_norm=1"], "gradient_clip_norm=1.0 rather than None"),
+        (["learning_rate.schedule=cosine"], "learning_rate.schedule=cosine rather than constant"),
         (["model=cnn"], "model.name=cnn rather than mlp"),
         (["augment=shift"], "augment.max_pixels=2 rather than none, augment.name=shift rather than none"),
     ],

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
+from mnist_dist.engine.clipping import clip
 from mnist_dist.engine.flat_model import FloatArray
 from mnist_dist.engine.optimizer import Optimizer
 from mnist_dist.engine.precision import LossScale
@@ -26,11 +27,16 @@ class TrainState:
         optimizer: Optimizer,
         loss_scale: LossScale,
         strategy: Strategy,
+        clip_norm: float | None = None,
         restored: Mapping[str, Array] | None = None,
     ) -> None:
-        """Create the variables for the model's `vectors`, or from rank 0's `restored` arrays; a collective."""
+        """Create the variables, for the model's `vectors`, or from rank 0's `restored` arrays; a collective.
+
+        A gradient with a norm larger than `clip_norm` is shortened to it.
+        """
         self._optimizer = optimizer
         self._loss_scale = loss_scale
+        self._clip_norm = clip_norm
         self.strategy = strategy
         self._variables: dict[str, tf.Variable] = {}
 
@@ -90,9 +96,9 @@ class TrainState:
         `factors` are the step's of `optimizer_factors`, `others` the other weights after it, if they change.
         """
         if not self._loss_scale.is_dynamic:
-            self._apply(scaled_gradient, learning_rate, factors, others)
+            self._apply(self._clip(scaled_gradient), learning_rate, factors, others)
             return
-        gradient = scaled_gradient / self.loss_scale.read_value()
+        gradient = self._clip(scaled_gradient / self.loss_scale.read_value())
 
         def apply() -> None:
             num_updates = self.num_updates.read_value()
@@ -102,6 +108,9 @@ class TrainState:
         is_finite = tf.reduce_all(tf.math.is_finite(gradient))
         tf.cond(is_finite, apply, lambda: None)
         self._loss_scale.update(self.loss_scale, self.good_steps, is_finite)
+
+    def _clip(self, gradient: tf.Tensor) -> tf.Tensor:
+        return gradient if self._clip_norm is None else clip(gradient, self._clip_norm)
 
     def _apply(
         self,

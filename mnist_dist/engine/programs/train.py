@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mnist_dist.engine.flat_model import FlatModel, Weights
 from mnist_dist.engine.layers.position import BatchPosition, BatchRows
-from mnist_dist.engine.loss import cross_entropy
+from mnist_dist.engine.loss import cross_entropy, smoothed
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.engine.reduction import Reduction
@@ -60,6 +60,7 @@ class TrainProgram:
         self._strategy = state.strategy
         self._arrays = split.arrays
         self._augmentation = split.augmentation
+        self._label_smoothing = split.label_smoothing
         self._shards = shards
         self._reduction = reduction
         # No AutoGraph here and below: nothing needs it, and it takes a second.
@@ -158,6 +159,7 @@ class TrainProgram:
             logits, penalties, moments = self._flat_model.training_pass(weights, images, batch_rows)
         # Not on the tape, which would also prepare second derivatives.
         losses, slopes = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
+        slopes = smoothed(slopes, labels, self._label_smoothing)
         # A penalty counts once, so in each shard by its share of the examples.
         share = tf.reduce_sum(loss_weights)
         gradients = tape.gradient(
