@@ -4,6 +4,7 @@ With vectors nothing around the network depends on its layers: all gradients tra
 training is a few arrays.
 """
 
+import inspect
 import math
 import re
 import textwrap
@@ -180,9 +181,16 @@ class FlatModel:
             for variable in variables
         ]
         rows = images if len(self._row_shape) == 1 else tf.reshape(images, [-1, *self._row_shape])
+        if "training" in options and not _takes_training(self.twin):
+            del options["training"]
         outputs, after, *losses = self.twin.stateless_call(weights.trained, before, rows, **options)
         changed = [variable for variable, old, new in zip(variables, before, after, strict=True) if new is not old]
         return outputs, changed, *losses
+
+
+def _takes_training(model: keras.Model) -> bool:
+    """Whether a model's `call` has that argument, which one of the user's own need not have."""
+    return "training" in inspect.signature(model.call).parameters
 
 
 class _Layout:

@@ -100,17 +100,21 @@ def last_line(error: BaseException) -> str:
 
     Of the error that came first, if that happened there: Keras raises others about it, which fill pages.
     """
-    first = error
-    while (cause := first.__cause__ or first.__context__) is not None:
-        first = cause
-    for one in (first, error):
+    for one in (first_of(error), error):
         if place := _place(one):
             return f"{_say(one)} ({place})"
     return _say(error)
 
 
+def first_of(error: BaseException) -> BaseException:
+    """The error that came first, of those that led to this one; Keras hides it (`from None`)."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
 def _say(error: BaseException) -> str:
-    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).partition("Arguments received by")[0].split())
     return shorten(f"{type(error).__name__}: {text}" if text else type(error).__name__, 300)
 
 
