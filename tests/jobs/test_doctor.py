@@ -22,7 +22,7 @@ from mnist_dist.doctor.probe import start_child, start_program
 from mnist_dist.launch.topology import Topology
 
 DOCTOR = ("-m", "mnist_dist.doctor")
-NETWORKS = CHECKOUT / "tests" / "support" / "networks"
+FACTORIES = CHECKOUT / "tests" / "support" / "factories"
 _BOUND_S = 150  # on a busy machine; seconds on an idle one
 
 
@@ -162,7 +162,7 @@ def test_train_names_the_doctor(args, run_python, wrong_horovod):
 
 def test_a_network_that_cannot_be_trained(args, run_python):
     words = *DOCTOR, *args, "json=true", "model=keras", "model.factory=refused:mixing"
-    result = run_python(*words, cwd=NETWORKS)
+    result = run_python(*words, cwd=FACTORIES)
     assert result.returncode == 1, result.stderr
     row = rows_of(result)["network"]
     check(row, "error", "model.factory=refused:mixing: cannot be trained: centred (Centred): what it", "change this")
@@ -277,7 +277,7 @@ def test_damaged_data(content, found, tmp_path):
 @pytest.fixture
 def network_row(small_npz, monkeypatch):
     """The row about a factory in this folder, tried in a process of its own."""
-    monkeypatch.chdir(NETWORKS)
+    monkeypatch.chdir(FACTORIES)
 
     def create(factory) -> dict:
         config = compose_config("model=keras", f"model.factory={factory}", "data=npz", f"data.path={small_npz}")

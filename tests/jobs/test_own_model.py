@@ -16,7 +16,7 @@ from mnist_dist.base.errors import EXIT_LOST_PEER
 pytestmark = pytest.mark.xdist_group("own_model")
 
 EXAMPLE = CHECKOUT / "examples" / "own_model"
-NETWORKS = CHECKOUT / "tests" / "support" / "networks"
+FACTORIES = CHECKOUT / "tests" / "support" / "factories"
 RESIDUAL = ("model=keras", "model.factory=residual:build", "model.args={width: 4}", "batch.global_size=256")
 MULTIWORKER = ("multiworker", 2)
 CHECK_MODEL = ("-m", "mnist_dist.check_model")
@@ -142,7 +142,7 @@ REFUSED = [
 def own_folder(tmp_path_factory):
     """A user's folder with modules of all kinds."""
     folder = tmp_path_factory.mktemp("own")
-    (folder / "refused.py").write_text((NETWORKS / "refused.py").read_text() + "\n\nNUMBER = 3\n")
+    (folder / "refused.py").write_text((FACTORIES / "refused.py").read_text() + "\n\nNUMBER = 3\n")
     (folder / "wrong_syntax.py").write_text("def build(:\n    pass\n")
     (folder / "raising.py").write_text("settings = {}\nwidth = settings['nothing']\n")
     return folder
