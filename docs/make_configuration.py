@@ -1,5 +1,6 @@
 """Writes the tables of keys into docs/configuration.md: `python docs/make_configuration.py`."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -22,10 +23,10 @@ PLACES = ("MNIST_DIST_CACHE", "XDG_CACHE_HOME", "KERAS_HOME")
 def all_keys(command: str) -> Iterator[Key]:
     """The keys of every choice, each once; of other commands than `train` those that it does not have."""
     keys: dict[str, Key] = {}
-    for model in ("mlp", "cnn"):
-        for optimizer in ("adam", "sgd"):
-            for key in describe_keys(compose(TRAIN, [f"model={model}", f"optimizer={optimizer}"])):
-                keys.setdefault(key.name, key)
+    for choices in itertools.product(("mlp", "cnn"), ("adam", "adamw", "sgd"), ("none", "shift", "affine")):
+        groups = [f"{group}={choice}" for group, choice in zip(("model", "optimizer", "augment"), choices, strict=True)]
+        for key in describe_keys(compose(TRAIN, groups)):
+            keys.setdefault(key.name, key)
     if command != TRAIN.name:
         return (key for key in describe_keys(compose(FURTHER[command], [])) if key.name not in keys)
     sections = list(dict.fromkeys(name.partition(".")[0] for name in keys))

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import MISSING
 
@@ -18,12 +19,15 @@ from mnist_dist.config.rules import Checked, one_of, ruled
 from mnist_dist.config.train import ConsoleConfig
 from mnist_dist.data.dataset import ImageDataset
 from mnist_dist.data.load import load_dataset
-from mnist_dist.data.splits import SplitName, preprocess
+from mnist_dist.data.splits import SplitName, Splits, preprocess
 from mnist_dist.engine.footprint import check_data_fits
 from mnist_dist.launch.topology import Topology
 from mnist_dist.run.folder import RunFolder
-from mnist_dist.run.inspection import MODEL_ADVICE, check_has_model, read_data_config, read_data_sha256
+from mnist_dist.run.inspection import MODEL_ADVICE, check_has_model, read_data_config, read_data_sha256, read_own_model
 from mnist_dist.run.summary import MODEL
+
+if TYPE_CHECKING:
+    from mnist_dist.engine.flat_model import FlatModel
 
 log = logging.getLogger("mnist_dist.evaluate")  # __name__ is __main__ when run with -m
 
@@ -73,7 +77,6 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
 
     # Importing TensorFlow takes seconds, so it comes after everything that may refuse the input.
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        from mnist_dist.engine.flat_model import load_flat_model
         from mnist_dist.engine.programs.evaluate import EvaluateProgram
         from mnist_dist.engine.programs.placement import place_split
         from mnist_dist.engine.runtime import configure_tensorflow
@@ -82,10 +85,7 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
 
         configure_tensorflow(ThreadsConfig("auto", "auto"), topology, num_shards=10, exact=True)
         strategy = SingleDevice()
-        try:
-            flat_model = load_flat_model(model_path, image_shape=splits.image_shape, num_classes=splits.num_classes)
-        except ValueError as error:
-            raise UserError(f"{model_path}: not a usable model: {error}; {MODEL_ADVICE}") from error
+        flat_model = _load_model(run_folder.path, splits)
 
     program = EvaluateProgram(flat_model, strategy=strategy, split=place_split(splits[split_name], strategy))
     sums = program.run([strategy.create_variable(vector) for vector in flat_model.vectors()])
@@ -107,6 +107,18 @@ def evaluate(config: EvaluateConfig, topology: Topology, console: Console) -> in
     run_folder.write_plots([(picture_name, picture)])
     _log_report(report, run_folder)
     return EXIT_OK
+
+
+def _load_model(run_dir: Path, splits: Splits) -> "FlatModel":
+    from mnist_dist.engine.flat_model import load_flat_model
+    from mnist_dist.models.factory import load_factory
+
+    if (own_model := read_own_model(run_dir)) is not None:
+        load_factory(own_model)  # its module may register layers
+    try:
+        return load_flat_model(run_dir / MODEL, image_shape=splits.image_shape, num_classes=splits.num_classes)
+    except ValueError as error:
+        raise UserError(f"{run_dir / MODEL}: not a usable model: {error}; {MODEL_ADVICE}") from error
 
 
 def _load_data(config: EvaluateConfig, trained_on: DataConfig) -> ImageDataset:

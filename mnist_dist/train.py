@@ -18,6 +18,7 @@ from mnist_dist.launch.job import Job
 from mnist_dist.launch.topology import Topology
 from mnist_dist.results.reference import Reference
 from mnist_dist.run.checkpoint import ResumePoint
+from mnist_dist.run.early_end import early_end
 from mnist_dist.run.events import EventLog
 from mnist_dist.run.folder import REPORT_PAGE, TENSORBOARD, RunFolder
 from mnist_dist.run.input import RunInput, agree_on_input, read_input
@@ -54,10 +55,13 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
             start = prepare_folder(run_input, engine, run_folder, events, console)
             board = begin_event_files(start, run_folder, config)
             reached = train_epochs(engine, start, run_folder, job, clock, board)
-            is_finished = reached.epoch == engine.config.trainer.epochs
+            num_epochs, early = engine.config.trainer.epochs, early_end(engine.config.trainer, reached.history)
+            is_finished = reached.epoch == num_epochs or bool(early)
             if is_finished:
+                if early:
+                    log.info("Finished after epoch %d of %d: %s", reached.epoch, num_epochs, early)
                 write_results(engine, reached, run_folder, run_input.reference, clock, board)
-                events.ended("finished")
+                events.ended("finished", early)
             else:
                 where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
                 log.info("Stopped on request %s; run the same command again to resume", where)
@@ -85,7 +89,8 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
         splits = preparing.result()
         log.info("Data: %s, %s", dataset.name, splits.describe())
         restored = checkpoint.state if checkpoint else None
-        engine = build_engine(config, job.rendezvous, splits, num_gpus=num_gpus, restored=restored)
+        is_new = run_input.found.point is None
+        engine = build_engine(config, job.rendezvous, splits, num_gpus=num_gpus, is_new=is_new, restored=restored)
     job.peers.started()
     return engine
 
@@ -123,12 +128,13 @@ def begin_event_files(start: ResumePoint, run_folder: RunFolder, config: TrainCo
 def train_epochs(
     engine: "Engine", start: ResumePoint, run_folder: RunFolder, job: Job, clock: RunClock, board: "EventFiles"
 ) -> ResumePoint:
-    """Train from `start` to the last epoch, or until a process is asked to stop; either way with a checkpoint."""
+    """Train from `start` until the run is finished or a process is asked to stop; either way with a checkpoint."""
     from mnist_dist.engine.actions import LogEpoch
 
-    num_epochs = engine.config.trainer.epochs
+    config = engine.config.trainer
+    num_epochs = config.epochs
     checkpoints = PeriodicCheckpoints(
-        run_folder, engine.config.checkpoint, start, read_state=engine.state.to_arrays, after_save=board.write
+        run_folder, engine.config.checkpoint, start, read_state=engine.read_state, after_save=board.write
     )
     job.stop_request.training_begins()
     with progress("training") as show, engine.strategy.collectives():
@@ -143,7 +149,11 @@ def train_epochs(
         )
         show(start.epoch, num_epochs)
         clock.first_epoch_begins()
-        history = trainer.fit(num_epochs=num_epochs, history=start.history)
+        history = trainer.fit(
+            num_epochs=num_epochs,
+            history=start.history,
+            is_enough=lambda history: bool(early_end(config, history)),
+        )
     checkpoints.catch_up(history)
     return replace(start, history=history)
 

@@ -220,7 +220,8 @@ def _describe_state(look: Look) -> Iterator[Text]:
 
 
 def _progress(look: Look) -> Table:
-    done, total = len(look.record.history.epochs), look.num_epochs
+    done = len(look.record.history.epochs)
+    total = done if look.record.early_end and look.record.results else look.num_epochs
     line = Table.grid(padding=(0, 1), expand=True)
     line.add_column(ratio=1)
     line.add_column(no_wrap=True)

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
+from mnist_dist.config.augment import AffineConfig, AugmentConfig, ShiftConfig
 from mnist_dist.config.model import CNNConfig, KerasConfig, MLPConfig
-from mnist_dist.config.optimization import AdamConfig, SGDConfig
+from mnist_dist.config.optimization import AdamConfig, AdamWConfig, SGDConfig
 from mnist_dist.config.rules import shorten
 from mnist_dist.config.train import TrainConfig
 
@@ -30,7 +31,11 @@ _CHOICES: dict[tuple[str, str], type] = {
     ("model", "cnn"): CNNConfig,
     ("model", "keras"): KerasConfig,
     ("optimizer", "adam"): AdamConfig,
+    ("optimizer", "adamw"): AdamWConfig,
     ("optimizer", "sgd"): SGDConfig,
+    ("augment", "none"): AugmentConfig,
+    ("augment", "shift"): ShiftConfig,
+    ("augment", "affine"): AffineConfig,
 }
 
 

@@ -1,13 +1,27 @@
 """Keys of `optimizer`, `learning_rate` and `batch`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omegaconf import MISSING
 
-from mnist_dist.config.rules import MAX_INT32, MAX_PARTS, Checked, between, check, decay, one_of, positive_float32
+from mnist_dist.config.rules import (
+    FLOAT32_MAX,
+    MAX_INT32,
+    MAX_PARTS,
+    Checked,
+    between,
+    check,
+    decay,
+    one_of,
+    positive_float32,
+    ruled,
+)
 
 _SET_BY_CHOICE = "is set by optimizer=...; leave it alone"
 _UNKNOWN = "no such optimizer; start your own file with defaults: [adam], for example"
+
+WEIGHT_KINDS = ("kernel", "bias", "normalization", "embedding")
+"""normalization: any weight of a layer whose class name has Normalization. kernel: whatever is none of the others."""
 
 
 @dataclass
@@ -49,6 +63,25 @@ class AdamConfig(OptimizerConfig):
 
 
 @dataclass
+class AdamWConfig(AdamConfig):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), with Keras' defaults."""
+
+    name: str = one_of("adamw", words=_SET_BY_CHOICE)
+    weight_decay: float = ruled(
+        lambda value: 0 <= value <= FLOAT32_MAX, f"must be at least 0 and at most {FLOAT32_MAX:.2g}"
+    )
+    """adamw: before each update the weights shrink by this share of themselves times the learning rate."""
+    decay_excludes: list[str] = MISSING
+    """adamw: kinds of weights that do not shrink: any of kernel, bias, normalization and embedding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in self.decay_excludes:
+            words = f"no such kind of weights; the kinds are {', '.join(WEIGHT_KINDS)}"
+            check(kind in WEIGHT_KINDS, "optimizer.decay_excludes", kind, words)
+
+
+@dataclass
 class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent with optional momentum."""
 
@@ -74,8 +107,18 @@ class SGDConfig(OptimizerConfig):
 
 
 @dataclass
+class LossConfig(Checked):
+    """What the training minimizes."""
+
+    section = "loss."
+
+    label_smoothing: float = decay()
+    """Share of each target that is spread over all classes (arXiv 1512.00567); losses are shown without it."""
+
+
+@dataclass
 class LearningRateConfig(Checked):
-    """How the learning rate follows the size of the global batch."""
+    """How the learning rate follows the size of the global batch, and changes from step to step."""
 
     section = "learning_rate."
 
@@ -83,6 +126,38 @@ class LearningRateConfig(Checked):
     """How the rate grows with the factor by which weak scaling enlarges the global batch."""
     warmup_epochs: float = between(0, MAX_INT32)
     """Epochs over which the rate rises to its full value (Goyal et al. 2017, arXiv 1706.02677)."""
+    schedule: str = one_of("constant", "cosine", "one_cycle", "step")
+    """cosine: falls (arXiv 1608.03983); one_cycle: rises, then falls (arXiv 1708.07120); step: falls step by step."""
+    schedule_epochs: int | None = between(1, MAX_INT32, default=None)
+    """cosine, one_cycle: epochs until the end, by default `trainer.epochs`; from then on the rate stays the same."""
+    final_fraction: float = between(0, 1)
+    """cosine, one_cycle: the rate at the end, as a share of the full one."""
+    start_fraction: float = between(0, 1)
+    """one_cycle: the rate at the beginning, as a share of the full one."""
+    rise_fraction: float = ruled(lambda value: 0 < value < 1, "must be more than 0 and less than 1")
+    """one_cycle: share of all steps in which the rate rises."""
+    step_factor: float = ruled(lambda value: 0 < value <= 1, "must be more than 0 and at most 1")
+    """step: what the rate is multiplied by each time."""
+    step_epochs: int = between(1, MAX_INT32)
+    """step: epochs from one time to the next, the warm-up included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.schedule != "one_cycle" or self.warmup_epochs == 0,
+            "learning_rate.warmup_epochs",
+            self.warmup_epochs,
+            "learning_rate.schedule=one_cycle has a rise of its own; leave this 0",
+        )
+
+    def over(self, num_epochs: int) -> "LearningRateConfig":
+        """The same for a training of so many epochs: with how long the schedule lasts, None if it has no end."""
+        if self.schedule not in ("cosine", "one_cycle"):
+            return replace(self, schedule_epochs=None)
+        lasts = self.schedule_epochs or num_epochs
+        words = f"must be less than the {lasts} epochs of learning_rate.schedule={self.schedule}"
+        check(self.warmup_epochs < lasts, "learning_rate.warmup_epochs", self.warmup_epochs, words)
+        return replace(self, schedule_epochs=lasts)
 
 
 @dataclass

@@ -66,10 +66,10 @@ def between(low: float, high: float, *, default: Any = MISSING) -> Any:
     return ruled(lambda value: value is None or low <= value <= high, f"must be from {low} to {high}", default)
 
 
-def positive_float32() -> Any:
-    """A number that is still positive and finite once it is rounded to float32."""
+def positive_float32(*, default: Any = MISSING) -> Any:
+    """A number that is still positive and finite once it is rounded to float32; None where that is the default."""
     words = f"must be a positive number of float32 (from {FLOAT32_TINY:.2g} to {FLOAT32_MAX:.2g})"
-    return ruled(lambda value: FLOAT32_TINY <= value <= FLOAT32_MAX, words)
+    return ruled(lambda value: value is None or FLOAT32_TINY <= value <= FLOAT32_MAX, words, default)
 
 
 def decay() -> Any:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from mnist_dist.config.augment import AugmentConfig
 from mnist_dist.config.data import DataConfig
 from mnist_dist.config.devices import PrecisionConfig, StrategyConfig, ThreadsConfig
 from mnist_dist.config.model import ModelConfig
-from mnist_dist.config.optimization import BatchConfig, LearningRateConfig, OptimizerConfig
-from mnist_dist.config.rules import MAX_INT32, Checked, between, one_of
+from mnist_dist.config.optimization import BatchConfig, LearningRateConfig, LossConfig, OptimizerConfig
+from mnist_dist.config.rules import MAX_INT32, Checked, between, one_of, positive_float32, ruled
 
 
 @dataclass
@@ -20,6 +21,12 @@ class TrainerConfig(Checked):
 
     epochs: int = between(1, MAX_INT32)
     """Epochs to train; raising it trains a finished run further."""
+    stop_at_val_accuracy: float | None = ruled(
+        lambda value: value is None or 0 < value <= 1, "must be more than 0 and at most 1", default=None
+    )
+    """Validation accuracy that is enough: the epoch that reaches it is the last one."""
+    patience: int | None = between(1, MAX_INT32, default=None)
+    """Epochs without a higher validation accuracy after which the training ends."""
 
 
 @dataclass
@@ -59,11 +66,15 @@ class TrainConfig(Checked):
     run_dir: str | None = None
     """The run folder; by default a new one below `runs/`, named by date and time."""
     seed: int = between(0, MAX_INT32)
-    """Random seed of initial weights, shuffling and dropout."""
+    """Random seed of initial weights, shuffling, augmentation and dropout."""
     data: DataConfig = MISSING
+    augment: AugmentConfig = MISSING
     model: ModelConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     learning_rate: LearningRateConfig = MISSING
+    loss: LossConfig = MISSING
+    gradient_clip_norm: float | None = positive_float32(default=None)
+    """Largest norm (L2, over all weights) of a step's gradient: one that is longer is shortened to it. No limit."""
     batch: BatchConfig = MISSING
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING
@@ -83,3 +94,8 @@ class TrainConfig(Checked):
     tensorboard: bool = MISSING
     """Write event files for TensorBoard into the folder `tensorboard/` of the run folder."""
     console: ConsoleConfig = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Written out, so that a run that is asked for more epochs does not change its schedule unnoticed.
+        self.learning_rate = self.learning_rate.over(self.trainer.epochs)

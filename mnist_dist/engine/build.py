@@ -13,17 +13,20 @@ import tensorflow as tf
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.versions import imported_versions
+from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
+from mnist_dist.engine.augment import Augmentation, create_augmentation
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
+from mnist_dist.engine.learning_rate import LearningRate
 from mnist_dist.engine.mode import choose_compiler, choose_mode
-from mnist_dist.engine.network import build_network
-from mnist_dist.engine.optimizer import LearningRate, create_optimizer
+from mnist_dist.engine.network import NETWORK_DIGEST, build_network, check_same_network, digest_of
+from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
-from mnist_dist.engine.programs.placement import place_split
+from mnist_dist.engine.programs.placement import PlacedSplit, place_split
 from mnist_dist.engine.programs.replica_check import ReplicaCheck
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.engine.programs.train import TrainProgram, XlaProgram
@@ -55,6 +58,7 @@ class Engine:
     shards: ShardPlan
     state: TrainState
     learning_rate: LearningRate
+    augmentation: Augmentation | None
     topology: Topology
 
     @property
@@ -86,9 +90,19 @@ class Engine:
         """The model's current vectors (`FlatModel.vectors`)."""
         return [self.strategy.read(variable) for variable in self.state.model]
 
+    def read_state(self) -> dict[str, Array]:
+        """What a checkpoint must hold, by name."""
+        own = {NETWORK_DIGEST: digest_of(self.flat_model)} if isinstance(self.config.model, KerasConfig) else {}
+        return {**self.state.to_arrays(), **own}
+
     def weights_digest(self) -> str:
         """The digest of the current weights."""
         return weights_digest(*self.vectors())
+
+    def place_training_split(self, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
+        """The training images on the devices, with how they and their labels are changed."""
+        split = place_split(self.splits.train, self.strategy, dtype=dtype)
+        return split._replace(augmentation=self.augmentation, label_smoothing=self.config.loss.label_smoothing)
 
     def create_trainer(
         self, actions: Sequence[EpochAction] = (), *, wants_to_stop: Callable[[], bool] = lambda: False
@@ -149,7 +163,11 @@ class Engine:
         placement = self.placement()
         if (job := self.topology.slurm) is not None:
             log.info("Slurm: job %s on %s, restarted %d time(s)", job.job_id, job.node_list, job.restart_count)
-        log.info("Model: %s, %s parameters", self.config.model.name, f"{self.flat_model.num_parameters:,}")
+        model = self.config.model
+        name = model.factory if isinstance(model, KerasConfig) else model.name
+        log.info("Model: %s, %s parameters", name, f"{self.flat_model.num_parameters:,}")
+        if changes := self.config.augment.describe():
+            log.info("Training images: each %s", changes)
         log.info(
             "Devices: %s; precision %s%s",
             ", ".join(self.strategy.devices()),
@@ -194,7 +212,7 @@ class Programs:
         self._train = TrainProgram(
             engine.flat_model,
             engine.state,
-            split=place_split(engine.splits.train, strategy, dtype=dtype),
+            split=engine.place_training_split(dtype=dtype),
             shards=engine.shards,
             reduction=ExactSum(strategy, engine.shards) if engine.is_exact else FastSum(strategy),
             xla=engine.compiled_by_xla,
@@ -250,17 +268,18 @@ def build_engine(
     splits: Splits,
     *,
     num_gpus: int,
+    is_new: bool = True,
     restored: Mapping[str, Array] | None = None,
 ) -> Engine:
     """Start the devices, of which `num_gpus` are GPUs, and build everything that the training needs.
 
-    The state is new, or the chief's `restored` one on all processes.
+    Unless it `is_new`, the state is that which `restored` has on the chief.
 
     Raises:
         UserError: strategy, devices and batch size do not match.
     """
     config, strategy = start_devices(config, rendezvous, num_gpus=num_gpus)
-    return assemble(config, strategy, splits, topology=rendezvous.topology, restored=restored)
+    return assemble(config, strategy, splits, topology=rendezvous.topology, is_new=is_new, restored=restored)
 
 
 def start_devices(config: TrainConfig, rendezvous: Rendezvous, *, num_gpus: int) -> tuple[TrainConfig, Strategy]:
@@ -295,16 +314,20 @@ def assemble(
     splits: Splits,
     *,
     topology: Topology,
+    is_new: bool = True,
     restored: Mapping[str, Array] | None = None,
 ) -> Engine:
     """Everything that the training of a configuration (as `start_devices` returns it) needs, on a started strategy.
 
     Raises:
-        UserError: strategy and batch size do not match, or the network cannot be trained (`build_network`).
+        UserError: strategy and batch size, or augmentation and images, do not match, or the network cannot be trained
+            (`build_network`).
     """
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
     global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
-    flat_model = build_network(config, image_shape=splits.image_shape, num_classes=splits.num_classes)
+    flat_model = build_network(config, image_shape=splits.image_shape, num_classes=splits.num_classes, is_new=is_new)
+    if restored is not None:
+        check_same_network(config, flat_model, restored)
     shards = plan_shards(
         config,
         global_batch_size,
@@ -327,6 +350,7 @@ def assemble(
             batch_factor=batch_factor,
             steps_per_epoch=plan.steps_per_epoch,
         ),
+        augmentation=create_augmentation(config.augment, splits.image_shape, seed=config.seed),
         topology=topology,
     )
 
@@ -349,8 +373,9 @@ def _create_state(
 ) -> TrainState:
     return TrainState(
         flat_model.vectors(),
-        optimizer=create_optimizer(config.optimizer),
+        optimizer=create_optimizer(config.optimizer, flat_model.weight_kinds()),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
+        clip_norm=config.gradient_clip_norm,
         restored=restored,
     )

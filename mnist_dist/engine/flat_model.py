@@ -126,6 +126,15 @@ class FlatModel:
         """Numbers that a step reduces: the gradient, two metrics, and moments."""
         return self.num_parameters + 2 + self.num_moments
 
+    def weight_kinds(self) -> list[tuple[str, int]]:
+        """Kind (one of `WEIGHT_KINDS`) and size of each part of the weight vector, in order."""
+        kinds = {
+            id(variable): _weight_kind(layer, variable)
+            for layer in layers_of(self.model)
+            for variable in layer._trainable_variables  # its own, without those of layers inside it
+        }
+        return [(kinds[id(variable)], math.prod(variable.shape)) for variable in self.model.trainable_variables]
+
     def get_weights(self) -> FloatArray:
         """The model's trained weights as one vector."""
         return _join(self.model.trainable_variables)
@@ -212,6 +221,14 @@ class _Layout:
 
 def _join(variables: Sequence[keras.Variable]) -> FloatArray:
     return np.concatenate([variable.numpy().reshape(-1) for variable in variables])
+
+
+def _weight_kind(layer: keras.Layer, variable: keras.Variable) -> str:
+    if "Normalization" in type(layer).__name__:
+        return "normalization"
+    if isinstance(layer, keras.layers.Embedding):
+        return "embedding"
+    return "bias" if "bias" in variable.name else "kernel"
 
 
 def _row_shape(model: keras.Model, image_shape: Sequence[int] | None) -> tuple[int, ...]:

@@ -3,6 +3,17 @@
 import tensorflow as tf
 
 
+def smoothed(slopes: tf.Tensor, labels: tf.Tensor, smoothing: float) -> tf.Tensor:
+    """The derivative of the cross-entropy with smoothed labels, from that with plain ones.
+
+    The targets are `1 - smoothing` for the right class, and `smoothing / classes` more for every class.
+    """
+    if not smoothing:
+        return slopes
+    num_classes = slopes.shape[1]
+    return slopes + smoothing * (tf.one_hot(labels, num_classes) - 1 / num_classes)
+
+
 def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, *, fused: bool) -> tuple[tf.Tensor, tf.Tensor]:
     """Each row's loss, shape (rows,), and its derivative by the logits, shape (rows, classes).
 

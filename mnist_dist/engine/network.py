@@ -1,23 +1,33 @@
 """From the configuration to the network that is trained: built, tried, with its first weights."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
+from mnist_dist.base.array import Array
+from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import expand_path
 from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.engine.flat_model import FlatModel, load_flat_model
 from mnist_dist.engine.footprint import check_network_fits
+from mnist_dist.engine.programs.state import MODEL_VECTORS
 from mnist_dist.engine.verdicts import Verdict, judge_layers, objection
 from mnist_dist.models.build import build_model
 from mnist_dist.models.factory import count_weights, last_line
 
+NETWORK_DIGEST = "network"
+"""The name of a network's digest among the arrays of a checkpoint, for networks of the user's own."""
 
-def build_network(config: TrainConfig, *, image_shape: Sequence[int], num_classes: int) -> FlatModel:
-    """The network with its first weights, those of `model.pretrained` if that is given.
+
+def build_network(
+    config: TrainConfig, *, image_shape: Sequence[int], num_classes: int, is_new: bool = True
+) -> FlatModel:
+    """The network with its first weights, those of `model.pretrained` if that is given and the run is new.
 
     Raises:
         UserError: a network of the user's own cannot be built or trained, or pretrained weights do not belong to it.
@@ -27,7 +37,7 @@ def build_network(config: TrainConfig, *, image_shape: Sequence[int], num_classe
         check_verdicts(config.model, verdicts, is_exact=config.reproducibility == "exact")
     else:
         network = _wrap(config, image_shape=image_shape, num_classes=num_classes)
-    if config.model.pretrained is not None:
+    if config.model.pretrained is not None and is_new:
         _load_weights(network, config.model.pretrained, image_shape=image_shape, num_classes=num_classes)
     return network
 
@@ -54,6 +64,33 @@ def try_own_network(
         is_ours = type(error) is ValueError and "\n" not in str(error)
         reason = str(error) if is_ours else last_line(error)
         raise UserError(f"model.factory={model.factory}: cannot be trained: {reason}") from error
+
+
+def digest_of(network: FlatModel) -> Array:
+    """The SHA-256 of the network's description by Keras, (32,) uint8."""
+    return np.frombuffer(hashlib.sha256(network.model.to_json().encode()).digest(), np.uint8)
+
+
+def check_same_network(config: TrainConfig, network: FlatModel, restored: Mapping[str, Array]) -> None:
+    """Raise UserError if a checkpoint's state has not the network's number of weights; warns if it is another one.
+
+    Only a function of the user's own can have changed.
+    """
+    sizes = [len(vector) for vector in network.vectors()]
+    theirs = [len(restored[name]) for name in MODEL_VECTORS if name in restored]
+    if not isinstance(config.model, KerasConfig):
+        return
+    if sizes != theirs:
+        raise UserError(
+            f"model.factory={config.model.factory}: builds a network with {sum(sizes):,} weights now; that of the run "
+            f"to resume has {sum(theirs):,}; name another run_dir"
+        )
+    if NETWORK_DIGEST in restored and not np.array_equal(restored[NETWORK_DIGEST], digest_of(network)):
+        job_log.warning(
+            "WARNING: model.factory=%s: builds another network than when this run was last saved (or Keras describes "
+            "it differently now); the training goes on with this one",
+            config.model.factory,
+        )
 
 
 def check_verdicts(config: KerasConfig, verdicts: Sequence[Verdict], *, is_exact: bool) -> None:

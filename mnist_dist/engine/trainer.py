@@ -56,13 +56,24 @@ class Trainer:
         self._learning_rate_at = learning_rate_at
         self._actions = actions
 
-    def fit(self, *, num_epochs: int, history: History = History()) -> History:  # noqa: B008 (a frozen value)
-        """Train until `history` has `num_epochs`, or fewer if any process was asked to stop.
+    def fit(
+        self,
+        *,
+        num_epochs: int,
+        history: History = History(),  # noqa: B008 (a frozen value)
+        is_enough: Callable[[History], bool] = lambda _: False,
+    ) -> History:
+        """Train until `history` has `num_epochs`; or fewer, if they are enough or any process was asked to stop.
 
-        The programs must be in the state after the last epoch of `history`. Raises TrainingFailed.
+        The programs must be in the state after the last epoch of `history`, and `is_enough` must decide alike on all
+        processes. Raises TrainingFailed.
         """
-        stops = len(history.epochs) < num_epochs and self.programs.agree_to_stop(len(history.epochs))
-        while len(history.epochs) < num_epochs and not stops:
+
+        def is_done() -> bool:
+            return len(history.epochs) >= num_epochs or is_enough(history)
+
+        stops = not is_done() and self.programs.agree_to_stop(len(history.epochs))
+        while not (stops or is_done()):
             row = self.run_epoch(len(history.epochs) + 1)
             stops = self.programs.agree_to_stop(row.epoch)
             history = history.append(row)

@@ -80,7 +80,8 @@ def _lead(record: RunRecord) -> str:
         test = record.results.test
         return (
             f"{percent_text(test.accuracy)} of {test.num_examples:,} test images are classified correctly "
-            f"after {counted(record.results.epochs_completed, 'epoch')}."
+            f"after {counted(record.results.epochs_completed, 'epoch')}"
+            + (f" of {asked}: {record.early_end}." if record.early_end else ".")
         )
     if record.state == "running":
         return f"{progress} so far; this page does not change by itself."
@@ -370,9 +371,9 @@ def _configuration(record: RunRecord) -> Iterator[Html]:
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of all keys; those of a model or optimizer are those of the one in `values`, by dotted key."""
+    """The defaults of all keys; those of a choice are those of the one in `values`, by dotted key."""
     plain = flatten(asdict(compose_config()))
-    names = [f"{group}.name" for group in ("model", "optimizer")]
+    names = [f"{group}.name" for group in ("augment", "model", "optimizer")]
     try:
         groups = [f"{name.removesuffix('.name')}={values[name]}" for name in names if name in values]
         chosen = flatten(asdict(compose_config(*groups)))

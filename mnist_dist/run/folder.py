@@ -136,6 +136,7 @@ class RunFolder:
         defaults = [
             "schema/train@_global_",
             {"data": config.data.name},
+            {"augment": config.augment.name},
             {"model": config.model.name},
             {"optimizer": config.optimizer.name},
             {"strategy": config.strategy.name},

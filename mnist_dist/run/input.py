@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, replace
 
+from mnist_dist.base.errors import UserError
+from mnist_dist.base.files import expand_path
 from mnist_dist.config.compare import job_keys
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.dataset import ImageDataset
@@ -42,9 +44,17 @@ def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
     reference = load_reference(asked.plots.reference)
     dataset = load_dataset(asked.data)
     check_val_fraction(len(dataset.x_train), asked.data.val_fraction)
+    asked.augment.check_image_shape(dataset.x_train.shape[1:])
     config = replace(asked, data=replace(asked.data, name=dataset.name))
     found = inspect(run_folder, config, data_sha256=dataset.sha256)
+    if job.topology.is_chief and found.point is None:
+        _check_pretrained(asked.model.pretrained)
     return RunInput(config, dataset, reference, own_uuids(job.topology), found)
+
+
+def _check_pretrained(name: str | None) -> None:
+    if name is not None and not expand_path("model.pretrained", name).is_file():
+        raise UserError(f"model.pretrained={name}: no such file; give the path of a model.keras")
 
 
 def agree_on_input(own: RunInput, job: Job) -> RunInput:

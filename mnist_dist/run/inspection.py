@@ -16,6 +16,7 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error
 from mnist_dist.config.compare import training_keys
 from mnist_dist.config.data import DataConfig
+from mnist_dist.config.model import KerasConfig
 from mnist_dist.results.history import History, from_csv
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.summary import EARLIER_RESULT_FILES, MODEL, RESULT_FILES, Summary
@@ -27,6 +28,8 @@ MODEL_ADVICE = "remove it, and the training command of this run makes it again f
 """What to do about a `model.keras` that is damaged, or is not this run's."""
 
 
+# Keys that not every choice has.
+_OF_A_CHOICE = ("augment.", "model.", "optimizer.")
 _PNG = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
 
 
@@ -54,6 +57,13 @@ def read_data_config(path: Path) -> DataConfig:
         raise UserError(f"run_dir={path}: config.yaml does not say which data was used ({reason})") from error
     assert isinstance(data, DataConfig)
     return data
+
+
+def read_own_model(path: Path) -> KerasConfig | None:
+    """The function that built the network of the run in this folder; None if the package has it, or it is unknown."""
+    config = Inspection(path).read_config() or {}
+    model = config.get("model") or {}
+    return KerasConfig(name="keras", factory=model["factory"]) if "factory" in model else None
 
 
 def read_data_sha256(path: Path) -> str:
@@ -86,11 +96,10 @@ class Inspection:
     def read_training_keys(self, expected: Set[str]) -> dict[str, str]:
         """The keys in `config.yaml` that the training depends on; none if it is damaged.
 
-        A file that lacks one of the `expected` keys counts as damaged, except for keys that only another model or
-        optimizer has.
+        A file that lacks one of the `expected` keys counts as damaged, except for keys that only another choice has.
         """
         keys = training_keys(self.read_config() or {})
-        expected = {key for key in expected if key.endswith(".name") or not key.startswith(("model.", "optimizer."))}
+        expected = {key for key in expected if key.endswith(".name") or not key.startswith(_OF_A_CHOICE)}
         if not self._damage and (lacking := expected - keys.keys()):
             self._damage.append(
                 f"config.yaml is damaged, or from another version of this package (it has no {min(lacking)})"

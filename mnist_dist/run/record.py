@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error, is_locked, read_regular
+from mnist_dist.config.train import TrainerConfig
 from mnist_dist.results.history import History
 from mnist_dist.results.predictions import PREDICTIONS, Predictions
+from mnist_dist.run.early_end import early_end
 from mnist_dist.run.events import Event, read_events, with_loss
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.inspection import Inspection
@@ -44,12 +46,22 @@ class RunRecord:
         return epochs if isinstance(epochs, int) else None
 
     @cached_property
+    def early_end(self) -> str:
+        """Why the results are of fewer epochs than were asked for; empty if they are not, or there are none."""
+        try:
+            trainer = TrainerConfig(**self.config["trainer"])
+        except (KeyError, TypeError, UserError):  # damaged, or of another version
+            return ""
+        done = self.history.epochs[: self.summary.epochs_completed] if self.summary else ()
+        return early_end(trainer, History(done))
+
+    @cached_property
     def state(self) -> RunState:
         """What became of the run."""
         if self.is_alive:
             return "running"
         # Whatever happened later: the results are there, and `train` says that there is nothing to do.
-        if self.summary and self.num_epochs and self.summary.epochs_completed >= self.num_epochs:
+        if (self.summary and self.num_epochs and self.summary.epochs_completed >= self.num_epochs) or self.early_end:
             return "finished"
         last = self.events[-1].kind if self.events else "finished"  # earlier versions wrote no events
         if last == "finished":
@@ -63,7 +75,9 @@ class RunRecord:
 
     @cached_property
     def reason(self) -> str:
-        """Why it ended, if it is not finished."""
+        """Why it ended, unless it has finished all epochs that were asked for."""
+        if self.state == "finished":
+            return self.early_end
         if self.state in ("stopped", "failed"):
             return self.events[-1].reason
         if self.state == "lost":

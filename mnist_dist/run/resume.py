@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, replace
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.config.compare import IMPLIED, training_keys
+from mnist_dist.config.compare import IMPLIED, SCHEDULE_EPOCHS, training_keys
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History
 from mnist_dist.run.checkpoint import DATA_DIGEST, Checkpoint, ResumePoint
+from mnist_dist.run.early_end import early_end
 from mnist_dist.run.folder import RunFolder
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.summary import MODEL, Summary
@@ -26,7 +27,7 @@ class FoundRun:
     checkpoint: Checkpoint | None = None
     """The checkpoint of `point`, on the chief only."""
     is_finished: bool = False
-    """Whether all requested epochs are trained, and all results are intact."""
+    """Whether as many epochs are trained as were asked for, and all results are intact."""
 
 
 def inspect(run_folder: RunFolder, config: TrainConfig, *, data_sha256: str) -> FoundRun:
@@ -135,11 +136,11 @@ def _check_same_training(
 
 
 class _Results:
-    """Whether a run finished all requested epochs, and all its results are intact."""
+    """Whether a run has as many epochs as were asked for, and all its results are intact."""
 
     def __init__(self, run_folder: RunFolder, config: TrainConfig, point: ResumePoint | None) -> None:
         self._path = run_folder.path
-        self._num_epochs = config.trainer.epochs
+        self._trainer, self._num_epochs = config.trainer, config.trainer.epochs
         self._point = point
         self._reached = point.epoch if point else 0
         self._found = Inspection(run_folder.path)
@@ -162,7 +163,7 @@ class _Results:
                 f"{self._num_rows or 'none'}, the newest checkpoint {self._reached or 'is missing'}; put back what "
                 "belongs together, or name another run_dir"
             )
-        elif summary.epochs_completed < self._num_epochs:
+        elif summary.epochs_completed < self._num_epochs and not self._early_end(summary):
             self._check_can_resume(summary)
         else:
             self._found.check_results(summary, self._point.history if self._point else self._history)
@@ -172,6 +173,12 @@ class _Results:
         if self._point and (damage := self._found.describe()):
             log.warning("%s: made again from the checkpoint of epoch %d", damage, self._reached)
         return False
+
+    def _early_end(self, summary: Summary) -> str:
+        """Why the results are of fewer epochs than were asked for; empty if they should be of more."""
+        num_epochs = summary.epochs_completed
+        history = self._point.history if self._point and self._reached >= num_epochs else self._history
+        return early_end(self._trainer, History(history.epochs[:num_epochs])) if history else ""
 
     def _check_without_summary(self, *, was_finished: bool) -> None:
         # Only the history, if anything, still shows how many epochs the lost results had.
@@ -193,9 +200,10 @@ class _Results:
     def _check_can_be_made_again(self, summary: Summary) -> None:
         num_epochs, damage = summary.epochs_completed, self._found.describe()
         if self._reached > num_epochs:
+            without = ", without trainer.patience and trainer.stop_at_val_accuracy," if self._early_end(summary) else ""
             raise UserError(
                 f"run_dir={self._path}: {damage}, and the run was since trained to epoch {self._reached}; give "
-                f"trainer.epochs={self._reached} for its results"
+                f"trainer.epochs={self._reached}{without} for its results"
             )
         if self._reached < num_epochs:
             newest = f" (the newest is of epoch {self._reached})" if self._reached else ""
@@ -215,10 +223,17 @@ class _Results:
 def _list_differences(theirs: Mapping[str, str], ours: Mapping[str, str], *, keys: Iterable[str]) -> str:
     """In words, which of `keys` differ; keys that are still `auto` are not known yet and do not count."""
     different = [
-        f"the data was {theirs[key]:.12}..., is now {ours[key]:.12}..."
-        if key == DATA_DIGEST
-        else f"{key} was {theirs.get(key)}, is now {ours.get(key)}"
+        _describe_difference(key, str(theirs.get(key)), str(ours.get(key)))
         for key in sorted(keys)
         if theirs.get(key) != ours.get(key) and ours.get(key) != "auto"
     ]
     return "; ".join(different)
+
+
+def _describe_difference(key: str, was: str, now: str) -> str:
+    if key == DATA_DIGEST:
+        return f"the data was {was:.12}..., is now {now:.12}..."
+    text = f"{key} was {was}, is now {now}"
+    if key == SCHEDULE_EPOCHS and "None" not in (was, now):
+        return f"{text}, which by default is trainer.epochs; with {key}={was} it goes on at the schedule's last rate"
+    return text

@@ -17,6 +17,7 @@ from mnist_dist.results.placement import Placement
 from mnist_dist.results.predictions import PREDICTIONS
 from mnist_dist.results.sums import EvaluationSums, SplitMetrics
 from mnist_dist.run.checkpoint import ResumePoint
+from mnist_dist.run.early_end import early_end
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Summary:
     num_shards: int = 0
     seed: int
     epochs_completed: int
+    ended_early: str = ""
+    """Why these are fewer than were asked for; empty if they are not."""
     train: SplitMetrics
     val: SplitMetrics
     test: SplitMetrics
@@ -123,7 +126,7 @@ def build_summary(
     weights_sha256: str,
     timing: Timing,
 ) -> Summary:
-    """The summary of a run that has reached its last epoch; `files` is filled in by `RunFolder.write_summary`."""
+    """The summary of a run that is finished; `files` is filled in by `RunFolder.write_summary`."""
     splits: dict[str, Any] = {name: sums.metrics() for name, sums in results.items()}
     return Summary(
         status="finished",
@@ -135,6 +138,7 @@ def build_summary(
         **asdict(placement),
         seed=config.seed,
         epochs_completed=reached.epoch,
+        ended_early=early_end(config.trainer, reached.history),
         **splits,
         # As in Ng's "Machine Learning Yearning": the training error, and what validation adds to it.
         avoidable_bias_percent=100 * (1 - splits["train"].accuracy),

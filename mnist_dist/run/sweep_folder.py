@@ -289,7 +289,8 @@ class SweepFolder:
         run_dir = self.run_dir(trial.number)
         epochs = trial.params.get("trainer.epochs", plan.training.get("trainer.epochs"))
         summary = self._unless_known(run_dir / "summary.json", Inspection(run_dir).read_summary, bool)
-        return summary.val.accuracy if summary and summary.epochs_completed >= int(epochs or 1) else None
+        is_done = summary and (summary.epochs_completed >= int(epochs or 1) or summary.ended_early)
+        return summary.val.accuracy if summary and is_done else None
 
     def as_it_is(self, plan: SweepPlan, trial: Trial) -> Trial:
         """A trial with the state that its run folder shows."""

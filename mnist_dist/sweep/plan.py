@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_dist.base.errors import UserError
 from mnist_dist.cli.command_line import CommandLine, check_override, groups_of, parse_override
 from mnist_dist.cli.explain import explain
-from mnist_dist.config.compare import sweep_keys
+from mnist_dist.config.compare import IMPLIED, sweep_keys
 from mnist_dist.config.compose import TRAIN, compose, conf_dir, to_config
 from mnist_dist.config.rules import shorten
 from mnist_dist.config.search_space import Dimension, Interval, parse_space, read_space
@@ -84,6 +84,8 @@ def check_same(found: SweepPlan, asked: SweepPlan, *, path: object) -> None:
         theirs, ours = getattr(found, name), getattr(asked, name)
         if not isinstance(theirs, Mapping):
             theirs, ours = {name: str(theirs)}, {name: str(ours)}
+        if name == "training":  # the sweep may be of an earlier version
+            theirs = {key: value for key, value in IMPLIED.items() if key in ours} | theirs
         for key in sorted({*theirs, *ours}):
             was, now = theirs.get(key, "not given"), ours.get(key, "not given")
             if was != now:

@@ -187,6 +187,7 @@ def read_input(verification: "Verification", topology: Topology) -> UserError | 
             verification.references = load_reports(config.reference) if config.reference else []
         verification.dataset = load_dataset(config.data)
         check_val_fraction(len(verification.dataset.x_train), config.data.val_fraction)
+        config.augment.check_image_shape(verification.dataset.x_train.shape[1:])
         verification.config = replace(config, data=replace(config.data, name=verification.dataset.name))
     except UserError as error:
         return error

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.config.compare import IMPLIED
 from mnist_dist.results.history import History
 
 EPOCHS = 3
@@ -253,7 +254,7 @@ def find_bands(
         return f"there are bands for {made_from} only, and these images ({dataset_name}) are neither of them" + (
             f": digest {data_sha256:.12}" if dataset_name in known.values() else ""
         )
-    if different := _differences(stored["recipe"], recipe_keys(keys)):
+    if different := _differences(recipe_keys({**IMPLIED, **stored["recipe"]}), recipe_keys(keys)):
         return f"the bands are for the default recipe only: {different}"
     for entry in stored["bands"]:
         if (entry["sha256"], entry["precision"], entry["paired"]) == (data_sha256, precision, paired):
@@ -279,7 +280,7 @@ def _differences(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 @lru_cache(maxsize=1)
 def load_stored() -> dict[str, Any]:
-    """The content of `bands.json`, which comes with the package."""
+    """The content of `bands.json`, which comes with the package; and in its recipe what newer keys mean."""
     text = resources.files("mnist_dist.verify").joinpath("bands.json").read_text("utf-8")
     stored: dict[str, Any] = json.loads(text)
-    return stored
+    return {**stored, "recipe": recipe_keys(IMPLIED | stored["recipe"])}

@@ -132,7 +132,8 @@ CHOICES = [
     ("model=3", "no such choice; choose one of cnn, mlp"),
     ("model=[mlp]", "no such choice; choose one of cnn, mlp"),
     ("data=mnits", "no such choice; choose one of auto, digits, mnist, npz"),
-    ("optimizer=adm", "no such choice; choose one of adam, sgd"),
+    ("augment=shfit", "no such choice; choose one of affine, none, shift"),
+    ("optimizer=adm", "no such choice; choose one of adam, adamw, sgd"),
     ("experiment=x", f"no such choice; choose one of {EXPERIMENTS}"),
     ("experiment=null", f"no such choice; choose one of {EXPERIMENTS}"),
     ("strategy=mirorred", "no such choice; choose one of auto, horovod, mirrored, multiworker, single"),
@@ -147,6 +148,8 @@ CHOICES = [
     ("threads.inter_op=1.5", "must be auto or a number from 1 to 1024"),
 ]
 
+RATE = ("scaling", "warmup_epochs", "schedule", "schedule_epochs", "final_fraction", "start_fraction", "rise_fraction",
+        "step_factor", "step_epochs")  # fmt: skip
 TYPES = [
     ("trainer.epochs=abc", "must be a whole number"),
     ("trainer.epochs=", "must be a whole number"),
@@ -172,8 +175,10 @@ TYPES = [
     ("model.hidden_sizes=null", "must be a list in square brackets, each entry a whole number"),
     ("model.hidden_sizes=[256,x]", "must be a list in square brackets, each entry a whole number"),
     ("model.hidden_sizes=[1.5]", "must be a list in square brackets, each entry a whole number"),
-    ("trainer=3", "must be given key by key: trainer.epochs=..."),
-    ("learning_rate=0.1", "must be given key by key: learning_rate.scaling=..., learning_rate.warmup_epochs=..."),
+    ("trainer=3", "must be given key by key: trainer.epochs=..., trainer.stop_at_val_accuracy=..., "
+     "trainer.patience=..."),
+    ("trainer.patience=some", "must be a whole number or null"),
+    ("learning_rate=0.1", f"must be given key by key: {', '.join(f'learning_rate.{key}=...' for key in RATE)}"),
     ("run_dir=${foo}", "Interpolation key 'foo' not found"),
 ]  # fmt: skip
 
@@ -186,6 +191,8 @@ MANY_DIGITS = "1" * 4000  # Python reads up to 4,300
 # Keys with their range, and values outside it.
 OUTSIDE = {
     ("trainer.epochs", f"must be from 1 to {INT32}"): ["0", "-0", "-3", "2147483648", MANY_DIGITS],
+    ("trainer.stop_at_val_accuracy", "must be more than 0 and at most 1"): ["0.0", "-0.5", "1.01", "98.0", "nan"],
+    ("trainer.patience", f"must be from 1 to {INT32}"): ["0", "-1", "2147483648"],
     ("seed", f"must be from 0 to {INT32}"): ["-1", "2147483648", "99_999_999_999"],
     ("data.split_seed", f"must be from 0 to {2**32 - 1}"): ["-1", "4294967296"],
     ("data.val_fraction", "must be between 0 and 1"): ["0.0", "-0.0", "1.0", "1e+300", "nan", "inf", "1e400"],
@@ -200,6 +207,15 @@ OUTSIDE = {
     ("optimizer.beta_1", DECAY): ["1.0", "0.99999999", "-1e-46", "nan", "inf"],
     ("optimizer.beta_2", DECAY): ["1.0", "0.99999999", "-1.0", "nan"],
     ("learning_rate.warmup_epochs", f"must be from 0 to {INT32}"): ["-1.0", "nan", "inf", "1e+300"],
+    ("learning_rate.schedule", "must be constant, cosine, one_cycle or step"): ["linear"],
+    ("learning_rate.schedule_epochs", f"must be from 1 to {INT32}"): ["0", "2147483648"],
+    ("learning_rate.final_fraction", "must be from 0 to 1"): ["-0.1", "1.1", "nan"],
+    ("learning_rate.start_fraction", "must be from 0 to 1"): ["-0.1", "1.1", "nan"],
+    ("learning_rate.rise_fraction", "must be more than 0 and less than 1"): ["0.0", "1.0", "nan"],
+    ("learning_rate.step_factor", "must be more than 0 and at most 1"): ["0.0", "1.1", "nan"],
+    ("learning_rate.step_epochs", f"must be from 1 to {INT32}"): ["0", "-1"],
+    ("loss.label_smoothing", DECAY): ["1.0", "-0.1", "nan"],
+    ("gradient_clip_norm", POSITIVE): ["0.0", "-1.0", "nan", "inf", "1e-46"],
     ("precision.initial_loss_scale", f"must be from 1 to {2.0**126}"): ["0.0", "0.5", "nan", "inf", "1e+300"],
     ("precision.loss_scale_growth_steps", f"must be from 1 to {INT32}"): ["0", "9223372036854775808"],
     ("threads.intra_op", "must be auto or a number from 1 to 1024"): ["0", "-1", "1025", "99999999999", "1e3", "0x10",
@@ -209,6 +225,11 @@ OUTSIDE = {
     ("checkpoint.every_s", "must be from 0 to inf"): ["-1.0", "nan"],
     ("checkpoint.keep", f"must be from 1 to {INT32}"): ["0", "99999999999"],
 }  # fmt: skip
+ADAMW_OUTSIDE = [
+    ("weight_decay", "-0.1", "must be at least 0 and at most 3.4e+38"),
+    ("weight_decay", "nan", "must be at least 0 and at most 3.4e+38"),
+    ("weight_decay", "1e+300", "must be at least 0 and at most 3.4e+38"),
+]
 RANGES = [
     *((TRAIN, key, value, rule) for (key, rule), values in OUTSIDE.items() for value in values),
     *((BENCHMARK, key, "99999999999", f"must be from 1 to {INT32}") for key in ("epochs", "startup.repeats")),
@@ -270,6 +291,17 @@ def test_value_out_of_range(module, key, value, rule, refuse):
     assert line == shown + rule
 
 
+@pytest.mark.parametrize(("key", "value", "rule"), ADAMW_OUTSIDE)
+def test_value_of_adamw_out_of_range(key, value, rule, refuse):
+    assert refuse(TRAIN, "optimizer=adamw", f"optimizer.{key}={value}", *NO_DATA) == f"optimizer.{key}={value}: {rule}"
+
+
+def test_a_misspelt_kind_of_weights(refuse):
+    line = refuse(TRAIN, "optimizer=adamw", "optimizer.decay_excludes=[bias,kernels]", *NO_DATA)
+    kinds = "kernel, bias, normalization, embedding"
+    assert line == f"optimizer.decay_excludes=kernels: no such kind of weights; the kinds are {kinds}"
+
+
 @pytest.mark.parametrize("key", ["model.hidden_sizes", "model.filters"])
 def test_too_many_layers(key, refuse):
     choice = () if key == "model.hidden_sizes" else ("model=cnn",)
@@ -283,7 +315,8 @@ def test_too_many_layers(key, refuse):
     ["seed=0", "seed=-0", "seed=1_000", "seed=2147483647", "optimizer.learning_rate=3.4e38", "model.dropout=-0.0",
      "optimizer.learning_rate=1.2e-38", "optimizer.beta_1=0.9999999", "optimizer.epsilon=1.2e-38",
      "batch.num_shards=1024", "checkpoint.every_s=inf", "learning_rate.warmup_epochs=1e-46",
-     "strategy.num_replicas=1024", "model.hidden_sizes=[]"],
+     "strategy.num_replicas=1024", "model.hidden_sizes=[]", "learning_rate.schedule_epochs=null",
+     "gradient_clip_norm=null", "gradient_clip_norm=3.4e38", "loss.label_smoothing=0.9999999"],
 )  # fmt: skip
 def test_value_at_the_edge_of_its_range(value, refuse):
     assert refuse(TRAIN, value, *NO_DATA).startswith("data.path=nowhere.npz: ")
@@ -447,6 +480,13 @@ def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
     assert "'width' not in 'MLPConfig'" in line
 
 
+@pytest.mark.parametrize("choice", ["shift", "affine"])
+def test_images_moved_out_of_view(choice, refuse, small_npz):
+    line = refuse(TRAIN, "data=npz", f"data.path={small_npz}", f"augment={choice}", "augment.max_pixels=8")
+    assert line.startswith("augment.max_pixels=8")
+    assert line.endswith(": must be less than the sides of the images, which have 8x8 pixels")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -459,6 +499,8 @@ def test_an_unknown_key_in_a_file_of_the_users_own(refuse, tmp_path):
         ),
         (["model=cnn", "model.filters=[0]"], "model.filters=[0]: each must be from 1 to "),
         (["model=cnn", "model.hidden_sizes=[1]"], "model.hidden_sizes=[1]: no such key; "),
+        (["augment.max_pixels=1"], "augment.max_pixels=1: no such key; "),
+        (["augment=shift", "augment.max_degrees=1"], "augment.max_degrees=1: no such key; "),
     ],
 )
 def test_keys_that_do_not_go_together(arguments, line, refuse):

@@ -158,6 +158,16 @@ def test_convolutions(job, train_with, part_of_mnist):
     assert copies(other) == copies(single)
 
 
+@pytest.mark.parametrize("augment", ["shift", "affine"])
+@pytest.mark.parametrize("job", [("mirrored", 2), *FEW_JOBS], ids=job_name)
+def test_changed_images(job, augment, train_with, part_of_mnist):
+    recipe = *part_of_mnist, f"augment={augment}", "trainer.epochs=1"
+    single, other = train_with(*SINGLE, *recipe), train_with(*job, *recipe)
+    assert bits(other) == bits(single)
+    assert copies(other) == copies(single)
+    assert bits(single).weights != bits(train_with(*SINGLE, *part_of_mnist, "trainer.epochs=1")).weights
+
+
 def test_another_number_of_shards_gives_other_bits(train_with, part_of_mnist):
     """So the equality above is no accident: even a difference in rounding is noticed."""
     recipe = *part_of_mnist, "trainer.epochs=1"

@@ -16,7 +16,7 @@ def leave_history(run_dir: Path, accuracies) -> None:
     (run_dir / "history.csv").write_text(to_csv(History(tuple(rows))))
 
 
-def leave_results(run_dir: Path, accuracies) -> None:
+def leave_results(run_dir: Path, accuracies, *, ended_early: str = "") -> None:
     """Leave what a finished training with these validation accuracies does, as far as a sweep looks at it."""
     leave_history(run_dir, accuracies)
     metrics = SplitMetrics(loss=1.0, accuracy=accuracies[-1], num_correct=1, num_examples=2)
@@ -24,7 +24,7 @@ def leave_results(run_dir: Path, accuracies) -> None:
         status="finished", dataset=DatasetSummary("npz", "0", 1, 1, 1), strategy="single", world_size=1, num_replicas=1,
         global_batch_size=1, per_replica_batch_size=1, precision="float32", seed=0, epochs_completed=len(accuracies),
         train=metrics, val=metrics, test=metrics, avoidable_bias_percent=0.0, variance_percent=0.0, weights_sha256="0",
-        timing=Timing(0.0, 0.0, 0.0, 0.0), resumed_from_epochs=(), versions={},
+        timing=Timing(0.0, 0.0, 0.0, 0.0), resumed_from_epochs=(), versions={}, ended_early=ended_early,
     )  # fmt: skip
     (run_dir / "summary.json").write_text(summary.to_json())
 

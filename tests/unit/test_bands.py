@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from support import CHECKOUT
 
-from mnist_dist.config.compare import training_keys
+from mnist_dist.config.compare import IMPLIED, training_keys
 from mnist_dist.config.compose import compose_config
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.load import load_dataset
@@ -168,7 +168,10 @@ def test_some_keys_do_not_matter(overrides):
         (["data.split_seed=1"], "data.split_seed=1 rather than 0"),
         (["optimizer=sgd"], "optimizer.name=sgd rather than adam"),
         (["batch.scaling=weak"], "batch.scaling=weak rather than strong"),
+        (["gradient_clip_norm=1"], "gradient_clip_norm=1.0 rather than None"),
+        (["learning_rate.schedule=cosine"], "learning_rate.schedule=cosine rather than constant"),
         (["model=cnn"], "model.name=cnn rather than mlp"),
+        (["augment=shift"], "augment.max_pixels=2 rather than none, augment.name=shift rather than none"),
     ],
 )
 def test_another_recipe_has_no_bands(overrides, reason):
@@ -191,7 +194,7 @@ def test_other_data_and_precisions_have_no_bands():
 
 
 def test_the_stored_bands_are_of_the_default_recipe():
-    assert load_stored()["recipe"] == recipe_keys(RECIPE)
+    assert recipe_keys({**IMPLIED, **load_stored()["recipe"]}) == recipe_keys(RECIPE)
     assert (load_stored()["alpha"], load_stored()["epochs"]) == (bands.ALPHA, bands.EPOCHS)
     assert {"tensorflow", "keras", "numpy", "python"} <= load_stored()["versions"].keys()
 

@@ -1,9 +1,11 @@
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 from support import CHECKOUT
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.config.compare import training_keys
+from mnist_dist.config.compare import IMPLIED, training_keys
 from mnist_dist.config.compose import TRAIN, compose, compose_config
 from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import FLOAT32_MAX, FLOAT32_TINY
@@ -56,8 +58,28 @@ def test_every_key_has_a_description():
         assert key.meaning.endswith("."), key.name
 
 
-def test_a_run_of_an_earlier_version_was_not_compiled():
-    """Its configuration has no such key; one that could not be read says nothing."""
-    assert training_keys({"seed": 0, "trainer": {"epochs": 3}}) == {"seed": "0", "compile": "none"}
-    assert training_keys({"compile": "xla"}) == {"compile": "xla"}
+def test_a_run_of_an_earlier_version_had_the_defaults_of_newer_keys():
+    """Its configuration has no such keys; one that could not be read says nothing."""
+    asked = asdict(compose_config())
+    assert training_keys(asked).items() >= (IMPLIED | {"compile": "auto"}).items()
+    assert training_keys({"seed": 0, "trainer": {"epochs": 3}}) == {**IMPLIED, "seed": "0"}
+    assert training_keys({"compile": "xla"}) == {**IMPLIED, "compile": "xla"}
     assert training_keys({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lasts"),
+    [
+        ([], "None"),
+        (["learning_rate.schedule_epochs=7"], "None"),
+        (["learning_rate.schedule=step", "learning_rate.schedule_epochs=7"], "None"),
+        (["learning_rate.schedule=cosine"], "5"),
+        (["learning_rate.schedule=one_cycle"], "5"),
+        (["learning_rate.schedule=cosine", "learning_rate.schedule_epochs=3"], "3"),
+    ],
+)
+def test_how_long_a_schedule_lasts_is_known_where_it_matters(overrides, lasts):
+    config = compose_config("trainer.epochs=5", *overrides)
+    longer = replace(config, trainer=replace(config.trainer, epochs=8))
+    for one in (config, longer):
+        assert training_keys(asdict(one))["learning_rate.schedule_epochs"] == lasts

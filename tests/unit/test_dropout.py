@@ -16,7 +16,7 @@ def at(step: int, row: int, *, num_rows: int):
 
 def masks(*, key: int = 7, step: int = 3, row: int = 0, num_rows: int, num_units: int, rate: float = 0.4) -> np.ndarray:
     thresholds = drop_thresholds(rate, num_units)
-    return keep_masks(key, position(step, row), num_rows=num_rows, thresholds=thresholds).numpy()
+    return keep_masks(key, position(step, row).counter(), num_rows=num_rows, thresholds=thresholds).numpy()
 
 
 @pytest.mark.parametrize("rate", [0.4, 0.01])

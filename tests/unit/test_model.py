@@ -103,6 +103,22 @@ def test_export_takes_the_weights_and_stays_plain_keras(tmp_path):
     assert {type(layer).__module__.split(".")[0] for layer in loaded.layers} == {"keras"}
 
 
+def test_the_kinds_of_weights():
+    """In the order of the vector, also of layers inside layers."""
+    layers = keras.layers
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(6), layers.LayerNormalization()])
+    model = keras.Sequential(
+        [
+            *(keras.Input((8,)), layers.Embedding(5, 4), layers.Flatten(), layers.Dense(8, use_bias=False)),
+            *(inner, layers.RMSNormalization(), layers.Dense(3, activation="softmax")),
+        ]
+    )
+    assert FlatModel(model).weight_kinds() == [
+        *(("embedding", 20), ("kernel", 256), ("kernel", 48), ("bias", 6), ("normalization", 6), ("normalization", 6)),
+        *(("normalization", 6), ("kernel", 18), ("bias", 3)),
+    ]
+
+
 def test_dropout_acts_only_in_training_and_by_position():
     network = FlatModel(build())
     weights = network.split(tf.constant(network.get_weights()))

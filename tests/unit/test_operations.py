@@ -57,7 +57,7 @@ def trace_all(engine: Engine) -> dict[str, tf.types.experimental.ConcreteFunctio
     return {
         "train": train._compiled.get_concrete_function(steps),
         "a step": programs.trace_step(),
-        "evaluate": validate._compiled.get_concrete_function(engine.state.weights, chunks),
+        "evaluate": validate._compiled.get_concrete_function(engine.state.model, chunks),
         "replica check": check._compiled.get_concrete_function(check._factors, tf.constant(0, tf.int64)),
     }
 

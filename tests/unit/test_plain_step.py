@@ -51,7 +51,9 @@ def train(splits, mnist_path):
 def masks(step: int, layer: int, num_rows: int) -> np.ndarray:
     position = BatchPosition(tf.constant(0, tf.int64), tf.constant(step, tf.int64))
     thresholds = drop_thresholds(RATE, 256)
-    return keep_masks(stream_key(SEED, layer), position, num_rows=512, thresholds=thresholds).numpy()[:num_rows]
+    return keep_masks(stream_key(SEED, layer), position.counter(), num_rows=512, thresholds=thresholds).numpy()[
+        :num_rows
+    ]
 
 
 def plain_steps(engine: Engine, splits, weights: np.ndarray, indices: np.ndarray, optimizer: keras.Optimizer):

@@ -179,6 +179,16 @@ def test_a_run_that_was_trained_further_shows_no_old_results():
     assert "90.00 %" in page and 'id="mistakes"' in page
 
 
+def test_a_run_that_ended_early_says_why():
+    config = {"trainer": {"epochs": 40, "patience": 12}}
+    history = create_history(13, val_accuracy=0.5)
+    page = build_run_page(
+        create_record(config=config, history=history, summary=dataclasses.replace(SUMMARY, epochs_completed=13))
+    )
+    assert "after 13 epochs of 40: the validation accuracy has not risen above the 0.5000 of epoch 1" in page
+    assert "(trainer.patience=12)." in page
+
+
 def test_damaged_predictions_are_told():
     def fail():
         raise ValueError("it is torn")

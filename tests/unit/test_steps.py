@@ -7,8 +7,10 @@ import tensorflow as tf
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.data.splits import Split
+from mnist_dist.engine.augment import create_augmentation
 from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel
+from mnist_dist.engine.layers.position import BatchPosition
 from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -30,7 +32,9 @@ def make_split(num_examples: int, seed: int = 0) -> Split:
     return Split(rng.random((num_examples, NUM_PIXELS), np.float32), labels)
 
 
-def make_program(split: Split, *overrides: str, strategy: Strategy | None = None, reduction=None, shards=None):
+def make_program(
+    split: Split, *overrides: str, strategy: Strategy | None = None, reduction=None, shards=None, augmentation=None
+):
     strategy = strategy or SingleDevice()
     config = compose_config("model.hidden_sizes=[16]", *overrides)
     policy = choose_precision(config.precision.name, None)
@@ -39,14 +43,17 @@ def make_program(split: Split, *overrides: str, strategy: Strategy | None = None
     flat_model = FlatModel(model, policy=policy)
     state = TrainState(
         flat_model.vectors(),
-        optimizer=create_optimizer(config.optimizer),
+        optimizer=create_optimizer(config.optimizer, flat_model.weight_kinds()),
         loss_scale=LossScale(config.precision),
         strategy=strategy,
+        clip_norm=config.gradient_clip_norm,
     )
     program = TrainProgram(
         flat_model,
         state,
-        split=place_split(split, strategy, dtype=flat_model.compute_dtype),
+        split=place_split(split, strategy, dtype=flat_model.compute_dtype)._replace(
+            augmentation=augmentation, label_smoothing=config.loss.label_smoothing
+        ),
         shards=shards or shards_for(strategy, 16),
         reduction=(reduction or FastSum)(strategy),
         xla="shard" if config.compile == "xla" else None,
@@ -67,25 +74,43 @@ def rates(indices: np.ndarray, rate: float) -> np.ndarray:
     return np.full(len(indices), rate)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_an_epoch_equals_plain_keras_steps(optimizer):
-    """70 examples in batches of 16: the last batch has 6."""
+def keras_optimizer(name: str) -> keras.optimizers.Optimizer:
+    if name != "adamw":
+        return {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}[name](0.01)
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.004)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    return optimizer
+
+
+@pytest.mark.parametrize("compiler", ["none", "xla"])
+@pytest.mark.parametrize(
+    ("optimizer", "smoothing", "clip_norm"),
+    [("sgd", 0, None), ("adam", 0, None), ("adamw", 0, None), ("sgd", 0.3, None), ("sgd", 0, 0.1), ("adamw", 0.3, 0.1)],
+)
+def test_an_epoch_equals_plain_keras_steps(optimizer, smoothing, clip_norm, compiler):
+    """70 examples in batches of 16: the last batch has 6. The losses that are told are never smoothed."""
     split = make_split(70)
     program, state, _, model = make_program(
-        split, f"optimizer={optimizer}", "optimizer.learning_rate=0.01", "model.dropout=0"
+        split,
+        *(f"optimizer={optimizer}", "optimizer.learning_rate=0.01", "model.dropout=0", f"compile={compiler}"),
+        *(f"loss.label_smoothing={smoothing}", f"gradient_clip_norm={clip_norm or 'null'}"),
     )
     plan = BatchPlan(70, 16)
     indices = plan.shuffled(seed=3, epoch=1)
     sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
 
-    reference = {"sgd": keras.optimizers.SGD(0.01), "adam": keras.optimizers.Adam(0.01)}[optimizer]
+    reference = keras_optimizer(optimizer)
     for step, row in enumerate(indices):
         rows = row[row >= 0]
         with tf.GradientTape() as tape:
             probabilities = model(split.images[rows], training=True)
             losses = keras.losses.categorical_crossentropy(split.labels[rows], probabilities)
-            mean_loss = tf.reduce_mean(losses)
-        reference.apply(tape.gradient(mean_loss, model.trainable_variables), model.trainable_variables)
+            loss = keras.losses.CategoricalCrossentropy(label_smoothing=smoothing)(split.labels[rows], probabilities)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        if clip_norm is not None:
+            assert tf.linalg.global_norm(gradients) > 2 * clip_norm
+            gradients, _ = tf.clip_by_global_norm(gradients, clip_norm)
+        reference.apply(gradients, model.trainable_variables)
         assert sums.losses[step] == pytest.approx(float(tf.reduce_sum(losses)), rel=1e-5)
         correct = np.argmax(probabilities, axis=1) == np.argmax(split.labels[rows], axis=1)
         assert sums.num_correct[step] == correct.sum()
@@ -111,6 +136,30 @@ def test_dropout_differs_from_step_to_step():
     indices = np.repeat(BatchPlan(16, 16).in_order(), 2, axis=0)
     losses = program.run_epoch(indices, learning_rates=rates(indices, 1e-30)).losses  # the weights stay the same
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("choice", ["shift", "affine"])
+@pytest.mark.parametrize("compiler", ["none", "xla"])
+def test_images_are_changed_by_step_and_row(choice, compiler):
+    """As if they had been changed before, each where it is in its global batch; two shards of 8, two steps."""
+    split, shards = make_split(32), ShardPlan(2, 8, 1)
+    config = compose_config(f"augment={choice}").augment
+    augmentation = create_augmentation(config, (4, 5), seed=0)
+    steps = [
+        augmentation(split.images[16 * step :][:16], BatchPosition(*tf.constant([0, step], tf.int64)))
+        for step in range(2)
+    ]
+    found = []
+    for images, change in ((split.images, augmentation), (np.concatenate(steps), None)):
+        program, state, *_ = make_program(
+            Split(images, split.labels), f"compile={compiler}", shards=shards, augmentation=change
+        )
+        indices = BatchPlan(32, 16).in_order()
+        sums = program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+        found.append((state.weights.numpy(), sums.losses))
+    tolerance = 0 if compiler == "none" else 1e-5  # XLA joins the change with what follows
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("num_examples", [1, 50, 1025, 2100])
@@ -248,6 +297,41 @@ def test_exact_gives_the_same_bits_on_any_number_of_replicas(mirrored, policy, c
     assert results[1] == results[0]
 
 
+@pytest.mark.parametrize("mirrored", [2, 3], indirect=True)
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("compiler", ["none", "xla"])
+def test_exact_with_everything_that_changes_a_gradient(mirrored, policy, compiler):
+    split = make_split(70)
+    indices = BatchPlan(70, 20, num_rows=21).shuffled(seed=0, epoch=1)
+    weights = []
+    for strategy in (SingleDevice(), mirrored):
+        plan = ShardPlan(7, 3, strategy.num_replicas)
+        program, state, network, _ = make_program(
+            split,
+            *("optimizer=adamw", "optimizer.weight_decay=0.1", "gradient_clip_norm=0.1", "loss.label_smoothing=0.1"),
+            *(f"precision={policy}", f"compile={compiler}"),
+            strategy=strategy,
+            shards=plan,
+            reduction=lambda strategy, plan=plan: ExactSum(strategy, plan),
+        )
+        program.run_epoch(indices, learning_rates=rates(indices, 0.01))
+        assert strategy.read(state.num_updates) == len(indices)
+        weights += [copy.tobytes() for copy in strategy.copies(state.weights)]
+    assert len(set(weights)) == 1
+    assert weights[0] != network.get_weights().tobytes()
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_the_gradient_is_clipped_as_it_is_without_the_loss_scale(policy):
+    """So one step of SGD moves the weights by the learning rate times the limit."""
+    program, state, network, _ = make_program(
+        make_split(16), f"precision={policy}", "optimizer=sgd", "gradient_clip_norm=0.01", "model.dropout=0"
+    )
+    indices = BatchPlan(16, 16).in_order()
+    program.run_epoch(indices, learning_rates=rates(indices, 0.5))
+    assert np.linalg.norm(state.weights.numpy() - network.get_weights()) == pytest.approx(0.5 * 0.01, rel=1e-4)
+
+
 def test_each_replica_has_its_own_copy_of_the_data(mirrored):
     copies = mirrored._strategy.experimental_local_results(mirrored.replicate(np.zeros(3, np.float32)))
     assert [copy.device[-5:] for copy in copies] == [device[-5:] for device in mirrored.devices()]
@@ -277,12 +361,13 @@ def test_evaluation_over_replicas_counts_every_example_once(mirrored, num_exampl
     assert sums[1].loss == pytest.approx(sums[0].loss, rel=1e-6)
 
 
-def test_an_overflow_on_one_replica_skips_the_step_on_all():
+@pytest.mark.parametrize("clipping", ["gradient_clip_norm=null", "gradient_clip_norm=0.1"])
+def test_an_overflow_on_one_replica_skips_the_step_on_all(clipping):
     """Example 0, seen by one of two replicas, has large pixels and a wrong label: its gradient overflows float16."""
     strategy = Mirrored(num_replicas=2)
     split = make_split(16)
     split.images[0] = 500
-    overrides = ["precision=mixed_float16", "precision.initial_loss_scale=16384", "model.dropout=0"]
+    overrides = ["precision=mixed_float16", "precision.initial_loss_scale=16384", "model.dropout=0", clipping]
     program, state, network, model = make_program(split, *overrides, strategy=strategy)
     split.labels[0] = np.eye(NUM_CLASSES)[model.predict(split.images[:1], verbose=0).argmin()]
     program, state, network, _ = make_program(split, *overrides, strategy=strategy)

@@ -177,7 +177,7 @@ def test_the_search_spaces_here(path, search_for):
         ("model.dropout: range(-1,1)", "model.dropout=-1.0: must be from 0"),
         ("model.activation: relu,rleu", "model.activation=rleu: must be relu"),
         ("batch.global_size: interval(8,64)", "must be a whole number; write int(interval(8,64))"),
-        ("optimizer: adam,foo", "optimizer=foo: no such choice; choose one of adam, sgd"),
+        ("optimizer: adam,foo", "optimizer=foo: no such choice; choose one of adam, adamw, sgd"),
         ("optimizer: ../optimizer/adam,sgd", "no such choice"),
         ("hydra.run.dir: a,b", "cannot be changed"),
         ("run_dir: a,b", "run_dir: cannot vary"),
@@ -253,6 +253,21 @@ def test_the_trainings_get_what_is_theirs(space_file, search_for):
 def test_another_sweep_in_the_same_folder_is_refused(change, words):
     with pytest.raises(UserError, match=f"^sweep_dir=here: holds another sweep \\({words}\\)"):
         check_same(PLAN, dataclasses.replace(PLAN, **change), path="here")
+
+
+def test_a_sweep_of_an_earlier_version_has_the_defaults_of_newer_keys():
+    earlier = dataclasses.replace(PLAN, training={"seed": "0"})
+    now = dataclasses.replace(PLAN, training={"seed": "0", "loss.label_smoothing": "0.0"})
+    check_same(earlier, now, path="here")
+    with pytest.raises(UserError, match=r"loss.label_smoothing was 0.0, is now 0.1"):
+        check_same(
+            earlier, dataclasses.replace(now, training={"seed": "0", "loss.label_smoothing": "0.1"}), path="here"
+        )
+
+
+def test_a_rule_for_an_early_end_is_part_of_a_sweep(search_for, space_file):
+    one, other = (search_for(space_file("seed: 1,2"), *more).plan for more in ((), ("trainer.patience=3",)))
+    assert other.training == {**one.training, "trainer.patience": "3"}
 
 
 def test_what_may_differ_in_the_same_folder():
@@ -591,7 +606,7 @@ def test_what_is_written_is_read_back(sweep_folder):
 @pytest.mark.parametrize(
     ("left", "state"),
     [("nothing", "waiting"), ("history", "waiting"), ("too few epochs", "waiting"), ("damaged", "waiting"),
-     ("all", "finished"), ("lock", "running")],
+     ("all", "finished"), ("enough epochs", "finished"), ("lock", "running")],
 )  # fmt: skip
 def test_the_run_folder_has_the_last_word(recorded, left, state, sweep_folder):
     trial = Trial(0, {"seed": 1}, ("seed=1",), recorded, 0.25 if recorded == "finished" else None)
@@ -603,7 +618,8 @@ def test_the_run_folder_has_the_last_word(recorded, left, state, sweep_folder):
     elif left == "lock":
         claim = sweep_folder.claim(0)
     elif left != "nothing":
-        leave_results(run_dir, [0.1, 0.2] if left == "too few epochs" else [0.1, 0.2, 0.75])
+        accuracies = {"too few epochs": [0.1, 0.2], "enough epochs": [0.1, 0.75]}.get(left, [0.1, 0.2, 0.75])
+        leave_results(run_dir, accuracies, ended_early="for good" if left == "enough epochs" else "")
     if left == "damaged":
         (run_dir / "summary.json").write_text((run_dir / "summary.json").read_text()[:-9])
     (found,) = read_sweep(sweep_folder.path).trials

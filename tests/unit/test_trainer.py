@@ -87,6 +87,17 @@ def test_a_request_stops_after_the_epoch_and_the_rest_can_follow():
     assert trainer.fit(num_epochs=4, history=whole) == whole
 
 
+def test_enough_epochs_end_the_run_and_more_can_follow():
+    checked = []
+    trainer = make_trainer(FakePrograms(agree_to_stop=lambda epoch: checked.append(epoch)))
+    reached = trainer.fit(num_epochs=4, is_enough=lambda history: len(history.epochs) == 2)
+    assert [row.epoch for row in reached.epochs] == [1, 2]
+    assert checked == [0, 1, 2]
+    assert trainer.fit(num_epochs=4, history=reached, is_enough=lambda history: True) == reached
+    assert checked == [0, 1, 2]  # nobody is asked, as nothing is trained
+    assert len(trainer.fit(num_epochs=4, history=reached).epochs) == 4
+
+
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_request_from_before_stops_before_the_next_epoch(epoch):
     programs = FakePrograms()

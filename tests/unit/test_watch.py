@@ -5,6 +5,7 @@ import io
 import json
 import os
 import time
+import types
 
 import pytest
 import rich.console
@@ -88,6 +89,15 @@ def test_a_run_that_has_ended_says_why(look):
     text = " ".join(" ".join(lines).split())  # the folder's name may be long
     assert "lost: killed" in text
     assert "left" not in text
+
+
+def test_a_run_that_ended_early_is_done(look):
+    config = {"trainer": {"epochs": 150, "stop_at_val_accuracy": 0.9}}
+    accuracy = types.SimpleNamespace(accuracy=0.91)
+    summary = types.SimpleNamespace(epochs_completed=12, test=accuracy)
+    text = "\n".join(shown(look(12, is_alive=False, config=config, summary=summary), width=100))
+    assert "12/12 epochs 100%" in text
+    assert "12/150 epochs   8%" in "\n".join(shown(look(12, config=config, summary=summary), width=100))  # it goes on
 
 
 def test_damage_is_named(look):

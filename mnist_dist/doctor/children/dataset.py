@@ -25,6 +25,7 @@ def _examine(config: TrainConfig, topology: Topology) -> dict[str, Any]:
             return to_get
         dataset = load_dataset(config.data)
         check_val_fraction(len(dataset.x_train), config.data.val_fraction)
+        config.augment.check_image_shape(dataset.x_train.shape[1:])
         check_fits(config, dataset, topology)
     except UserError as error:
         return {"error": str(error)}

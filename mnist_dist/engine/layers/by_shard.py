@@ -47,7 +47,7 @@ class ByShard:
         return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *own: tf.concat(own, 0), *outputs)
 
     def _set_seeds(self, key: int, rows: BatchRows) -> None:
-        words = random_words(key, rows.position, num_rows=1, num_words=2 * len(self._generators))
+        words = random_words(key, rows.counter, num_rows=1, num_words=2 * len(self._generators))
         for number, generator in enumerate(self._generators):
             generator.state.assign(tf.cast(words[0, 2 * number : 2 * number + 2], generator.state.dtype))
             rows.seeded.add(id(generator.state))

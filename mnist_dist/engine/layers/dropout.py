@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.engine.layers.position import BatchPosition, current_rows, layer_key, random_words
+from mnist_dist.engine.layers.position import current_rows, layer_key, random_words
 
 # Random bits are most of what dropout costs. With 8 of them for each unit, a unit's drop rate is a multiple of 1/256,
 # so a layer's units have two neighbouring rates, in such numbers that their mean is right. That would be rough for
@@ -34,7 +34,7 @@ class PositionalDropout:
         num_rows, *sizes = inputs.shape
         masks = keep_masks(
             layer_key(self._seed, self._index),
-            current_rows().position,
+            current_rows().counter,
             num_rows=num_rows,
             thresholds=drop_thresholds(self._rate, math.prod(sizes)),
             dtype=inputs.dtype,
@@ -52,11 +52,11 @@ def drop_thresholds(rate: float, num_units: int) -> Thresholds:
 
 
 def keep_masks(
-    key: int, position: BatchPosition, *, num_rows: int, thresholds: Thresholds, dtype: tf.DType = tf.float32
+    key: int, counter: tf.Tensor, *, num_rows: int, thresholds: Thresholds, dtype: tf.DType = tf.float32
 ) -> tf.Tensor:
     """Factors of shape (num_rows, num_units): 0 for a dropped unit, 1 / (1 - its drop rate) for another."""
     num_units, bits = len(thresholds), thresholds.dtype.itemsize * 8
-    words = random_words(key, position, num_rows=num_rows, num_words=-(-num_units * bits // _WORD_BITS))
+    words = random_words(key, counter, num_rows=num_rows, num_words=-(-num_units * bits // _WORD_BITS))
     random = tf.reshape(tf.bitcast(words, thresholds.dtype), [num_rows, words.shape[1] * _WORD_BITS // bits])
     if random.shape[1] > num_units:
         random = random[:, :num_units]

@@ -25,6 +25,10 @@ class BatchPosition(NamedTuple):
     global_step: tf.Tensor
     """Scalar int64: optimizer steps made so far."""
 
+    def counter(self) -> tf.Tensor:
+        """Both, (2,) int64, for `random_words`."""
+        return tf.stack(self)
+
 
 @dataclass(frozen=True)
 class BatchRows:
@@ -34,12 +38,17 @@ class BatchRows:
     weights: tf.Tensor
     """(rows,) float32: 1 for an example, 0 for padding."""
     rows_per_shard: int
+    counter: tf.Tensor = field(init=False)
+    """That of the position, made once for all layers: every operation costs a GPU time."""
     moments: dict[str, list[tf.Tensor]] = field(default_factory=dict)
     """What the layers of batch normalisation add, by the path of the layer (`layers.batch_norm`)."""
     num_calls: Counter[int] = field(default_factory=Counter)
     """How often each random layer was called; a layer may be used several times."""
     seeded: set[int] = field(default_factory=set)
     """Which states of random generators were set (`layers.by_shard`), by `id`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counter", self.position.counter())
 
     @property
     def num_shards(self) -> int:
@@ -109,14 +118,14 @@ def layer_key(seed: int, layer: int) -> int:
     return stream_key(seed, (num_calls[layer] - 1) << 16 | layer)
 
 
-def random_words(key: int, position: BatchPosition, *, num_rows: int, num_words: int) -> tf.Tensor:
+def random_words(key: int, counter: tf.Tensor, *, num_rows: int, num_words: int) -> tf.Tensor:
     """Random bits, (num_rows, at least num_words) uint32, as whole ticks of Philox's counter.
 
-    Row i is that of position `first_row + i`: each row owns a range of ticks of the low half of the counter, and the
-    step is the high half.
+    Row i is that of position `first_row + i` (`counter` is a `BatchPosition.counter()`): each row owns a range of ticks
+    of the low half of Philox's counter, and the step is the high half.
     """
     ticks = -(-num_words // _WORDS_PER_TICK)
-    counter = tf.stack(position) * tf.constant([ticks, 1], tf.int64)
+    counter = counter * tf.constant([ticks, 1], tf.int64)
     return tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[num_rows, ticks * _WORDS_PER_TICK],
         key=tf.constant([key], tf.uint64),
@@ -126,7 +135,7 @@ def random_words(key: int, position: BatchPosition, *, num_rows: int, num_words:
     )
 
 
-def uniform(key: int, position: BatchPosition, *, num_rows: int, num_values: int) -> tf.Tensor:
+def uniform(key: int, counter: tf.Tensor, *, num_rows: int, num_values: int) -> tf.Tensor:
     """Numbers in [0, 1), (num_rows, num_values) float32, each a multiple of 2**-24."""
-    words = random_words(key, position, num_rows=num_rows, num_words=num_values)[:, :num_values]
+    words = random_words(key, counter, num_rows=num_rows, num_words=num_values)[:, :num_values]
     return tf.cast(tf.bitwise.right_shift(words, tf.constant(8, tf.uint32)), tf.float32) * 2.0**-24

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.data.splits import Split
+from mnist_dist.engine.augment import Augmentation
 from mnist_dist.engine.batches import PADDING
 from mnist_dist.strategy.base import Strategy
 
@@ -27,13 +28,17 @@ class PlacedSplit(NamedTuple):
     arrays: DeviceArrays
     num_examples: int
     num_classes: int
+    augmentation: Augmentation | None = None
+    """How a training changes the images."""
+    label_smoothing: float = 0.0
+    """Of the targets that are trained on; the labels here are plain."""
 
 
 def place_split(split: Split, strategy: Strategy, *, dtype: tf.DType = tf.float32) -> PlacedSplit:
     """Copy a split to every replica, with the images in the type that the network computes in."""
     images = split.images.astype(dtype.as_numpy_dtype, copy=False)
     arrays = DeviceArrays(strategy.replicate(images), strategy.replicate(split.labels.argmax(axis=1)))
-    return PlacedSplit(arrays, num_examples=len(split), num_classes=split.labels.shape[1])
+    return PlacedSplit(arrays, len(split), num_classes=split.labels.shape[1])
 
 
 class Rows(NamedTuple):

@@ -7,10 +7,14 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
+from mnist_dist.engine.clipping import clip
 from mnist_dist.engine.flat_model import FloatArray
 from mnist_dist.engine.optimizer import Optimizer
 from mnist_dist.engine.precision import LossScale
 from mnist_dist.strategy.base import Strategy
+
+MODEL_VECTORS = ("weights", "other weights")
+"""Names of the model's vectors in a checkpoint: the weights that are trained; then the others, if there are any."""
 
 
 class TrainState:
@@ -23,11 +27,16 @@ class TrainState:
         optimizer: Optimizer,
         loss_scale: LossScale,
         strategy: Strategy,
+        clip_norm: float | None = None,
         restored: Mapping[str, Array] | None = None,
     ) -> None:
-        """Create the variables for the model's `vectors`, or from rank 0's `restored` arrays; a collective."""
+        """Create the variables, for the model's `vectors`, or from rank 0's `restored` arrays; a collective.
+
+        A gradient with a norm larger than `clip_norm` is shortened to it.
+        """
         self._optimizer = optimizer
         self._loss_scale = loss_scale
+        self._clip_norm = clip_norm
         self.strategy = strategy
         self._variables: dict[str, tf.Variable] = {}
 
@@ -41,8 +50,8 @@ class TrainState:
             self._variables[name] = strategy.create_variable(value)
             return self._variables[name]
 
-        self.model = [create(name, vector) for name, vector in zip(("weights", "other weights"), vectors, strict=False)]
-        """Of the model: the weights that are trained; then the others, if there are any (`FlatModel.vectors`)."""
+        self.model = [create(name, vector) for name, vector in zip(MODEL_VECTORS, vectors, strict=False)]
+        """Those of the model (`FlatModel.vectors`)."""
         self.weights = self.model[0]
         self.slots = [create(f"slot {name}", np.zeros_like(vectors[0])) for name in optimizer.slot_names]
         self.global_step = create("global_step", np.array(0, np.int64))
@@ -87,9 +96,9 @@ class TrainState:
         `factors` are the step's of `optimizer_factors`, `others` the other weights after it, if they change.
         """
         if not self._loss_scale.is_dynamic:
-            self._apply(scaled_gradient, learning_rate, factors, others)
+            self._apply(self._clip(scaled_gradient), learning_rate, factors, others)
             return
-        gradient = scaled_gradient / self.loss_scale.read_value()
+        gradient = self._clip(scaled_gradient / self.loss_scale.read_value())
 
         def apply() -> None:
             num_updates = self.num_updates.read_value()
@@ -99,6 +108,9 @@ class TrainState:
         is_finite = tf.reduce_all(tf.math.is_finite(gradient))
         tf.cond(is_finite, apply, lambda: None)
         self._loss_scale.update(self.loss_scale, self.good_steps, is_finite)
+
+    def _clip(self, gradient: tf.Tensor) -> tf.Tensor:
+        return gradient if self._clip_norm is None else clip(gradient, self._clip_norm)
 
     def _apply(
         self,

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mnist_dist.engine.flat_model import FlatModel, Weights
 from mnist_dist.engine.layers.position import BatchPosition, BatchRows
-from mnist_dist.engine.loss import cross_entropy
+from mnist_dist.engine.loss import cross_entropy, smoothed
 from mnist_dist.engine.programs.placement import DeviceArrays, PlacedSplit, Rows, gather, rows_of
 from mnist_dist.engine.programs.state import TrainState
 from mnist_dist.engine.reduction import Reduction
@@ -59,6 +59,8 @@ class TrainProgram:
         self._state = state
         self._strategy = state.strategy
         self._arrays = split.arrays
+        self._augmentation = split.augmentation
+        self._label_smoothing = split.label_smoothing
         self._shards = shards
         self._reduction = reduction
         # No AutoGraph here and below: nothing needs it, and it takes a second.
@@ -149,12 +151,15 @@ class TrainProgram:
     ) -> list[tf.Tensor]:
         """What shards add to the global batch's gradient, to its loss and the number correct, and to the moments."""
         images, labels = gather(data, rows.examples)
+        if self._augmentation:
+            images = self._augmentation(images, position)
         batch_rows = BatchRows(position, rows.weights, self._shards.rows_per_shard)
         with tf.GradientTape() as tape:
             tape.watch(weights.trained)
             logits, penalties, moments = self._flat_model.training_pass(weights, images, batch_rows)
         # Not on the tape, which would also prepare second derivatives.
         losses, slopes = cross_entropy(logits, labels, fused=not self._strategy.on_gpu)
+        slopes = smoothed(slopes, labels, self._label_smoothing)
         # A penalty counts once, so in each shard by its share of the examples.
         share = tf.reduce_sum(loss_weights)
         gradients = tape.gradient(

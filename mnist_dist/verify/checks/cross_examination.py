@@ -16,7 +16,7 @@ from mnist_dist.base.array import Array
 from mnist_dist.engine.build import Engine
 from mnist_dist.engine.checksum import checksum, odd_factors
 from mnist_dist.engine.flat_model import FlatModel
-from mnist_dist.engine.programs.placement import DeviceArrays, place_split
+from mnist_dist.engine.programs.placement import DeviceArrays
 from mnist_dist.engine.programs.train import StepInputs, TrainProgram
 from mnist_dist.engine.reduction import ExactSum
 from mnist_dist.strategy.base import SingleDevice
@@ -123,7 +123,7 @@ def _find_dispute(values: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _program(engine: Engine) -> tuple[TrainProgram, DeviceArrays]:
-    split = place_split(engine.splits.train, engine.strategy)
+    split = engine.place_training_split()
     reduction = ExactSum(engine.strategy, engine.shards)
     return TrainProgram(
         engine.flat_model, engine.state, split=split, shards=engine.shards, reduction=reduction
@@ -180,12 +180,13 @@ def _distances(engine: Engine, program: TrainProgram, data: DeviceArrays, step: 
 def _third_opinion(engine: Engine, step: StepInputs, shard: int) -> Array:
     """The sums of a shard, by products in float64 on this host's CPU."""
     cpu = SingleDevice(tf.config.list_logical_devices("CPU")[0].name)
-    split = place_split(engine.splits.train, cpu, dtype=tf.float64)
+    alone = engine.on(cpu)
+    split = alone.place_training_split(dtype=tf.float64)
     flat_model = FlatModel(
         engine.model, image_shape=engine.splits.image_shape, seed=engine.config.seed, policy="float64"
     )
     reduction = ExactSum(cpu, engine.shards)
-    program = TrainProgram(flat_model, engine.on(cpu).state, split=split, shards=engine.shards, reduction=reduction)
+    program = TrainProgram(flat_model, alone.state, split=split, shards=engine.shards, reduction=reduction)
     weights = flat_model.split(*map(tf.constant, engine.vectors()))
     sums: Array = cpu.run(
         lambda: join_sums(program.shard_sums(range(shard, shard + 1), split.arrays, step, weights))

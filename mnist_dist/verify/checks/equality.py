@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from mnist_dist.base.array import Array
 from mnist_dist.engine.build import Engine, Programs
-from mnist_dist.engine.programs.placement import place_split
 from mnist_dist.engine.programs.train import TrainProgram
 from mnist_dist.engine.reduction import Sums
 from mnist_dist.verify.checks.base import Detector, Evidence, Finding, by_replica, minority, names_of
@@ -41,7 +40,7 @@ def rates(engine: Engine, number: int) -> npt.NDArray[np.float64]:
 
 def state_digests(engine: Engine) -> list[str]:
     """A digest of weights and slots for each replica of this process."""
-    vectors = [engine.strategy.copies(vector) for vector in (engine.state.weights, *engine.state.slots)]
+    vectors = [engine.strategy.copies(vector) for vector in (*engine.state.model, *engine.state.slots)]
     return [digest(b"".join(copy.tobytes() for copy in copies)) for copies in zip(*vectors, strict=True)]
 
 
@@ -207,7 +206,7 @@ def _train_in_orders(engine: Engine, orders: Sequence[Sequence[int]]) -> list[Ar
     program = TrainProgram(
         engine.flat_model,
         engine.state,
-        split=place_split(engine.splits.train, engine.strategy),
+        split=engine.place_training_split(),
         shards=engine.shards,
         reduction=_InOrder(order),
     )

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from mnist_dist.config.compare import training_keys
 from mnist_dist.engine.build import Engine
-from mnist_dist.engine.programs.placement import place_split
 from mnist_dist.engine.programs.train import TrainProgram
 from mnist_dist.engine.reduction import ExactSum, Sums
 from mnist_dist.strategy.base import Strategy
@@ -207,7 +206,7 @@ def _overflow(context: Context) -> list[list[dict[str, Any]]]:
         program = TrainProgram(
             engine.flat_model,
             engine.state,
-            split=place_split(engine.splits.train, engine.strategy, dtype=engine.flat_model.compute_dtype),
+            split=engine.place_training_split(dtype=engine.flat_model.compute_dtype),
             shards=engine.shards,
             reduction=_Overflowing(engine, replica=context.strategy.num_replicas - 1, step=1),
         )
