@@ -339,7 +339,7 @@ def test_not_a_key_and_value(argument, line, refuse):
 
 def test_an_unknown_key_unlike_any_other_lists_all(refuse):
     line = refuse(TRAIN, "foo=1")
-    assert line.startswith("foo=1: no such key; the keys here are run_dir, seed, data, model, optimizer, ")
+    assert line.startswith("foo=1: no such key; the keys here are run_dir, seed, data, augment, model, optimizer, ")
     assert line.endswith(" (all keys: --help)")
 
 
@@ -443,9 +443,7 @@ def test_a_file_of_the_users_own_with_a_name_of_ours(refuse, tmp_path):
 
 def test_a_network_that_builds_on_none_of_ours(refuse, tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    (tmp_path / "mine" / "model" / "wide.yaml").write_text(
-        "{name: wide, dropout: 0, activation: relu, kernel_initializer: he_normal, output_initializer: he_normal}\n"
-    )
+    (tmp_path / "mine" / "model" / "wide.yaml").write_text("{name: wide, pretrained: null}\n")
     line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", "model=wide", *NO_DATA)
     assert line.startswith("model.name=wide: no such network; start your own file with defaults: ")
 
