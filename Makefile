@@ -28,7 +28,7 @@ horovod: setup ## Build Horovod for the installed TensorFlow, install and try it
 train: setup ## Train; for example: make train ARGS="trainer.epochs=5 model=cnn"
 	$(BIN)/python -m mnist_dist.train $(ARGS)
 
-check-model: setup ## Say whether your own network can be trained; for example: make check-model ARGS="model.factory=net:build"
+check-model: setup ## Say whether your own network can be trained; for example: make check-model ARGS="model.factory=examples.own_model.residual:build"
 	$(BIN)/python -m mnist_dist.check_model $(ARGS)
 
 evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs/... split=val"

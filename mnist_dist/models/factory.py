@@ -65,7 +65,7 @@ def count_weights(config: KerasConfig, *, image_shape: tuple[int, ...]) -> int |
 
 
 def load_factory(config: KerasConfig) -> None:
-    """Import the function's module, so that Keras knows the layers that are registered there; raises UserError."""
+    """Import the function's module, so that Keras knows the layers that are there; raises UserError."""
     _find(config)
 
 
@@ -75,6 +75,9 @@ def _find(config: KerasConfig) -> Callable[..., Any]:
         sys.path.insert(0, here)
     with _blaming(config, "cannot be imported"):
         module = importlib.import_module(module_name)
+    for value in vars(module).values():  # so that Keras can load what it has saved
+        if isinstance(value, type) and issubclass(value, keras.Layer) and not value.__module__.startswith("keras."):
+            keras.saving.get_custom_objects().setdefault(value.__name__, value)
     create = getattr(module, name, None)
     if not callable(create):
         raise UserError(

@@ -1,6 +1,7 @@
 """Networks of the user's own, as users train them: the same bits on any strategy, over kills, and clear refusals."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -109,6 +110,30 @@ def test_killed_and_resumed_on_another_strategy(residual, digits, start, tmp_pat
     assert process.codes() == [0], process.output()
     assert "Resuming after epoch 1 of 2" in process.output()
     assert result_of(folder) == result_of(residual(SINGLE).folder)
+
+
+EVALUATE = ("-m", "mnist_dist.evaluate")
+
+
+def test_evaluated_in_any_folder(residual, run_python, tmp_path):
+    """Layers of Keras need no module of the user's."""
+    folder = shutil.copytree(residual(SINGLE).folder, tmp_path / "run")
+    result = run_python(*EVALUATE, f"run_dir={folder}", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    told = json.loads((folder / "evaluation_test.json").read_text())
+    assert told["num_correct"] == residual(SINGLE).summary["test"]["num_correct"]
+
+
+def test_layers_of_the_users_own(run_job, small_npz, run_python, tmp_path):
+    """The module is needed again, which registers nothing with Keras: to resume and to evaluate."""
+    args = "model=keras", "model.factory=own_layers:build", "data=npz", f"data.path={small_npz}"
+    for job, epochs in ((SINGLE, 1), (MIRRORED, 2)):
+        (result,) = run_job(job, *args, f"trainer.epochs={epochs}", f"run_dir={tmp_path / 'run'}", cwd=FACTORIES)
+        assert result.returncode == 0, result.stderr
+    result = run_python(*EVALUATE, f"run_dir={tmp_path / 'run'}", cwd=FACTORIES)
+    assert (result.returncode, result.stderr) == (0, "")
+    result = run_python(*EVALUATE, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    check_line(result, "own_layers:build", "cannot be imported: ModuleNotFoundError")
 
 
 # Bad input
