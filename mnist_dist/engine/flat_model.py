@@ -264,7 +264,7 @@ def _row_shape(model: keras.Model, image_shape: Sequence[int] | None) -> tuple[i
 def _check_ends_in_softmax(model: keras.Model, row_shape: Sequence[int]) -> None:
     noise = np.random.default_rng(0).random((2, *row_shape), np.float32)
     probabilities = model(noise, training=False)
-    if not np.allclose(probabilities, tf.nn.softmax(_logits_of(probabilities)), atol=1e-4):
+    if not np.allclose(probabilities, tf.nn.softmax(_logits_of(probabilities)), atol=1e-4, equal_nan=True):
         raise ValueError(_NO_SOFTMAX)
 
 
