@@ -55,12 +55,14 @@ def test_reasons(overrides, accuracies, reason):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder with three epochs of 150."""
+    """A run folder with three epochs of 150, of a run that did not live to note its end."""
 
-    def leave(*overrides: str, accuracies=FALLING):
+    def leave(*overrides: str):
         found = RunFolder(tmp_path / "run")
         found.create(compose_config("data=digits", *overrides))
-        (found.path / "history.csv").write_text(to_csv(history_with(accuracies)))
+        (found.path / "history.csv").write_text(to_csv(history_with(FALLING)))
+        started = {"kind": "started", "time": 1.0, "epoch": 0}
+        (found.path / "events.jsonl").write_text(f"{json.dumps(started)}\n")
         return read_record(found.path, is_alive=False)
 
     return leave
@@ -87,8 +89,5 @@ def test_results_after_an_early_end_are_results(folder):
 )
 def test_other_results_are_not(overrides, changes, folder):
     found = {"summary": types.SimpleNamespace(epochs_completed=3), **changes}
-    started = json.dumps({"kind": "started", "time": 1.0, "epoch": 0})
-    record = folder(*overrides)
-    (record.path / "events.jsonl").write_text(f"{started}\n")
-    record = dataclasses.replace(read_record(record.path, is_alive=False), **found)
+    record = dataclasses.replace(folder(*overrides), **found)
     assert (record.state, record.results, record.early_end) == ("lost", None, "")
