@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda horovod train evaluate watch report sweep doctor verify test test-quick slurm-test soak check format clean
+.PHONY: help setup cuda horovod train check-model evaluate watch report sweep doctor verify test test-quick slurm-test soak check format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -27,6 +27,9 @@ horovod: setup ## Build Horovod for the installed TensorFlow, install and try it
 
 train: setup ## Train; for example: make train ARGS="trainer.epochs=5 model=cnn"
 	$(BIN)/python -m mnist_dist.train $(ARGS)
+
+check-model: setup ## Say whether your own network can be trained; for example: make check-model ARGS="model.factory=examples.own_model.residual:build"
+	$(BIN)/python -m mnist_dist.check_model $(ARGS)
 
 evaluate: setup ## Evaluate a run; for example: make evaluate ARGS="run_dir=runs/... split=val"
 	$(BIN)/python -m mnist_dist.evaluate $(ARGS)

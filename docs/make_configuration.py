@@ -23,7 +23,7 @@ PLACES = ("MNIST_DIST_CACHE", "XDG_CACHE_HOME", "KERAS_HOME")
 def all_keys(command: str) -> Iterator[Key]:
     """The keys of every choice, each once; of other commands than `train` those that it does not have."""
     keys: dict[str, Key] = {}
-    for choices in itertools.product(("mlp", "cnn"), ("adam", "adamw", "sgd"), ("none", "shift", "affine")):
+    for choices in itertools.product(("mlp", "cnn", "keras"), ("adam", "adamw", "sgd"), ("none", "shift", "affine")):
         groups = [f"{group}={choice}" for group, choice in zip(("model", "optimizer", "augment"), choices, strict=True)]
         for key in describe_keys(compose(TRAIN, groups)):
             keys.setdefault(key.name, key)

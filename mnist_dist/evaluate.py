@@ -113,11 +113,17 @@ def _load_model(run_dir: Path, splits: Splits) -> "FlatModel":
     from mnist_dist.engine.flat_model import load_flat_model
     from mnist_dist.models.factory import load_factory
 
+    not_found: UserError | None = None
     if (own_model := read_own_model(run_dir)) is not None:
-        load_factory(own_model)  # its module may register layers
+        try:
+            load_factory(own_model)  # its module may have layers
+        except UserError as error:
+            not_found = error  # which matters only if it has
     try:
         return load_flat_model(run_dir / MODEL, image_shape=splits.image_shape, num_classes=splits.num_classes)
     except ValueError as error:
+        if not_found is not None:
+            raise not_found from error
         raise UserError(f"{run_dir / MODEL}: not a usable model: {error}; {MODEL_ADVICE}") from error
 
 

@@ -69,7 +69,11 @@ def _given(key: str) -> str:
 def _suggest(error: OmegaConfBaseException) -> str:
     """The key that was probably meant, next to the wrong one or below it; otherwise all keys there."""
     if not is_dataclass(error.object_type):
+        if str(error.full_key).startswith("model.args."):
+            return "give all arguments at once: 'model.args={NAME: VALUE, ...}'"
         return "nothing can be set below it"
+    if error.full_key in ("model.factory", "model.args"):
+        return "give model=keras as well"
     prefix, _, name = str(error.full_key).rpartition(".")
     known = {key.rpartition(".")[2]: key for key in reversed(_known_keys(error.object_type))}
     matches = difflib.get_close_matches(name, known, n=1)

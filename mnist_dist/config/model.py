@@ -130,7 +130,7 @@ class KerasConfig(ModelConfig):
     name: str = one_of("keras", words=_SET_BY_CHOICE)
     factory: str = ruled(
         lambda value: re.fullmatch(rf"{_WORD}(\.{_WORD})*:{_WORD}", value) is not None,
-        "say which function builds the network: model.factory=package.module:function",
+        "must name the function that builds the network, as package.module:function",
     )
     """keras: `package.module:function`, which returns an uncompiled keras.Model that ends in softmax."""
     args: Any = None

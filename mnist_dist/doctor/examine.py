@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping
 
 from mnist_dist import __version__
+from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.doctor.checks.choices import check_choices, check_configuration
 from mnist_dist.doctor.checks.gpus import QUERY, check_cuda, check_driver, check_shares
@@ -17,6 +18,7 @@ from mnist_dist.doctor.checks.machine import (
     check_shm,
 )
 from mnist_dist.doctor.checks.network import check_interfaces, check_names, job_hosts
+from mnist_dist.doctor.checks.own_model import check_own_model
 from mnist_dist.doctor.checks.slurm import check_slurm
 from mnist_dist.doctor.checks.software import (
     check_code,
@@ -36,6 +38,8 @@ from mnist_dist.launch.topology import HorovodRun, Topology
 
 # TensorFlow says which libraries it does not find only if it is asked to.
 _TALKATIVE = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "dso_loader=1"}
+# A trial takes no memory of a GPU, which another process may be using.
+_WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": "-1"}
 
 
 def examine(
@@ -78,6 +82,9 @@ def examine(
         *choices,
         check_dataset(config.data, outcomes["dataset"]),
     ]
+    if isinstance(config.model, KerasConfig):
+        mode = str(chosen.get("reproducibility", ""))
+        findings.append(check_own_model(config.model, outcomes["own_model"], mode=mode))
     own = socket.gethostname()
     findings += [
         check_names(outcomes["network"], topology, own=own),
@@ -106,6 +113,8 @@ def _start_probes(config: TrainConfig, topology: Topology, sources: Sources, tim
         "dataset": child("dataset", config, topology),
         "network": child("network", job_hosts(topology)),
     }
+    if isinstance(config.model, KerasConfig):
+        probes["own_model"] = child("own_model", config, more=_WITHOUT_GPUS)
     programs = {"nvidia-smi": ["nvidia-smi", *QUERY]}
     if topology.is_chief:
         probes["folder"] = child("folder", config.run_dir, config.resume == "auto")

@@ -4,6 +4,7 @@ With vectors nothing around the network depends on its layers: all gradients tra
 training is a few arrays.
 """
 
+import inspect
 import math
 import re
 import textwrap
@@ -99,6 +100,7 @@ class FlatModel:
         # It is called with weights in the type that it computes in; a mixed policy would cast each to float32 and back.
         self.twin = create_twin(model, seed=seed, dtype=self.compute_dtype.name, row_shape=self._row_shape)
         """What computes."""
+        self._caller = self.twin if is_graph(model) else _Caller(self.twin)
         self._trained = _Layout(model.trainable_variables)
         self._others = _Layout(model.non_trainable_weights)
         self._averages = Averages(self.twin, layers_of(self.twin))
@@ -183,15 +185,30 @@ class FlatModel:
     def _call(self, weights: Weights, images: tf.Tensor, **options: bool) -> tuple[Any, ...]:
         own = dict(zip(map(id, self.twin.non_trainable_weights), weights.others, strict=True))
         # The rest are states of random generators, which are set when layers are called.
-        variables = self.twin.non_trainable_variables
+        variables = self._caller.non_trainable_variables
         before = [
             tf.cast(own.get(id(variable), tf.zeros(variable.shape, variable.dtype)), variable.dtype)
             for variable in variables
         ]
         rows = images if len(self._row_shape) == 1 else tf.reshape(images, [-1, *self._row_shape])
-        outputs, after, *losses = self.twin.stateless_call(weights.trained, before, rows, **options)
+        outputs, after, *losses = self._caller.stateless_call(weights.trained, before, rows, **options)
         changed = [variable for variable, old, new in zip(variables, before, after, strict=True) if new is not old]
         return outputs, changed, *losses
+
+
+class _Caller(keras.Layer):  # type: ignore[misc]
+    """Calls a subclassed model as a user does: `stateless_call` would tell only the model itself that it is training.
+
+    Then the layers inside know it too, if the model's `call` does not tell them; a `call` may do without `training`.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        super().__init__(dtype=model.dtype_policy)
+        self.model, self.built = model, True
+        self._takes_training = "training" in inspect.signature(model.call).parameters
+
+    def call(self, rows: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return self.model(rows, training=training) if self._takes_training else self.model(rows)
 
 
 class _Layout:
@@ -247,7 +264,7 @@ def _row_shape(model: keras.Model, image_shape: Sequence[int] | None) -> tuple[i
 def _check_ends_in_softmax(model: keras.Model, row_shape: Sequence[int]) -> None:
     noise = np.random.default_rng(0).random((2, *row_shape), np.float32)
     probabilities = model(noise, training=False)
-    if not np.allclose(probabilities, tf.nn.softmax(_logits_of(probabilities)), atol=1e-4):
+    if not np.allclose(probabilities, tf.nn.softmax(_logits_of(probabilities)), atol=1e-4, equal_nan=True):
         raise ValueError(_NO_SOFTMAX)
 
 

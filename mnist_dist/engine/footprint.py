@@ -56,8 +56,9 @@ def check_network_fits(config: TrainConfig, num_weights: int) -> None:
 
 
 def _describe_network(config: TrainConfig) -> str:
-    model = config.model
-    return " ".join(f"model.{key}={shorten(getattr(model, key))}" for key in model.size_keys) + ": the network"
+    sizes = {key: getattr(config.model, key) for key in config.model.size_keys}
+    given = " ".join(f"model.{key}={shorten(value)}" for key, value in sizes.items() if value is not None)
+    return f"{given}: the network"
 
 
 def _network_moment(config: TrainConfig, num_weights: int) -> Footprint:

@@ -4,6 +4,7 @@ The twin's layers are those of the model, with another dtype policy. Where what 
 on more than one row, its `call` is replaced: nothing is left that depends on which device computes which rows.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import keras
 from mnist_dist.engine.layers.batch_norm import ShardNormalization
 from mnist_dist.engine.layers.by_shard import ByShard
 from mnist_dist.engine.layers.dropout import PositionalDropout
+from mnist_dist.models.factory import first_of
 
 BATCH_NORM = keras.layers.BatchNormalization
 
@@ -71,21 +73,35 @@ def is_by_shard(model: keras.Model) -> bool:
 
 
 def _copy(layer: keras.Layer, dtype: str) -> keras.Layer:
-    config: dict[str, Any] = layer.get_config()
-    config["dtype"] = _policy(layer, dtype)
-    return type(layer).from_config(config)
+    """The layer again; raises ValueError if its class does not allow that, and so could not be loaded once saved."""
+    kind = type(layer)
+    try:
+        config: dict[str, Any] = layer.get_config()
+        return kind.from_config({**config, "dtype": _policy(layer, dtype)})
+    except Exception as error:
+        advice = "let __init__ take **options and pass them to super().__init__, and get_config return its arguments"
+        if kind.__module__.startswith("keras."):
+            advice = "write a layer of your own" if isinstance(layer, keras.layers.Lambda) else "use another layer"
+        raise ValueError(
+            f"{layer.name} ({kind.__name__}): {_first_sentence(first_of(error))}; so the saved model could not be "
+            f"loaded either: {advice}"
+        ) from error
 
 
 def _copy_subclassed(model: keras.Model, dtype: str) -> keras.Model:
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
-        twin = type(model).from_config({**model.get_config(), "dtype": dtype})
+        twin = _copy(model, dtype)
     finally:
         keras.config.set_dtype_policy(policy)
     for layer in layers_of(twin):
         layer.dtype_policy = _policy(layer, dtype)
     return twin
+
+
+def _first_sentence(error: BaseException) -> str:
+    return re.split(r"\.(?= [A-Z]|$)", " ".join(str(error).split()))[0]
 
 
 def _policy(layer: keras.Layer, dtype: str) -> str:

@@ -65,7 +65,7 @@ def count_weights(config: KerasConfig, *, image_shape: tuple[int, ...]) -> int |
 
 
 def load_factory(config: KerasConfig) -> None:
-    """Import the function's module, so that Keras knows the layers that are registered there; raises UserError."""
+    """Import the function's module, so that Keras knows the layers that are there; raises UserError."""
     _find(config)
 
 
@@ -75,6 +75,9 @@ def _find(config: KerasConfig) -> Callable[..., Any]:
         sys.path.insert(0, here)
     with _blaming(config, "cannot be imported"):
         module = importlib.import_module(module_name)
+    for value in vars(module).values():  # so that Keras can load what it has saved
+        if isinstance(value, type) and issubclass(value, keras.Layer) and not value.__module__.startswith("keras."):
+            keras.saving.get_custom_objects().setdefault(value.__name__, value)
     create = getattr(module, name, None)
     if not callable(create):
         raise UserError(
@@ -100,17 +103,21 @@ def last_line(error: BaseException) -> str:
 
     Of the error that came first, if that happened there: Keras raises others about it, which fill pages.
     """
-    first = error
-    while (cause := first.__cause__ or first.__context__) is not None:
-        first = cause
-    for one in (first, error):
+    for one in (first_of(error), error):
         if place := _place(one):
             return f"{_say(one)} ({place})"
     return _say(error)
 
 
+def first_of(error: BaseException) -> BaseException:
+    """The error that came first, of those that led to this one; Keras hides it (`from None`)."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
 def _say(error: BaseException) -> str:
-    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).partition("Arguments received by")[0].split())
     return shorten(f"{type(error).__name__}: {text}" if text else type(error).__name__, 300)
 
 

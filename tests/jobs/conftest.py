@@ -107,11 +107,11 @@ def train_with(tmp_path_factory, run_job):
     """Train once for each set of arguments, and inspect every process. Horovod's ranks are started by srun."""
 
     @functools.cache
-    def train(strategy: str, size: int, *args) -> Finished:
+    def train(strategy: str, size: int, *args, cwd: Path | None = None) -> Finished:
         root = tmp_path_factory.mktemp(f"{strategy}{size}")
         results = run_job(
             (strategy, size), *args, f"run_dir={root / 'run'}", script=[HOOKS / "probe.py"],
-            env={"PROBE_DIR": str(root)}, launcher="srun" if strategy == "horovod" else None,
+            env={"PROBE_DIR": str(root)}, launcher="srun" if strategy == "horovod" else None, cwd=cwd,
         )  # fmt: skip
         for result in results:
             assert result.returncode == 0, result.stderr + result.stdout

@@ -111,8 +111,9 @@ KEYS = [
     ("batch.size=64", "no such key; the keys here are global_size, scaling, num_shards (all keys: --help)"),
     ("modle=cnn", "no such key; did you mean model=cnn? (all keys: --help)"),
     ("model.hiden_sizes=[1]", "no such key; did you mean model.hidden_sizes=[1]? (all keys: --help)"),
-    ("model.units=3", "no such key; the keys here are dropout, activation, kernel_initializer, output_initializer, "
-     "hidden_sizes (all keys: --help)"),
+    ("model.units=3", "no such key; the keys here are pretrained, dropout, activation, kernel_initializer, "
+     "output_initializer, hidden_sizes (all keys: --help)"),
+    ("model.factory=net:build", "no such key; give model=keras as well (all keys: --help)"),
     ("optimizer.momentum=0.9", "no such key; the keys here are learning_rate, beta_1, beta_2, epsilon "
      "(all keys: --help)"),
     ("data.splitseed=1", "no such key; did you mean data.split_seed=1? (all keys: --help)"),
@@ -126,11 +127,11 @@ KEYS = [
 ]  # fmt: skip
 
 CHOICES = [
-    ("model=mpl", "no such choice; choose one of cnn, mlp"),
-    ("model=", "no such choice; choose one of cnn, mlp"),
-    ("model=null", "no such choice; choose one of cnn, mlp"),
-    ("model=3", "no such choice; choose one of cnn, mlp"),
-    ("model=[mlp]", "no such choice; choose one of cnn, mlp"),
+    ("model=mpl", "no such choice; choose one of cnn, keras, mlp"),
+    ("model=", "no such choice; choose one of cnn, keras, mlp"),
+    ("model=null", "no such choice; choose one of cnn, keras, mlp"),
+    ("model=3", "no such choice; choose one of cnn, keras, mlp"),
+    ("model=[mlp]", "no such choice; choose one of cnn, keras, mlp"),
     ("data=mnits", "no such choice; choose one of auto, digits, mnist, npz"),
     ("augment=shfit", "no such choice; choose one of affine, none, shift"),
     ("optimizer=adm", "no such choice; choose one of adam, adamw, sgd"),
@@ -248,7 +249,7 @@ GRAMMAR = [
     ("--epochs=3", "--epochs=3: no such option; keys are given as KEY=VALUE, without dashes (all keys: --help)"),
     ("seed=" + "1" * 5000, "seed=" + "1" * 95 + "..." + "1" * 50 + ": has too many digits or brackets"),
     ("x" * 5000, "x" * 100 + "..." + "x" * 50 + ": expected KEY=VALUE (all keys: --help)"),
-    ("model=../data/npz", "model=../data/npz: no such choice; choose one of cnn, mlp"),
+    ("model=../data/npz", "model=../data/npz: no such choice; choose one of cnn, keras, mlp"),
     ("seed=${seed}", "seed=${seed}: Recursive interpolation detected"),
     ("seed=${foo:1}", "seed=${foo:1}: Unsupported interpolation type foo"),
 ]  # fmt: skip
@@ -338,7 +339,7 @@ def test_not_a_key_and_value(argument, line, refuse):
 
 def test_an_unknown_key_unlike_any_other_lists_all(refuse):
     line = refuse(TRAIN, "foo=1")
-    assert line.startswith("foo=1: no such key; the keys here are run_dir, seed, data, model, optimizer, ")
+    assert line.startswith("foo=1: no such key; the keys here are run_dir, seed, data, augment, model, optimizer, ")
     assert line.endswith(" (all keys: --help)")
 
 
@@ -442,9 +443,7 @@ def test_a_file_of_the_users_own_with_a_name_of_ours(refuse, tmp_path):
 
 def test_a_network_that_builds_on_none_of_ours(refuse, tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    (tmp_path / "mine" / "model" / "wide.yaml").write_text(
-        "{name: wide, dropout: 0, activation: relu, kernel_initializer: he_normal, output_initializer: he_normal}\n"
-    )
+    (tmp_path / "mine" / "model" / "wide.yaml").write_text("{name: wide, pretrained: null}\n")
     line = refuse(TRAIN, f"--config-dir={tmp_path}/mine", "model=wide", *NO_DATA)
     assert line.startswith("model.name=wide: no such network; start your own file with defaults: ")
 

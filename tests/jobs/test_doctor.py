@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import CHECKOUT
 from support.job import DOCTOR_HINT, TRAIN
 from support.launchers import free_ports, horovodrun, local_addresses, srun, tf_config
 from support.mounts import mount, unmount
@@ -15,11 +16,13 @@ from support.processes import wait_until
 
 from mnist_dist.config.compose import compose_config
 from mnist_dist.doctor.checks.network import check_names
+from mnist_dist.doctor.checks.own_model import check_own_model
 from mnist_dist.doctor.checks.storage import check_dataset, check_folder, check_shared_lock
 from mnist_dist.doctor.probe import start_child, start_program
 from mnist_dist.launch.topology import Topology
 
 DOCTOR = ("-m", "mnist_dist.doctor")
+FACTORIES = CHECKOUT / "tests" / "support" / "factories"
 _BOUND_S = 150  # on a busy machine; seconds on an idle one
 
 
@@ -157,6 +160,14 @@ def test_train_names_the_doctor(args, run_python, wrong_horovod):
     assert line.endswith(f"build it again: make horovod{DOCTOR_HINT}")
 
 
+def test_a_network_that_cannot_be_trained(args, run_python):
+    words = *DOCTOR, *args, "json=true", "model=keras", "model.factory=refused:mixing"
+    result = run_python(*words, cwd=FACTORIES)
+    assert result.returncode == 1, result.stderr
+    row = rows_of(result)["network"]
+    check(row, "error", "model.factory=refused:mixing: cannot be trained: centred (Centred): what it", "change this")
+
+
 # Single probes
 
 
@@ -261,6 +272,28 @@ def test_damaged_data(content, found, tmp_path):
     finding = check_dataset(config.data, outcome)
     assert (finding.status, bool(finding.fix)) == ("error", True), outcome
     assert found in finding.found
+
+
+@pytest.fixture
+def network_row(small_npz, monkeypatch):
+    """The row about a factory in this folder, tried in a process of its own."""
+    monkeypatch.chdir(FACTORIES)
+
+    def create(factory) -> dict:
+        config = compose_config("model=keras", f"model.factory={factory}", "data=npz", f"data.path={small_npz}")
+        outcome = start_child("own_model", config, variables=variables(), timeout_s=120).outcome()
+        finding = check_own_model(config.model, outcome, mode="exact")
+        return {"status": finding.status, "found": finding.found, "fix": finding.fix}
+
+    return create
+
+
+def test_a_network_that_can_be_trained(network_row):
+    check(network_row("refused:good"), "ok", "model.factory=refused:good: 3 layers can be trained, 280 parameters")
+
+
+def test_a_network_whose_function_ends_the_process(network_row):
+    check(network_row("refused:leaves"), "error", "building and trying it ended with exit code 3", "look at")
 
 
 def test_the_names_of_this_machine():

@@ -67,14 +67,13 @@ def test_data_that_is_not_where_it_was(run_dir, run_python, tmp_path):
     ("parts", "problem"),
     [
         # On processors without AVX512-FP16, TensorFlow prints a line of its own about this product.
-        ([keras.layers.Dense(4, activation="softmax", dtype="float16")], "must have weights, all float32"),
-        ([keras.layers.BatchNormalization(), keras.layers.Dense(4, activation="softmax")], "that are not trained"),
+        ([keras.layers.Dense(4, activation="softmax", dtype="float16")], "must have weights to train, all float32"),
         (
             [keras.layers.Dense(4, activation="softmax", kernel_initializer=keras.initializers.Constant(3e38))],
             "loss on",
         ),
     ],
-    ids=["float16", "batch normalisation", "overflow"],
+    ids=["float16", "overflow"],
 )
 def test_a_model_that_cannot_be_used(parts, problem, run_dir, run_python, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")

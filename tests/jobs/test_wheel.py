@@ -51,3 +51,12 @@ def test_the_console_scripts_train_and_evaluate(installed, small_npz, tmp_path):
         result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "evaluation_test.json").is_file()
+
+
+def test_a_console_script_finds_a_network_in_the_current_folder(installed, small_npz, tmp_path):
+    """Unlike `python -m`, it does not put that folder on the search path by itself."""
+    (tmp_path / "net.py").write_text((CHECKOUT / "tests/support/factories/refused.py").read_text())
+    command = [installed / "mnist-dist-check-model", "model.factory=net:good", "data=npz", f"data.path={small_npz}"]
+    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("4 classes; every layer can be trained\n")

@@ -17,6 +17,7 @@ from mnist_dist.doctor.checks.machine import (
     cpu_quota,
 )
 from mnist_dist.doctor.checks.network import check_clocks, check_interfaces, check_names, check_ports
+from mnist_dist.doctor.checks.own_model import check_own_model
 from mnist_dist.doctor.checks.slurm import check_slurm, exit_codes, parse_settings
 from mnist_dist.doctor.checks.software import (
     Package,
@@ -587,6 +588,59 @@ def data_of(*overrides):
 )
 def test_the_data_set(overrides, outcome, expected):
     check(check_dataset(data_of(*overrides), outcome), *expected)
+
+
+VERDICTS = {"num_layers": 3, "num_parameters": 1234, "refused": "", "fast_only": "", "code": "ab" * 32}
+FAST_ONLY = answered(started=True, verdicts={**VERDICTS, "fast_only": "mine (Mine): computes in Python"})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "mode", "expected"),
+    [
+        (
+            answered(started=True, verdicts=VERDICTS),
+            "exact",
+            ("ok", "net:build: 3 layers can be trained, 1,234 parameters"),
+        ),
+        (
+            answered(started=True, verdicts={**VERDICTS, "refused": "mine (Mine): mixes"}),
+            "fast",
+            ("error", "net:build: cannot be trained: mine (Mine): mixes", "check_model"),
+        ),
+        (FAST_ONLY, "fast", ("warning", "needs reproducibility=fast: mine (Mine)", "reproducibility=fast")),
+        (FAST_ONLY, "exact", ("error", "needs reproducibility=fast: mine (Mine)", "reproducibility=fast")),
+        (
+            answered(started=True, error="model.factory=net:build: returns a compiled model; leave out compile()"),
+            "exact",
+            ("error", "model.factory=net:build: returns a compiled model", "leave out compile()"),
+        ),
+        (
+            answered(started=True, error="model.factory=net:build: fails: KeyError"),
+            "exact",
+            ("error", "net:build: fails: KeyError", "check_model"),
+        ),
+        (answered(no_images="data.path=x.npz: no such file"), "", ("unknown", "cannot be loaded: data.path=x.npz")),
+        (EXPIRED, "", ("unknown", "TensorFlow's import did not answer within 30 s")),
+        (
+            Outcome(None, '["started", true]', "", 30),
+            "exact",
+            ("error", "building and trying it did not answer within 30 s", "timeout_s=300"),
+        ),
+    ],
+)
+def test_a_network_of_the_users_own(outcome, mode, expected):
+    config = compose_config("model=keras", "model.factory=net:build").model
+    check(check_own_model(config, outcome, mode=mode), *expected)
+
+
+def test_ranks_whose_network_differs():
+    config = compose_config("model=keras", "model.factory=net:build").model
+    outcomes = [answered(started=True, verdicts={**VERDICTS, "code": code * 32}) for code in ("ab", "ab", "cd")]
+    reports = [report(rank, check_own_model(config, one, mode="exact")) for rank, one in enumerate(outcomes)]
+    (row,) = [row for row in merge(reports) if row.name == "network"]
+    assert row.status == "error"
+    (deviation,) = row.deviations
+    assert (deviation.rank, "model.code=cdcdcdcdcdcd" in deviation.found) == (2, True)
 
 
 FINE = {"problem": "", "seconds": 0.01}

@@ -266,7 +266,11 @@ REFUSED = {
     "hidden generator": (HidesGenerator(), "hides_generator", CHANGES),
     "mixing by a known layer": (layers.MixUp(), "mix_up", "mixes the images of a batch, and with them those that only"),
     "state": (Counts(), "counts", "changes while training"),
-    "spectral": (layers.SpectralNormalization(layers.Conv2D(2, 3)), "spectral_normalization", CHANGES),
+    "spectral": (
+        layers.SpectralNormalization(layers.Conv2D(2, 3)),
+        "spectral_normalization",
+        "changes",
+    ),  # one of two reasons, by its first weights
     "derived": (OwnNormalization(), "own_normalization", "derived from BatchNormalization"),
     "renorm": (layers.BatchNormalization(renorm=True), "batch_normalization", "renorm=True"),
     "of images": (layers.BatchNormalization(axis=-1, name="n"), None, None),

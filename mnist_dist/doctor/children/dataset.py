@@ -21,8 +21,8 @@ def probe(config: TrainConfig, topology: Topology) -> Iterator[tuple[str, Any]]:
 
 def _examine(config: TrainConfig, topology: Topology) -> dict[str, Any]:
     try:
-        if absent := _absent(config.data):
-            return absent
+        if to_get := absent(config.data):
+            return to_get
         dataset = load_dataset(config.data)
         check_val_fraction(len(dataset.x_train), config.data.val_fraction)
         config.augment.check_image_shape(dataset.x_train.shape[1:])
@@ -38,7 +38,7 @@ def _examine(config: TrainConfig, topology: Topology) -> dict[str, Any]:
     }
 
 
-def _absent(config: DataConfig) -> dict[str, Any] | None:
+def absent(config: DataConfig) -> dict[str, Any] | None:
     """What a training would have to fetch or build first; None if all is here."""
     if config.name in ("auto", "mnist") and config.path is None:
         path = download_path(config)

@@ -1,7 +1,8 @@
 """Runs `mnist_dist.train` as usual and, when it is over, reports what this process did.
 
-Writes a file `rank-N.json` to the folder `PROBE_DIR`, with the digests of this process's trained weights and of the
-optimizer's slots for each of its replicas, and the files that it opened for writing below its run folder.
+Writes a file `rank-N.json` to the folder `PROBE_DIR`, with the digests of this process's trained weights, of the
+other weights (moving averages) and of the optimizer's slots for each of its replicas, and the files that it opened for
+writing below its run folder.
 
 `PROBE_FLIP=2:1:weights` or `2:1:slot` simulates a faulty device: after epoch 2, before replicas are compared, one bit
 of replica 1's weights or of its last optimizer slot changes.
@@ -75,6 +76,7 @@ finally:
     state = engines[0].state if engines else None
     report = {
         "weights_sha256": digests(state.weights) if state else [],
+        "averages_sha256": [digests(others) for others in state.model[1:]] if state else [],
         "slots_sha256": [digests(slot) for slot in state.slots] if state else [],
         "opened": opened,
     }
