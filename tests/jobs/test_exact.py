@@ -54,15 +54,6 @@ def recipe(mnist_path):
     return "data=mnist", f"data.path={mnist_path}", "trainer.epochs=2"
 
 
-@pytest.fixture(scope="module")
-def part_of_mnist(mnist_path, tmp_path_factory):
-    """An eighth of it, for slow tests: 4,950 examples in 10 batches, the last one of 342."""
-    path = tmp_path_factory.mktemp("part") / "mnist.npz"
-    with np.load(mnist_path) as arrays:
-        np.savez(path, **{name: array[: 6000 if "train" in name else 1000] for name, array in arrays.items()})
-    return "data=npz", f"data.path={path}"
-
-
 @pytest.mark.parametrize("job", JOBS, ids=job_name)
 def test_the_recipe_gives_the_same_bits(job, train_with, recipe):
     single, other = train_with(*SINGLE, *recipe), train_with(*job, *recipe)

@@ -43,6 +43,47 @@ def residual(train_with, digits):
     return train
 
 
+EVERYTHING = (
+    *("model=keras", "model.factory=residual:build", "model.args={width: 8}", "augment=affine"),
+    *("optimizer=adamw", "optimizer.weight_decay=0.05", "gradient_clip_norm=0.5", "loss.label_smoothing=0.1"),
+    *("learning_rate.schedule=one_cycle", "learning_rate.rise_fraction=0.4", "optimizer.learning_rate=0.01"),
+)
+WITH_EVERYTHING = [MIRRORED, ("mirrored", 3), MULTIWORKER, HOROVOD, ("horovod", 3)]
+
+
+@pytest.fixture(scope="module")
+def everything(train_with, part_of_mnist):
+    """Train the example for two epochs with every choice that a recipe can have."""
+
+    def train(job):
+        return train_with(*job, *EVERYTHING, *part_of_mnist, "trainer.epochs=2", cwd=EXAMPLE)
+
+    return train
+
+
+@pytest.mark.parametrize("job", WITH_EVERYTHING, ids=job_name)
+def test_everything_at_once_gives_the_same_bits(job, everything):
+    single, other = everything(SINGLE), everything(job)
+    assert single.summary["reproducibility"] == "exact"
+    assert result_of(other.folder) == result_of(single.folder)
+    assert len({row.weights_sha256 for row in single.history.epochs}) == 2
+    assert copies(other) == copies(single)
+    assert len(copies(single)) == 1
+
+
+def test_everything_at_once_killed_and_resumed_on_another_size(everything, part_of_mnist, start, tmp_path):
+    """kill -9 of one of three ranks while it saves epoch 2; then one process, with two replicas."""
+    folder = tmp_path / "run"
+    arguments = [*EVERYTHING, *part_of_mnist, f"run_dir={folder}", "trainer.epochs=2"]
+    env = WriteHook("epoch-00002.ckpt", moment=0.5).environment()
+    process = start(("horovod", 3), *arguments, script=WRITE_HOOK, env=env, launcher="srun", cwd=EXAMPLE)
+    assert process.codes() == [-signal.SIGKILL, EXIT_LOST_PEER, EXIT_LOST_PEER], process.output()
+    process = start(MIRRORED, *arguments, cwd=EXAMPLE)
+    assert process.codes() == [0], process.output()
+    assert "Resuming after epoch 1 of 2" in process.output()
+    assert result_of(folder) == result_of(everything(SINGLE).folder)
+
+
 @pytest.mark.parametrize("job", [MIRRORED, HOROVOD, MULTIWORKER], ids=job_name)
 def test_the_example_gives_the_same_bits(job, residual):
     """On every replica, with the moving averages and the optimizer's slots."""
