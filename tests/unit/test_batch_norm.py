@@ -148,6 +148,15 @@ def test_averages_move_by_less_than_16_bits_could_show():
     assert training.vectors()[1][0] == pytest.approx(2 * 1.5e-4, rel=0.05)  # from 0: two steps
 
 
+def test_averages_arrive_where_16_bits_have_no_number_on_the_way():
+    """Steps of half the difference: if the present average were rounded to 8 bits, they would end at 0.998."""
+    split, model = make_split(64), network(layers.BatchNormalization(momentum=0.5))
+    split.images[:] = 1
+    training = train(model, split, "precision=mixed_bfloat16")
+    training.run(epochs=12)
+    assert training.vectors()[1][0] == pytest.approx(1, abs=1e-5)
+
+
 def test_a_step_that_overflowed_leaves_the_averages():
     split = make_split(32)
     split.images[3, 5] = np.inf
