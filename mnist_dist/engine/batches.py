@@ -62,3 +62,14 @@ class BatchPlan:
         rows = np.full((num_steps, self.num_rows), PADDING, np.int32)
         rows[:, : self.global_batch_size] = examples
         return rows
+
+
+def fill_up(indices: npt.NDArray[np.int32], *, rows_per_shard: int) -> npt.NDArray[np.int32]:
+    """The same steps with a shard's own examples, in rotation, in the rows that pad it; a shard without any stays.
+
+    These rows have no weight. But what layers add to the loss is a mean over all rows of a shard.
+    """
+    shards = indices.reshape(-1, rows_per_shard)
+    num_examples = np.maximum((shards != PADDING).sum(axis=1, keepdims=True), 1)
+    rows = np.take_along_axis(shards, np.arange(rows_per_shard) % num_examples, axis=1)
+    return rows.reshape(indices.shape)

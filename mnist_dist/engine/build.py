@@ -334,6 +334,7 @@ def assemble(
         num_replicas=strategy.num_replicas,
         on_gpu=strategy.on_gpu,
         by_shard=flat_model.is_by_shard,
+        one_by_one=flat_model.penalizes_rows,
     )
     plan = BatchPlan(len(splits.train), global_batch_size, num_rows=shards.num_rows)
     return Engine(

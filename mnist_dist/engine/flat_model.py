@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mnist_dist.engine.layers.averages import Averages
-from mnist_dist.engine.layers.position import BatchRows, computing
+from mnist_dist.engine.layers.position import BatchPosition, BatchRows, computing
 from mnist_dist.engine.twin import create_twin, is_by_shard, is_graph, layers_of
 
 FloatArray = npt.NDArray[np.float32]
@@ -90,8 +90,10 @@ class FlatModel:
         policy: str = "float32",
     ) -> None:
         """Wrap a built model, for images of `image_shape`, by default of the shape of its input."""
-        if {variable.dtype for variable in model.weights} != {"float32"} or not model.trainable_variables:
-            raise ValueError(f"model {model.name} must have weights to train, all float32")
+        if not model.trainable_variables:
+            raise ValueError(f"model {model.name} must have weights to train")
+        if others := [variable for variable in model.weights if variable.dtype != "float32"]:
+            raise ValueError(f"weights must be float32; {others[0].path} is {others[0].dtype}")
         self.model = model
         """The plain Keras model."""
         self.compute_dtype = tf.as_dtype(keras.DTypePolicy(policy).compute_dtype)
@@ -104,8 +106,23 @@ class FlatModel:
         self._trained = _Layout(model.trainable_variables)
         self._others = _Layout(model.non_trainable_weights)
         self._averages = Averages(self.twin, layers_of(self.twin))
-        self.is_by_shard = is_by_shard(self.twin)
+        self.penalizes_rows = self._penalizes_rows()
+        """Whether layers add losses that may depend on the rows, a mean over those of a call."""
+        self.is_by_shard = self.penalizes_rows or is_by_shard(self.twin)
         """Whether it must be called for whole virtual shards."""
+
+    def _penalizes_rows(self) -> bool:
+        parts = layers_of(self.model)
+        if all(type(one).__module__.startswith("keras.") and one.activity_regularizer is None for one in parts):
+            return False
+        position = BatchPosition(tf.constant(0, tf.int64), tf.constant(0, tf.int64))
+        weights = self.split(*map(tf.constant, self.vectors()))
+        images = tf.zeros((2, self.num_pixels), self.compute_dtype)
+        try:
+            penalties = self.training_pass(weights, images, BatchRows(position, tf.ones(2), 2)).penalties
+        except Exception:  # whoever trains it will hear of it
+            return True
+        return len(penalties) > sum(one.regularizer is not None for one in self.twin.trainable_weights)
 
     @property
     def num_parameters(self) -> int:
@@ -164,6 +181,10 @@ class FlatModel:
         """Inference: (rows, pixels) -> (rows, num_classes) float32."""
         probabilities, *_ = self._call(weights, images, training=False)
         return _logits_of(probabilities)
+
+    def predict(self, images: FloatArray) -> FloatArray:
+        """What the plain Keras model gives: (n, pixels) -> (n, num_classes) probabilities."""
+        return np.asarray(self.model(images.reshape(-1, *self._row_shape), training=False))
 
     def training_pass(self, weights: Weights, images: tf.Tensor, rows: BatchRows) -> TrainingPass:
         """What the network computes while training, for these rows of the global batch.

@@ -13,13 +13,14 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import expand_path
 from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.train import TrainConfig
-from mnist_dist.engine.flat_model import FlatModel, load_flat_model
+from mnist_dist.engine.flat_model import FlatModel, Weights, load_flat_model
 from mnist_dist.engine.footprint import check_network_fits
 from mnist_dist.engine.programs.state import MODEL_VECTORS
 from mnist_dist.engine.verdicts import Verdict, judge_layers, objection
 from mnist_dist.models.build import build_model
 from mnist_dist.models.factory import count_weights, last_line
 
+_FLOAT32_BYTES = 4
 NETWORK_DIGEST = "network"
 """The name of a network's digest among the arrays of a checkpoint, for networks of the user's own."""
 
@@ -54,6 +55,7 @@ def try_own_network(
     try:
         network = _wrap(config, image_shape=image_shape, num_classes=num_classes)
         weights = network.split(*map(tf.constant, network.vectors()))
+        _check_twin(network, weights)
         shape = network.logits(weights, tf.zeros((1, network.num_pixels), network.compute_dtype)).shape
         if shape != (1, num_classes):
             raise ValueError(f"its output for an image has the shape {shape[1:]}; the data has {num_classes} classes")
@@ -101,6 +103,18 @@ def check_verdicts(config: KerasConfig, verdicts: Sequence[Verdict], *, is_exact
         raise UserError(f"model.factory={config.factory}: needs reproducibility=fast: {fast_only}")
 
 
+def _check_twin(network: FlatModel, weights: Weights) -> None:
+    """Raise ValueError if the network's copy is another network: then so is what is loaded once it is saved."""
+    images = np.random.default_rng(0).random((8, network.num_pixels), np.float32)
+    probabilities = tf.nn.softmax(network.logits(weights, tf.cast(images, network.compute_dtype)))
+    tolerance = 1e-3 if network.compute_dtype.size >= _FLOAT32_BYTES else 0.1
+    if not np.allclose(probabilities, network.predict(images), atol=tolerance):
+        raise ValueError(
+            "a copy of it, made by get_config and from_config, computes something else: a layer keeps something that "
+            "is neither a weight nor in its configuration"
+        )
+
+
 def _wrap(config: TrainConfig, *, image_shape: Sequence[int], num_classes: int) -> FlatModel:
     model = build_model(config.model, image_shape=tuple(image_shape), num_classes=num_classes, seed=config.seed)
     return FlatModel(model, image_shape=image_shape, seed=config.seed, policy=config.precision.name)
@@ -112,12 +126,10 @@ def _load_weights(network: FlatModel, name: str, *, image_shape: Sequence[int], 
         found = load_flat_model(path, image_shape=image_shape, num_classes=num_classes)
     except ValueError as error:
         raise UserError(f"model.pretrained={path}: not a usable model: {error}") from error
-    ours, theirs = (
-        [(tuple(variable.shape), variable.trainable) for variable in one.model.weights] for one in (network, found)
-    )
+    ours, theirs = ([tuple(variable.shape) for variable in one.model.weights] for one in (network, found))
     if ours != theirs:
         raise UserError(
             f"model.pretrained={path}: its network is another one: {found.num_parameters:,} weights in "
             f"{len(theirs)} parts, here {network.num_parameters:,} in {len(ours)}"
         )
-    network.export(*found.vectors())
+    network.model.set_weights(found.model.get_weights())

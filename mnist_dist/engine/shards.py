@@ -83,12 +83,18 @@ _FAST_ROWS = 128
 
 
 def plan_shards(
-    config: TrainConfig, global_batch_size: int, *, num_replicas: int, on_gpu: bool, by_shard: bool = False
+    config: TrainConfig,
+    global_batch_size: int,
+    *,
+    num_replicas: int,
+    on_gpu: bool,
+    by_shard: bool = False,
+    one_by_one: bool = False,
 ) -> ShardPlan:
     """How a global batch is cut, once `reproducibility` is exact or fast.
 
     `by_shard` says that the network has layers that look at whole virtual shards (batch normalisation), so these must
-    be the same ones with fast.
+    be the same ones with fast; `one_by_one` that no two of them may be computed at once.
 
     Raises:
         UserError: more replicas than virtual shards.
@@ -105,5 +111,7 @@ def plan_shards(
             f"{'' if by_shard else ', or reproducibility=fast'}"
         )
     rows_per_shard = -(-global_batch_size // num_shards)
-    at_once = -(-num_shards // num_replicas) if on_gpu else max(1, _FAST_ROWS // rows_per_shard)
-    return ShardPlan(num_shards, rows_per_shard, num_replicas, shards_per_call=at_once if is_fast and by_shard else 1)
+    shards_per_call = 1
+    if is_fast and by_shard and not one_by_one:
+        shards_per_call = -(-num_shards // num_replicas) if on_gpu else max(1, _FAST_ROWS // rows_per_shard)
+    return ShardPlan(num_shards, rows_per_shard, num_replicas, shards_per_call)

@@ -4,8 +4,9 @@ The twin's layers are those of the model, with another dtype policy. Where what 
 on more than one row, its `call` is replaced: nothing is left that depends on which device computes which rows.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,15 +17,24 @@ from mnist_dist.engine.layers.dropout import PositionalDropout
 from mnist_dist.models.factory import first_of
 
 BATCH_NORM = keras.layers.BatchNormalization
+_SIXTEEN_BITS = ("float16", "bfloat16")
 
 
 def create_twin(model: keras.Model, *, seed: int, dtype: str, row_shape: Sequence[int]) -> keras.Model:
     """A copy of a built model with layers that compute in `dtype` and draw by position, for the run's `seed`."""
-    if is_graph(model):
-        twin = keras.models.clone_model(model, clone_function=lambda layer: _copy(layer, dtype), recursive=True)
-    else:
-        twin = _copy_subclassed(model, dtype)
-        twin(keras.ops.zeros((1, *row_shape), dtype=dtype))  # creates the weights
+    with _policy_of_parts(dtype):
+        if is_graph(model):
+            twin = keras.models.clone_model(model, clone_function=lambda layer: _copy(layer, dtype), recursive=True)
+        else:
+            twin = _copy(model, dtype)
+            for layer in layers_of(twin):
+                layer.dtype_policy = _policy(layer, dtype)
+            twin(keras.ops.zeros((1, *row_shape), dtype=dtype))  # creates the weights
+    for ours, theirs in zip(layers_of(twin), layers_of(model), strict=True):
+        ours.trainable = theirs.trainable  # what was frozen after it was made is not in its configuration
+    kinds = [[(tuple(one.shape), one.trainable) for one in every.weights] for every in (model, twin)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"a copy of {model.name}, made by get_config and from_config, has other weights")
     _replace_calls(twin, seed=seed)
     return twin
 
@@ -77,6 +87,8 @@ def _copy(layer: keras.Layer, dtype: str) -> keras.Layer:
     kind = type(layer)
     try:
         config: dict[str, Any] = layer.get_config()
+        if not isinstance(layer, keras.Layer):  # an operation, as the sum in `x + y`
+            return kind.from_config(config)
         return kind.from_config({**config, "dtype": _policy(layer, dtype)})
     except Exception as error:
         advice = "let __init__ take **options and pass them to super().__init__, and get_config return its arguments"
@@ -88,16 +100,15 @@ def _copy(layer: keras.Layer, dtype: str) -> keras.Layer:
         ) from error
 
 
-def _copy_subclassed(model: keras.Model, dtype: str) -> keras.Model:
-    policy = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(dtype)
+@contextlib.contextmanager
+def _policy_of_parts(dtype: str) -> Iterator[None]:
+    """While layers are made that make others: those compute in `dtype`, with weights in float32."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(f"mixed_{dtype}" if dtype in _SIXTEEN_BITS else dtype)
     try:
-        twin = _copy(model, dtype)
+        yield
     finally:
-        keras.config.set_dtype_policy(policy)
-    for layer in layers_of(twin):
-        layer.dtype_policy = _policy(layer, dtype)
-    return twin
+        keras.config.set_dtype_policy(before)
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -106,5 +117,5 @@ def _first_sentence(error: BaseException) -> str:
 
 def _policy(layer: keras.Layer, dtype: str) -> str:
     # Weights come in the type that layers compute in; but moving averages of 8 significant bits would stand still.
-    is_mixed = isinstance(layer, BATCH_NORM) and dtype in ("float16", "bfloat16")
+    is_mixed = isinstance(layer, BATCH_NORM) and dtype in _SIXTEEN_BITS
     return f"mixed_{dtype}" if is_mixed else dtype

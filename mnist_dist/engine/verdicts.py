@@ -30,7 +30,10 @@ _SHARDS, _ROWS_PER_SHARD = 2, 8
 _STEPS = 3  # a random layer may change nothing now and then
 _NUM_ROWS = _SHARDS * _ROWS_PER_SHARD
 # Operations whose result depends on a hidden state, or on Python.
-_HIDDEN_STATE = ("Random", "Stateful", "TruncatedNormal", "ParameterizedTruncatedNormal", "Multinomial")
+_HIDDEN_STATE = (
+    *("Random", "Stateful", "TruncatedNormal", "ParameterizedTruncatedNormal", "Multinomial", "FractionalMaxPool"),
+    *("FractionalAvgPool", "SampleDistortedBoundingBox", "Timestamp", "AllCandidateSampler", "LogUniformCandidate"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def judge_layers(network: FlatModel) -> list[Verdict]:
     pairs = zip(layers_of(network.model), layers_of(network.twin), strict=True)
     layers = {layer: twin for layer, twin in pairs if not isinstance(layer, keras.Model | keras.layers.InputLayer)}
     names = Counter(layer.name for layer in set(network.model.layers))
-    found = {twin: reason for twin in layers.values() if (reason := _refuse_at_sight(twin, names))}
+    found = {twin: reason for layer, twin in layers.items() if (reason := _refuse_at_sight(layer, names))}
     refused = found or _try_out(network, list(layers.values()))
     python = {} if refused else _find_python(network, list(layers.values()))
     return [
@@ -113,6 +116,8 @@ def _refuse_at_sight(layer: keras.Layer, names: Counter[str]) -> str:
             return "renorm=True depends on the moving averages while training"
         if layer.axis % layer.input_spec.ndim == 0:
             return "axis=0 is that of the images"
+    if layer.dtype_policy.name != "float32":
+        return f"has the dtype policy {layer.dtype_policy.name}; precision= says in what layers compute"
     if constrained := [variable.path for variable in layer.trainable_variables if variable.constraint is not None]:
         return f"the constraint of {constrained[0]} would not be applied"
     return ""
@@ -124,6 +129,7 @@ class _Probe:
     def __init__(self, layer: keras.Layer, found: dict[keras.Layer, str]) -> None:
         self._call = layer.call
         self._layer = layer
+        self._normalizes = any(isinstance(part.call, ShardNormalization) for part in layers_of(layer))
         self._found = found
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -133,8 +139,8 @@ class _Probe:
             parts = []
             for part, own in zip(rows.slices(), rows.shards(), strict=True):
                 with computing(replace(own, num_calls=Counter(calls))):
-                    parts.append(self._call(*_cut(args, part), **_cut(options, part)))
-            if isinstance(self._call, ByShard) and not self._keeps_images_apart(args, options, calls):
+                    parts.append(self._call(*rows.cut(args, part), **rows.cut(options, part)))
+            if not self._keeps_images_apart(args, options, calls):
                 self._found[self._layer] = "mixes the images of a batch, and with them those that only fill it up"
             if not _are_close(outputs, tf.nest.map_structure(lambda *own: tf.concat(own, axis=0), *parts)):
                 self._found[self._layer] = (
@@ -146,12 +152,15 @@ class _Probe:
         return outputs
 
     def _keeps_images_apart(self, args: Any, options: Any, calls: Counter[int]) -> bool:
-        """Whether another last image changes nothing for the first ones of a shard."""
-        first, outputs = current_rows().shards()[0], []
+        """Whether another last image changes nothing for the first ones of a shard; batch normalisation knows which."""
+        if self._normalizes:
+            return True
+        rows, outputs = current_rows(), []
+        first = rows.shards()[0]
         for blank in (False, True):
 
             def take(values: Any, blank: bool = blank) -> Any:
-                part = _cut(values, slice(0, _ROWS_PER_SHARD))
+                part = rows.cut(values, rows.slices()[0])
                 return tf.nest.map_structure(lambda own: _without_last(own) if blank else own, part)
 
             with computing(replace(first, num_calls=Counter(calls))):
@@ -170,22 +179,13 @@ def _are_close(ones: Any, others: Any) -> bool:
     return all(one.shape == other.shape and np.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in pairs)
 
 
-def _cut(values: Any, part: slice) -> Any:
-    """These rows, of whatever has rows."""
-
-    def cut(value: Any) -> Any:
-        has_rows = tf.is_tensor(value) and value.shape.rank and value.shape[0] == _NUM_ROWS
-        return value[part] if has_rows else value
-
-    return tf.nest.map_structure(cut, values)
-
-
 def _try_out(network: FlatModel, layers: Sequence[keras.Layer]) -> dict[keras.Layer, str]:
     """What is wrong with layers when the network is called."""
     found: dict[keras.Layer, str] = {}
     calls = [layer.call for layer in layers]
-    for layer in layers:
-        layer.call = _Probe(layer, found)
+    probes = [_Probe(layer, found) for layer in layers]
+    for layer, probe in zip(layers, probes, strict=True):
+        layer.call = probe
     try:
         for step in range(_STEPS):
             network.training_pass(*_arguments(network, step))
@@ -202,10 +202,12 @@ def _try_out(network: FlatModel, layers: Sequence[keras.Layer]) -> dict[keras.La
 
 
 def _arguments(network: FlatModel, step: int = 0) -> tuple[Any, ...]:
-    images = np.random.default_rng(0).random((_NUM_ROWS, network.num_pixels), np.float32)
+    noise = np.random.default_rng(step)
+    images = noise.random((_NUM_ROWS, network.num_pixels), np.float32)
     position = BatchPosition(tf.constant(0, tf.int64), tf.constant(step, tf.int64))
     rows = BatchRows(position, tf.ones(_NUM_ROWS), _ROWS_PER_SHARD)
-    weights = network.split(*map(tf.constant, network.vectors()))
+    # Not the initial weights: a zero among them may hide what a layer does.
+    weights = network.split(*(vector + noise.random(len(vector), np.float32) / 8 for vector in network.vectors()))
     return weights, tf.cast(images, network.compute_dtype), rows
 
 

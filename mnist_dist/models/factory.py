@@ -7,7 +7,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.rules import shorten
+
+_KERAS = "Exception encountered when calling"
 
 
 def build_from_factory(config: KerasConfig, *, image_shape: tuple[int, ...], seed: int) -> keras.Model:
@@ -38,6 +40,10 @@ def build_from_factory(config: KerasConfig, *, image_shape: tuple[int, ...], see
             f"model.factory={config.factory}: returns a compiled model; leave out compile(): optimizer, loss and "
             "metrics are configured here"
         )
+    if any(variable._value is None for variable in model.variables):  # made while weights were counted
+        raise UserError(
+            f"model.factory={config.factory}: returns the same layers when it is called again; let it make them anew"
+        )
     if not model.built:
         with _blaming(config, f"builds a network that fails for an image of shape {_full(image_shape)}"):
             model(np.zeros((1, *_full(image_shape)), np.float32))
@@ -58,7 +64,7 @@ def count_weights(config: KerasConfig, *, image_shape: tuple[int, ...]) -> int |
                 model(keras.KerasTensor((1, *_full(image_shape))))
         num_weights: int = sum(math.prod(variable.shape) for variable in model.weights)
         return num_weights
-    except Exception:
+    except (Exception, SystemExit):
         return None
     finally:
         keras.backend.clear_session()  # of those variables, which Keras would create now
@@ -94,18 +100,24 @@ def _blaming(config: KerasConfig, what: str) -> Iterator[None]:
     """An error in the block becomes UserError, which says what the network's function does, and where it failed."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"model.factory={config.factory}: {what}: {last_line(error)}") from error
 
 
 def last_line(error: BaseException) -> str:
     """The last line of a traceback, with the place in the user's code where it happened.
 
-    Of the error that came first, if that happened there: Keras raises others about it, which fill pages.
+    Of the errors that led to this one, the last that the user's code raised: those that Keras raises fill pages.
     """
-    for one in (first_of(error), error):
-        if place := _place(one):
-            return f"{_say(one)} ({place})"
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    theirs = [one for one in chain if _is_theirs(_files(one)[-1:]) and not str(one).startswith(_KERAS)]
+    for one in (*theirs, chain[-1], error):
+        places = [file for file in _files(one) if _is_theirs([file])]
+        if places:
+            path, line = places[-1]
+            return f"{_say(one)} ({path.name}, line {line})"
     return _say(error)
 
 
@@ -118,18 +130,22 @@ def first_of(error: BaseException) -> BaseException:
 
 def _say(error: BaseException) -> str:
     text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).partition("Arguments received by")[0].split())
+    text = re.sub(rf"^{_KERAS} \S+ ", "", text)
     return shorten(f"{type(error).__name__}: {text}" if text else type(error).__name__, 300)
 
 
-def _place(error: BaseException) -> str:
-    """The innermost line of the traceback that is in neither this package, the standard library nor a package."""
+def _files(error: BaseException) -> list[tuple[Path, int]]:
+    """The files and lines of a traceback, the innermost last."""
+    return [(Path(frame.filename), frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _is_theirs(files: Sequence[tuple[Path, int]]) -> bool:
+    """Whether files are neither of this package, nor of the standard library, nor of an installed package."""
     others = [Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib"))]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        is_foreign = "site-packages" in path.parts or any(path.is_relative_to(folder) for folder in others)
-        if path.is_file() and not is_foreign:
-            return f"{path.name}, line {frame.lineno}"
-    return ""
+    return bool(files) and all(
+        path.is_file() and "site-packages" not in path.parts and not any(path.is_relative_to(one) for one in others)
+        for path, _ in files
+    )
 
 
 def _full(image_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import keras
 import numpy as np
 import pytest
 from support import CHECKOUT
@@ -12,6 +13,8 @@ from support.job import HOROVOD, MIRRORED, SINGLE, TRAIN, job_name
 from support.runs import result_of
 
 from mnist_dist.base.errors import EXIT_LOST_PEER
+from mnist_dist.engine.flat_model import FlatModel
+from mnist_dist.results.sums import weights_digest
 
 # One process has all of them, as they share what takes long to make.
 pytestmark = pytest.mark.xdist_group("own_model")
@@ -137,6 +140,9 @@ def test_the_saved_model_is_plain_keras(residual, run_python):
         assert all(np.array(variances) != 1)
         assert all(np.array(variances) > 0)
     assert not told["compiled"]
+    vectors = FlatModel(keras.models.load_model(residual(SINGLE).folder / "model.keras")).vectors()
+    assert len(vectors) == 2
+    assert weights_digest(*vectors) == residual(SINGLE).summary["weights_sha256"]
     assert told["sum"] == pytest.approx(1)
 
 

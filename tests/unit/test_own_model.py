@@ -1,5 +1,9 @@
 """Networks of a user's own: what they draw, what they add to the loss, and the verdicts on their layers."""
 
+import functools
+import sys
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -7,9 +11,11 @@ import tensorflow as tf
 from keras import ops
 from support.networks import IMAGE_SHAPE, NUM_CLASSES, layers, make_split, network, rows_of, train, train_plainly
 
+from mnist_dist.base.errors import UserError
 from mnist_dist.config.compose import compose_config
 from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.engine.network import build_network, check_verdicts
+from mnist_dist.engine.shards import plan_shards
 from mnist_dist.engine.verdicts import format_verdicts, judge_layers
 from mnist_dist.strategy.mirrored import Mirrored
 
@@ -209,6 +215,26 @@ class Mixes(layers.Layer):
         return inputs - ops.mean(inputs, axis=0)
 
 
+class MixesNeighbours(layers.Layer):
+    """Within virtual shards only."""
+
+    def call(self, inputs, training=False):
+        pairs = ops.reshape(inputs, (-1, 2, *inputs.shape[1:]))
+        return (
+            ops.reshape(pairs - ops.mean(pairs, axis=1, keepdims=True), (-1, *inputs.shape[1:])) if training else inputs
+        )
+
+
+class MixesLater(layers.Layer):
+    """By a weight that is 0 at first."""
+
+    def build(self, shape):
+        self.share = self.add_weight(shape=(), initializer="zeros")
+
+    def call(self, inputs):
+        return inputs + self.share * (inputs - ops.mean(inputs, axis=0))
+
+
 class Draws(layers.Layer):
     def call(self, inputs, training=False):
         return inputs + tf.random.normal(tf.shape(inputs)) if training else inputs
@@ -261,6 +287,8 @@ def twice(layer):
 CHANGES = "depends on the other images, or changes from call to call"
 REFUSED = {
     "mixing": (Mixes(), "mixes", CHANGES),
+    "mixing neighbours": (MixesNeighbours(), "mixes_neighbours", "mixes the images of a batch, and with them those"),
+    "mixing later": (MixesLater(), "mixes_later", CHANGES),
     "drawing": (Draws(), "draws", CHANGES),
     "drawing from Keras' generator": (DrawsUnseeded(), "draws_unseeded", CHANGES),
     "hidden generator": (HidesGenerator(), "hides_generator", CHANGES),
@@ -273,7 +301,7 @@ REFUSED = {
     ),  # one of two reasons, by its first weights
     "derived": (OwnNormalization(), "own_normalization", "derived from BatchNormalization"),
     "renorm": (layers.BatchNormalization(renorm=True), "batch_normalization", "renorm=True"),
-    "of images": (layers.BatchNormalization(axis=-1, name="n"), None, None),
+    "policy": (layers.Dense(3, dtype="mixed_float16", name="d"), "d", "has the dtype policy mixed_float16; precision="),
     "twice": (twice(layers.BatchNormalization(name="shared")), "shared", "is called twice in a step"),
     "constraint": (layers.Dense(3, kernel_constraint="non_neg", name="d"), "d", "constraint of"),
     "fails": (FailsInTraining(), "fails_in_training", "RuntimeError: no such thing (test_own_model.py, line "),
@@ -284,11 +312,7 @@ REFUSED = {
 def test_verdicts_name_the_layer(name):
     make, layer, reason = REFUSED[name]
     verdicts = judge_layers(FlatModel(functional(make)))
-    refused = [verdict for verdict in verdicts if verdict.word != "exact"]
-    if layer is None:
-        assert not refused
-        return
-    (verdict,) = refused
+    (verdict,) = [verdict for verdict in verdicts if verdict.word != "exact"]
     assert (verdict.layer, verdict.word) == (layer, "refused")
     assert reason in verdict.reason
     assert all("\n" not in line and "\x1b" not in line for line in format_verdicts(verdicts))
@@ -315,6 +339,8 @@ ACCEPTED = [
     layers.Rescaling(2.0),
     layers.ActivityRegularization(l2=0.1),
     lambda x: layers.Add()([layers.Conv2D(1, 3, padding="same")(x), x]),
+    lambda x: layers.LSTM(3, dropout=0.1)(layers.Masking()(layers.Reshape((6, 6))(x))),
+    lambda x: ops.relu(layers.Dense(1)(x) + 2 * x),
     lambda x: layers.MultiHeadAttention(2, 3, dropout=0.1)(layers.Reshape((6, 6))(x), layers.Reshape((6, 6))(x)),
     *(make for make in RANDOM.values() if make is not OwnNoise),
 ]
@@ -370,3 +396,157 @@ def test_pretrained_weights(tmp_path):
     (tmp_path / "model.keras").write_bytes(b"nothing")
     with pytest.raises(Exception, match=r"^model\.pretrained=.*: not a usable model: "):
         build_network(config, **shape)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Pair(layers.Layer):
+    """Two layers that only their flags tell apart, one of which is frozen when it is made; and one without weights."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.one, self.two = layers.Dense(8), layers.Dense(8)
+        self.norm = layers.BatchNormalization(scale=False, center=False)
+        self.one.trainable = False
+
+    def build(self, shape):
+        for part in (self.one, self.two, self.norm):
+            part.build((None, 8) if part is self.norm else shape)
+        super().build(shape)
+
+    def call(self, inputs, training=False):
+        return self.norm(self.one(inputs) - self.two(inputs), training=training)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_layers_that_are_frozen_later(precision):
+    """Their configuration does not say so."""
+    keras.utils.set_random_seed(1)
+    pair = Pair()
+    model = network(layers.Flatten(), pair)
+    pair.one.trainable, pair.two.trainable, pair.norm.trainable = True, False, False
+    training = train(model, make_split(64), f"precision={precision}")
+    outputs = training.flat_model.logits(
+        training.flat_model.split(*map(tf.constant, training.vectors())),
+        tf.cast(IMAGES, training.flat_model.compute_dtype),
+    )
+    np.testing.assert_allclose(
+        tf.nn.softmax(outputs), training.flat_model.predict(IMAGES), atol=1e-5 if precision == "float32" else 0.05
+    )
+    before = [variable.numpy() for variable in (pair.one.kernel, pair.two.kernel, pair.norm.moving_mean)]
+    training.run()
+    training.flat_model.export(*training.vectors())
+    after = [variable.numpy() for variable in (pair.one.kernel, pair.two.kernel, pair.norm.moving_mean)]
+    assert [np.array_equal(one, other) for one, other in zip(before, after, strict=True)] == [False, True, True]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Fourier(layers.Layer):
+    """Its random numbers are neither weights nor in its configuration."""
+
+    def build(self, shape):
+        self.numbers = np.random.default_rng().normal(size=(shape[-1], 5)).astype(np.float32)
+
+    def call(self, inputs):
+        return ops.cos(inputs @ self.numbers)
+
+
+def own(make, *overrides: str):
+    """A configuration whose factory is `make`."""
+    module = types.ModuleType("own_factories")
+    module.make, module.__file__ = make, "own_factories.py"
+    sys.modules["own_factories"] = module
+    return compose_config("model=keras", "model.factory=own_factories:make", "precision=float32", *overrides)
+
+
+SHAPE = {"image_shape": IMAGE_SHAPE[:2], "num_classes": NUM_CLASSES}
+
+
+def test_a_copy_that_is_another_network_is_refused():
+    with pytest.raises(
+        UserError, match=r"^model\.factory=own_factories:make: cannot be trained: a copy of it, made by"
+    ):
+        build_network(own(lambda: network(layers.Flatten(), Fourier())), **SHAPE)
+
+
+def test_the_same_layers_again_are_refused():
+    with pytest.raises(UserError, match=r"returns the same layers when it is called again; let it make them anew$"):
+        build_network(own(functools.cache(lambda: network(layers.Dense(3)))), **SHAPE)
+
+
+def test_a_function_that_ends_the_process_is_refused():
+    with pytest.raises(
+        UserError, match=r"^model\.factory=own_factories:make: fails: SystemExit: 7 \(test_own_model.py"
+    ):
+        build_network(own(lambda: sys.exit(7)), **SHAPE)
+
+
+def test_the_message_is_that_of_the_users_error():
+    def make():
+        try:
+            return {}["width"]
+        except KeyError:
+            raise ValueError("3 is not even") from None
+
+    with pytest.raises(UserError, match=r": fails: ValueError: 3 is not even \(test_own_model\.py, line \d+\)$"):
+        build_network(own(make), **SHAPE)
+
+
+def test_dropout_in_inference_is_refused():
+    class MonteCarlo(Residual):
+        def call(self, images, training=False):
+            return self.probabilities(self.drop(self.flatten(images), training=True))
+
+    with pytest.raises(UserError, match="a layer behaves in inference as if it were training"):
+        build_network(own(MonteCarlo), **SHAPE)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Sampling(OwnNoise):
+    """As in variational autoencoders."""
+
+    def call(self, inputs, training=False):
+        self.add_loss(ops.mean(ops.square(inputs)))
+        return super().call(inputs, training=training)
+
+
+@pytest.mark.parametrize("make", [Sampling, AddsLoss])
+def test_losses_of_rows_are_added_shard_by_shard_in_fast_too(make):
+    engine_config = own(lambda: network(layers.Flatten(), layers.Dense(5), make()), "reproducibility=fast")
+    flat_model = build_network(engine_config, **SHAPE)
+    assert flat_model.penalizes_rows
+    assert flat_model.is_by_shard
+    plan = plan_shards(
+        engine_config, 512, num_replicas=1, on_gpu=True, by_shard=True, one_by_one=flat_model.penalizes_rows
+    )
+    assert plan.calls_of(0) == [range(shard, shard + 1) for shard in range(8)]
+    assert plan_shards(engine_config, 512, num_replicas=1, on_gpu=True, by_shard=True).calls_of(0) == [range(8)]
+
+
+def test_padding_does_not_count_in_losses_of_rows():
+    """Nine examples in shards of 8: the second shard has one, and seven rows that only fill it up."""
+    split = make_split(9)
+    split.images[0] *= 3  # what padding would read otherwise
+    keras.utils.set_random_seed(2)
+    model = network(layers.Flatten(), layers.Dense(5, activity_regularizer=keras.regularizers.L2(1.0)))
+    training = train(model, split, batch_size=16, num_shards=2)
+    training.run()
+    train_plainly(model, split, training.plan.shuffled(seed=0, epoch=1))
+    expected = np.concatenate([variable.numpy().ravel() for variable in model.trainable_variables])
+    np.testing.assert_allclose(training.vectors()[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pretrained_weights_of_a_network_that_is_frozen_now(tmp_path):
+    def make(frozen=False):
+        model = network(layers.Dense(3, name="base"), layers.BatchNormalization())
+        model.get_layer("base").trainable = not frozen
+        return model
+
+    first = build_network(own(make), **SHAPE).model
+    weights = [np.random.default_rng(1).random(weight.shape) for weight in first.get_weights()]
+    first.set_weights(weights)
+    first.save(tmp_path / "model.keras")
+    second = own(make, "model.args={frozen: true}", f"model.pretrained={tmp_path / 'model.keras'}")
+    found = build_network(second, **SHAPE)
+    for one, other in zip(found.model.get_weights(), weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert len(found.vectors()[1]) == 6 + 6  # averages, and what is frozen

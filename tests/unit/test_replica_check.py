@@ -19,7 +19,7 @@ def make_check(num_replicas: int, *overrides: str) -> tuple[Mirrored, TrainState
     strategy, config = Mirrored(num_replicas=num_replicas), compose_config(*overrides)
     weights = np.random.default_rng(0).normal(size=NUM_WEIGHTS).astype(np.float32)
     parts = {"optimizer": create_optimizer(config.optimizer), "loss_scale": LossScale(config.precision)}
-    state = TrainState([weights], **parts, strategy=strategy)
+    state = TrainState([weights, weights[:100] + 1], **parts, strategy=strategy)
     return strategy, state, ReplicaCheck(strategy=strategy, state=state)
 
 
@@ -39,11 +39,13 @@ def test_equal_replicas_pass(num_replicas, optimizer):
         check.run(epoch)
 
 
-@pytest.mark.parametrize("vector", ["weights", "first slot", "second slot"])
-@pytest.mark.parametrize("element", [0, 371, NUM_WEIGHTS - 1])
+@pytest.mark.parametrize("vector", ["weights", "other weights", "first slot", "second slot"])
+@pytest.mark.parametrize("element", [0, 71, -1])
 def test_one_bit_of_one_replica(vector, element):
     strategy, state, check = make_check(3)
-    variables = {"weights": state.weights, "first slot": state.slots[0], "second slot": state.slots[1]}
+    names = ("weights", "other weights", "first slot", "second slot")
+    variables = dict(zip(names, [*state.model, *state.slots], strict=True))
+    element %= int(variables[vector].shape[0])
     flip_bit_of_replica(strategy, variables[vector], 1, element=element)
     with pytest.raises(TrainingFailed, match=r"^after epoch 4 replica 1 of 3 did not have the same weights"):
         check.run(4)

@@ -13,7 +13,9 @@ class Averages:
     """Where they are in the vector of a twin's weights that are not trained, and how fast they move."""
 
     def __init__(self, twin: keras.Model, layers: Sequence[keras.Layer]) -> None:
-        normalized = [layer for layer in layers if isinstance(layer.call, ShardNormalization) and layer.trainable]
+        normalized = [
+            layer for layer in layers if isinstance(layer.call, ShardNormalization) and layer.trainable and layer.built
+        ]
         self._paths = [layer.path for layer in normalized]
         sizes = [layer.moving_mean.shape[0] for layer in normalized]
         self.num_moments: int = 2 * sum(sizes)

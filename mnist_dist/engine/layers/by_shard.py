@@ -31,18 +31,17 @@ class ByShard:
         self._seed = seed
         self._index = index
 
-    def __call__(self, inputs: Any, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """What the layer computes, shard by shard: (rows, ...) -> (rows, ...)."""
-        if not options.get("training", args[0] if args else None):
-            return self._call(inputs, *args, **options)
+        if not options.get("training", any(value is True for value in args)):
+            return self._call(*args, **options)
         rows = current_rows()
         key = layer_key(self._seed, self._index)
         outputs, shards = [], rows.shards()
         for part, own in zip(rows.slices(), shards, strict=True):
             self._set_seeds(key, own)
-            own_inputs = tf.nest.map_structure(lambda values, part=part: values[part], inputs)
             with computing(own):
-                outputs.append(self._call(own_inputs, *args, **options))
+                outputs.append(self._call(*rows.cut(args, part), **rows.cut(options, part)))
         rows.gather(shards)
         return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *own: tf.concat(own, 0), *outputs)
 

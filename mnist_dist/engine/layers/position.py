@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -60,6 +60,15 @@ class BatchRows:
         size = self.rows_per_shard
         return [slice(shard * size, (shard + 1) * size) for shard in range(self.num_shards)]
 
+    def cut(self, values: Any, part: slice) -> Any:
+        """This part of whatever has these rows, in a structure of values."""
+
+        def cut(value: Any) -> Any:
+            has_rows = tf.is_tensor(value) and value.shape.rank and value.shape[0] == self.weights.shape[0]
+            return value[part] if has_rows else value
+
+        return tf.nest.map_structure(cut, values)
+
     def shards(self) -> "list[BatchRows]":
         """These rows shard by shard, none of which has been computed further than these rows have."""
         first_row, step = self.position
@@ -102,8 +111,10 @@ def computing(rows: BatchRows) -> Iterator[None]:
 
 
 def current_rows() -> BatchRows:
-    """The rows that layers are being called for."""
-    return _rows.get()
+    """The rows that layers are being called for; raises ValueError if nobody said so: in inference."""
+    if (rows := _rows.get(None)) is None:
+        raise ValueError("a layer behaves in inference as if it were training: random numbers would be drawn there")
+    return rows
 
 
 def stream_key(seed: int, stream: int) -> int:

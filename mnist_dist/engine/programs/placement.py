@@ -9,7 +9,7 @@ import tensorflow as tf
 from mnist_dist.base.array import Array
 from mnist_dist.data.splits import Split
 from mnist_dist.engine.augment import Augmentation
-from mnist_dist.engine.batches import PADDING
+from mnist_dist.engine.batches import PADDING, fill_up
 from mnist_dist.strategy.base import Strategy
 
 
@@ -48,14 +48,15 @@ class Rows(NamedTuple):
     """
 
     examples: Array | tf.Tensor
-    """int64: each row's example; padding reads example 0."""
+    """int64: each row's example; padding reads another one of its shard, or example 0."""
     weights: Array | tf.Tensor
     """float32: 1 for an example, 0 for padding."""
 
 
-def rows_of(indices: npt.NDArray[np.int32]) -> Rows:
+def rows_of(indices: npt.NDArray[np.int32], *, rows_per_shard: int = 1) -> Rows:
     """The rows with these example indices."""
-    return Rows(np.maximum(indices, 0).astype(np.int64), (indices != PADDING).astype(np.float32))
+    examples = fill_up(indices, rows_per_shard=rows_per_shard)
+    return Rows(np.maximum(examples, 0).astype(np.int64), (indices != PADDING).astype(np.float32))
 
 
 def gather(data: DeviceArrays, examples: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -78,7 +78,7 @@ class TrainProgram:
 
     def step_inputs(self, indices: npt.NDArray[np.int32], *, learning_rates: npt.NDArray[np.float64]) -> StepInputs:
         """What the steps of `run_epoch` need."""
-        rows, num_steps = rows_of(indices), len(indices)
+        rows, num_steps = rows_of(indices, rows_per_shard=self._shards.rows_per_shard), len(indices)
         first_step = int(self._strategy.read(self._state.global_step))
         return StepInputs(
             rows=Rows(*map(tf.constant, rows)),
