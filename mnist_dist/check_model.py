@@ -25,29 +25,30 @@ def check_model(config: CheckModelConfig, topology: Topology, console: Console) 
     """Build the network, try it on images like those of the data, and print the verdict on every layer."""
     if topology.world_size > 1:
         raise UserError(f"{topology.world_size} processes were started; this check needs one")
-    if not isinstance(config.model, KerasConfig):
-        raise UserError(f"model={config.model.name}: a network of this package, which can be trained; give model=keras")
+    model = config.model
+    if not isinstance(model, KerasConfig):
+        raise UserError(f"model={model.name}: a network of this package, which can be trained; give model=keras")
     dataset = load_dataset(config.data)
+    image_shape, num_classes = dataset.x_train.shape[1:], len(np.unique(dataset.y_train))
     with console.tensorflow_start(messages=config.console.tensorflow_messages):
-        from mnist_dist.engine.network import check_verdicts, try_own_network
+        from mnist_dist.engine.network import check_verdicts, load_pretrained, try_own_network
         from mnist_dist.engine.precision import choose_precision
         from mnist_dist.engine.verdicts import format_verdicts
 
         policy = choose_precision(config.precision.name, None)
-        network, verdicts = try_own_network(
-            replace(config, precision=replace(config.precision, name=policy)),
-            image_shape=dataset.x_train.shape[1:],
-            num_classes=len(np.unique(dataset.y_train)),
-        )
+        config = replace(config, precision=replace(config.precision, name=policy))
+        network, verdicts = try_own_network(config, image_shape=image_shape, num_classes=num_classes)
+        if model.pretrained is not None:
+            load_pretrained(network, model.pretrained, image_shape=image_shape, num_classes=num_classes)
     for line in format_verdicts(verdicts):
         log.info("%s", line)
-    check_verdicts(config.model, verdicts, is_exact=config.reproducibility == "exact")
+    check_verdicts(model, verdicts, is_exact=config.reproducibility == "exact")
     log.info(
-        "%s: %s parameters; images of %s, %d classes; every layer can be trained%s",
-        config.model.factory,
+        "%s: %s weights to train; images of %s, %d classes; every layer can be trained%s",
+        model.factory,
         f"{network.num_parameters:,}",
-        "x".join(map(str, dataset.x_train.shape[1:])),
-        len(np.unique(dataset.y_train)),
+        "x".join(map(str, image_shape)),
+        num_classes,
         "" if all(one.word == "exact" for one in verdicts) else ", some with reproducibility=fast only",
     )
     return EXIT_OK

@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from mnist_dist.base.errors import LostTouch, TrainingFailed, UserError
 from mnist_dist.base.memory import describe_bytes, usable_memory
+from mnist_dist.config.compose import choices_with
 from mnist_dist.config.rules import shorten
 
 
@@ -72,8 +73,8 @@ def _suggest(error: OmegaConfBaseException) -> str:
         if str(error.full_key).startswith("model.args."):
             return "give all arguments at once: 'model.args={NAME: VALUE, ...}'"
         return "nothing can be set below it"
-    if error.full_key in ("model.factory", "model.args"):
-        return "give model=keras as well"
+    if choices := choices_with(str(error.full_key)):
+        return f"give {' or '.join(choices)} as well"
     prefix, _, name = str(error.full_key).rpartition(".")
     known = {key.rpartition(".")[2]: key for key in reversed(_known_keys(error.object_type))}
     matches = difflib.get_close_matches(name, known, n=1)

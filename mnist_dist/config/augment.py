@@ -31,7 +31,7 @@ class ShiftConfig(AugmentConfig):
 
     name: str = one_of("shift", words=_SET_BY_CHOICE)
     max_pixels: int = between(0, MAX_INT32)
-    """shift: how many pixels each image is moved at most in each direction, less than its sides; affine: the same."""
+    """How many pixels each image is moved at most in each direction, less than its sides; with shift whole ones."""
 
     def check_image_shape(self, image_shape: Sequence[int]) -> None:
         """As the base class says."""

@@ -1,7 +1,7 @@
 """From the files of `conf/` and a command line to typed configuration objects, by Hydra."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.augment import AffineConfig, AugmentConfig, ShiftConfig
+from mnist_dist.config.compare import IMPLIED
 from mnist_dist.config.model import CNNConfig, KerasConfig, MLPConfig
 from mnist_dist.config.optimization import AdamConfig, AdamWConfig, SGDConfig
 from mnist_dist.config.rules import shorten
@@ -98,7 +99,29 @@ def compose(
         raise UserError(f"the configuration cannot be read: {shorten(' '.join(str(error).split()), 400)}") from error
     if OmegaConf.get_type(composed) is not command.schema:
         raise other
+    if config_name is not None and issubclass(command.schema, TRAIN.schema):
+        _fill_in(composed)
     return composed
+
+
+def _fill_in(composed: DictConfig) -> None:
+    """Give the keys that the file of an earlier version does not have what that version did."""
+    for key, text in {**IMPLIED, "report": "true", "tensorboard": "false"}.items():
+        parent, _, name = key.rpartition(".")
+        if parent and OmegaConf.is_missing(composed, parent):
+            OmegaConf.update(composed, parent, {name: text})
+        elif OmegaConf.is_missing(OmegaConf.select(composed, parent) if parent else composed, name):
+            OmegaConf.update(composed, key, None if text == "None" else text)
+
+
+def choices_with(key: str) -> list[str]:
+    """Which choices have a key, as GROUP=CHOICE."""
+    group, _, name = key.partition(".")
+    return [
+        f"{group}={choice}"
+        for (own_group, choice), schema in _CHOICES.items()
+        if own_group == group and name in {one.name for one in fields(schema)}
+    ]
 
 
 def compose_config(*overrides: str) -> TrainConfig:

@@ -138,10 +138,10 @@ class KerasConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.args = None if self.args == {} else self.args
+        self.args = {} if self.args is None else self.args
         is_by_name = isinstance(self.args, dict) and all(isinstance(name, str) for name in self.args)
         words = "must be arguments by name: 'model.args={NAME: VALUE, ...}'"
-        check(self.args is None or is_by_name, "model.args", self.args, words)
+        check(is_by_name, "model.args", self.args, words)
 
 
 def _check_layers(key: str, sizes: list[int]) -> None:

@@ -26,7 +26,7 @@ class TrainerConfig(Checked):
     )
     """Validation accuracy that is enough: the epoch that reaches it is the last one."""
     patience: int | None = between(1, MAX_INT32, default=None)
-    """Epochs without a higher validation accuracy after which the training ends."""
+    """Epochs without a higher validation accuracy after which the training ends; what is saved is its last epoch."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class TrainConfig(Checked):
     learning_rate: LearningRateConfig = MISSING
     loss: LossConfig = MISSING
     gradient_clip_norm: float | None = positive_float32(default=None)
-    """Largest norm (L2, over all weights) of a step's gradient: one that is longer is shortened to it. No limit."""
+    """Largest norm (L2, over all weights) of a step's gradient: a longer one is shortened to it; null: no limit."""
     batch: BatchConfig = MISSING
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING

@@ -30,7 +30,7 @@ from mnist_dist.doctor.checks.software import (
     code_digest,
     installed_packages,
 )
-from mnist_dist.doctor.checks.storage import check_dataset, check_folder
+from mnist_dist.doctor.checks.storage import check_dataset, check_folder, check_pretrained
 from mnist_dist.doctor.finding import Finding
 from mnist_dist.doctor.probe import Probe, start_child, start_program
 from mnist_dist.doctor.sources import Sources
@@ -81,6 +81,7 @@ def examine(
         check_horovod(packages, devices, needed=needs_horovod, num_gpus=len(gpus)),
         *choices,
         check_dataset(config.data, outcomes["dataset"]),
+        *check_pretrained(config.model),
     ]
     if isinstance(config.model, KerasConfig):
         mode = str(chosen.get("reproducibility", ""))

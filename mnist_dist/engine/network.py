@@ -1,6 +1,7 @@
 """From the configuration to the network that is trained: built, tried, with its first weights."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def build_network(
     else:
         network = _wrap(config, image_shape=image_shape, num_classes=num_classes)
     if config.model.pretrained is not None and is_new:
-        _load_weights(network, config.model.pretrained, image_shape=image_shape, num_classes=num_classes)
+        load_pretrained(network, config.model.pretrained, image_shape=image_shape, num_classes=num_classes)
     return network
 
 
@@ -120,7 +121,8 @@ def _wrap(config: TrainConfig, *, image_shape: Sequence[int], num_classes: int) 
     return FlatModel(model, image_shape=image_shape, seed=config.seed, policy=config.precision.name)
 
 
-def _load_weights(network: FlatModel, name: str, *, image_shape: Sequence[int], num_classes: int) -> None:
+def load_pretrained(network: FlatModel, name: str, *, image_shape: Sequence[int], num_classes: int) -> None:
+    """Give the network the weights of a saved model; raises UserError if they do not belong to it."""
     path: Path = expand_path("model.pretrained", name)
     try:
         found = load_flat_model(path, image_shape=image_shape, num_classes=num_classes)
@@ -128,8 +130,10 @@ def _load_weights(network: FlatModel, name: str, *, image_shape: Sequence[int], 
         raise UserError(f"model.pretrained={path}: not a usable model: {error}") from error
     ours, theirs = ([tuple(variable.shape) for variable in one.model.weights] for one in (network, found))
     if ours != theirs:
+        pairs = itertools.zip_longest(ours, theirs)
+        number, (here, there) = next((number, pair) for number, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
         raise UserError(
-            f"model.pretrained={path}: its network is another one: {found.num_parameters:,} weights in "
-            f"{len(theirs)} parts, here {network.num_parameters:,} in {len(ours)}"
+            f"model.pretrained={path}: its network is another one: weight {number} has the shape {there or 'of none'}, "
+            f"here {here or 'of none'}"
         )
     network.model.set_weights(found.model.get_weights())

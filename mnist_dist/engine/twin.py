@@ -45,8 +45,11 @@ def is_graph(model: keras.Model) -> bool:
 
 
 def layers_of(model: keras.Layer) -> list[keras.Layer]:
-    """The model and all layers in it, at any depth, each once."""
-    return list(model._flatten_layers())  # Keras has no public way to those that layers keep in attributes
+    """The model and all layers in it, at any depth, each once, in the order in which they were added."""
+    found = {model: None}
+    for part in model._layers:  # Keras has no public way to those that layers keep in attributes
+        found.update(dict.fromkeys(layers_of(part)))
+    return list(found)
 
 
 def _replace_calls(model: keras.Model, *, seed: int) -> None:

@@ -34,6 +34,7 @@ _HIDDEN_STATE = (
     *("Random", "Stateful", "TruncatedNormal", "ParameterizedTruncatedNormal", "Multinomial", "FractionalMaxPool"),
     *("FractionalAvgPool", "SampleDistortedBoundingBox", "Timestamp", "AllCandidateSampler", "LogUniformCandidate"),
 )
+_IDLE = "does as in inference: no `call` above it has the argument training, or passes it on"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def judge_layers(network: FlatModel) -> list[Verdict]:
     layers = {layer: twin for layer, twin in pairs if not isinstance(layer, keras.Model | keras.layers.InputLayer)}
     names = Counter(layer.name for layer in set(network.model.layers))
     found = {twin: reason for layer, twin in layers.items() if (reason := _refuse_at_sight(layer, names))}
-    refused = found or _try_out(network, list(layers.values()))
+    refused, idle = (found, set()) if found else _try_out(network, list(layers.values()))
     python = {} if refused else _find_python(network, list(layers.values()))
     return [
         Verdict(
@@ -66,7 +67,7 @@ def judge_layers(network: FlatModel) -> list[Verdict]:
             type(layer).__name__,
             _count_weights(layer),
             "refused" if twin in refused else "fast only" if twin in python else "exact",
-            refused.get(twin) or python.get(twin) or _describe(twin),
+            refused.get(twin) or python.get(twin) or (_IDLE if twin in idle else _describe(twin)),
         )
         for layer, twin in layers.items()
     ]
@@ -131,9 +132,12 @@ class _Probe:
         self._layer = layer
         self._normalizes = any(isinstance(part.call, ShardNormalization) for part in layers_of(layer))
         self._found = found
+        self.is_idle = isinstance(self._call, PositionalDropout | ByShard | ShardNormalization)
+        """Whether it does something while training, and was never told that it is."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         rows, calls = current_rows(), Counter(current_rows().num_calls)
+        self.is_idle &= not options.get("training", any(value is True for value in args))
         try:
             outputs = self._call(*args, **options)
             parts = []
@@ -179,8 +183,8 @@ def _are_close(ones: Any, others: Any) -> bool:
     return all(one.shape == other.shape and np.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in pairs)
 
 
-def _try_out(network: FlatModel, layers: Sequence[keras.Layer]) -> dict[keras.Layer, str]:
-    """What is wrong with layers when the network is called."""
+def _try_out(network: FlatModel, layers: Sequence[keras.Layer]) -> tuple[dict[keras.Layer, str], set[keras.Layer]]:
+    """What is wrong with layers when the network is called; and which are not told that they are training."""
     found: dict[keras.Layer, str] = {}
     calls = [layer.call for layer in layers]
     probes = [_Probe(layer, found) for layer in layers]
@@ -198,7 +202,7 @@ def _try_out(network: FlatModel, layers: Sequence[keras.Layer]) -> dict[keras.La
     finally:
         for layer, call in zip(layers, calls, strict=True):
             layer.call = call
-    return found
+    return found, {layer for layer, probe in zip(layers, probes, strict=True) if probe.is_idle}
 
 
 def _arguments(network: FlatModel, step: int = 0) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ def build_from_factory(config: KerasConfig, *, image_shape: tuple[int, ...], see
     create = _find(config)
     keras.utils.set_random_seed(seed)
     with _blaming(config, "fails"):
-        model = create(**(config.args or {}))
+        model = create(**config.args)
     if not isinstance(model, keras.Model):
         raise UserError(f"model.factory={config.factory}: returns {type(model).__name__}, not a keras.Model")
     if model.compiled:
@@ -59,7 +59,7 @@ def count_weights(config: KerasConfig, *, image_shape: tuple[int, ...]) -> int |
     try:
         # Within this scope Keras creates variables that have shapes only.
         with keras.StatelessScope(initialize_variables=False):
-            model = create(**(config.args or {}))
+            model = create(**config.args)
             if not model.built:
                 model(keras.KerasTensor((1, *_full(image_shape))))
         num_weights: int = sum(math.prod(variable.shape) for variable in model.weights)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
-from mnist_dist.config.compare import flatten, job_keys
+from mnist_dist.config.compare import IMPLIED, flatten, job_keys
 from mnist_dist.results.quantities import as_value
 from mnist_dist.run.record import RunRecord
 
@@ -53,6 +54,11 @@ class Group(NamedTuple):
         return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance / n)
 
 
+def _implied() -> dict[str, object]:
+    """What runs of earlier versions did, by keys that they do not have."""
+    return {key: None if text == "None" else yaml.safe_load(text) for key, text in IMPLIED.items()}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Several runs; the first one is what the others are compared with."""
@@ -69,7 +75,11 @@ class Comparison:
     def of(cls, records: Sequence[RunRecord]) -> "Comparison":
         """Compare at least one run."""
         flat = [
-            {key: as_value(value) for key, value in flatten(record.config).items() if key != "run_dir"}
+            {
+                key: as_value(value)
+                for key, value in {**_implied(), **flatten(record.config)}.items()
+                if key != "run_dir"
+            }
             for record in records
         ]
         correct = tuple(map(_correct, records))

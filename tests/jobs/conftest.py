@@ -123,7 +123,7 @@ def train_with(tmp_path_factory, run_job):
 
 @pytest.fixture(scope="session")
 def part_of_mnist(mnist_path, tmp_path_factory):
-    """An eighth of it,: 4,950 examples in 10 batches, the last one of 342."""
+    """An eighth of it: 4,950 examples in 10 batches, the last one of 342."""
     path = tmp_path_factory.mktemp("part") / "mnist.npz"
     with np.load(mnist_path) as arrays:
         np.savez(path, **{name: array[: 6000 if "train" in name else 1000] for name, array in arrays.items()})

@@ -10,9 +10,9 @@ import pytest
 from support import CHECKOUT
 from support.hooks import WRITE_HOOK, WriteHook
 from support.job import HOROVOD, MIRRORED, SINGLE, TRAIN, job_name
-from support.runs import result_of
+from support.runs import history_of, result_of
 
-from mnist_dist.base.errors import EXIT_LOST_PEER
+from mnist_dist.base.errors import EXIT_LOST_PEER, EXIT_USER_ERROR
 from mnist_dist.engine.flat_model import FlatModel
 from mnist_dist.results.sums import weights_digest
 
@@ -278,3 +278,33 @@ def test_a_network_that_one_rank_cannot_build(own, own_folder, run_job, tmp_path
         assert len(result.stderr.splitlines()) == 1
     assert results[0].stderr.startswith(f"error: rank 1 (127.0.0.1) ended: {problem}")
     assert results[1].stderr.startswith(f"[rank 1/2] error: {problem}")
+
+
+def test_pretrained_weights(residual, digits, run_job, tmp_path):
+    """Two ranks start from them, and go on without the file; a file that is missing or foreign is refused."""
+    pretrained, folder = tmp_path / "start.keras", tmp_path / "run"
+    shutil.copy(residual(SINGLE).folder / "model.keras", pretrained)
+
+    def train(job, *more):
+        words = [*RESIDUAL, *digits, f"run_dir={folder}", f"model.pretrained={pretrained}", *more]
+        return run_job(job, *words, cwd=EXAMPLE)
+
+    for result in train(MIRRORED, "trainer.epochs=1"):
+        assert result.returncode == 0, result.stderr
+    first = history_of(folder).epochs[0]
+    assert first.loss < history_of(residual(SINGLE).folder).epochs[0].loss  # it did not start anew
+    pretrained.unlink()
+    for result in train(SINGLE, "trainer.epochs=2"):
+        assert result.returncode == 0, result.stderr
+    assert len(history_of(folder).epochs) == 2
+    shutil.rmtree(folder)
+    (result,) = train(SINGLE)
+    assert result.returncode == EXIT_USER_ERROR
+    assert result.stderr.strip().endswith(
+        f"model.pretrained={pretrained}: no such file; give the path of a model.keras"
+    )
+    pretrained.write_bytes(b"not a model")
+    (result,) = train(SINGLE)
+    assert result.returncode == EXIT_USER_ERROR
+    assert f"model.pretrained={pretrained}: not a usable model: " in result.stderr
+    assert not folder.exists()

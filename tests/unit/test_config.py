@@ -2,11 +2,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from support import CHECKOUT
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.compare import IMPLIED, training_keys
-from mnist_dist.config.compose import TRAIN, compose, compose_config
+from mnist_dist.config.compose import TRAIN, choices_with, compose, compose_config, to_config
 from mnist_dist.config.describe import describe_keys
 from mnist_dist.config.rules import FLOAT32_MAX, FLOAT32_TINY
 
@@ -83,3 +84,38 @@ def test_how_long_a_schedule_lasts_is_known_where_it_matters(overrides, lasts):
     longer = replace(config, trainer=replace(config.trainer, epochs=8))
     for one in (config, longer):
         assert training_keys(asdict(one))["learning_rate.schedule_epochs"] == lasts
+
+
+def test_the_fast_recipe():
+    config = compose_config("experiment=fast")
+    assert (config.model.name, config.model.hidden_sizes, config.model.dropout) == ("mlp", [256, 256], 0.0)
+    assert (config.augment.name, config.augment.max_pixels, config.loss.label_smoothing) == ("shift", 1, 0.02)
+    assert (config.learning_rate.schedule, config.learning_rate.schedule_epochs) == ("one_cycle", 7)
+    assert (config.batch.global_size, config.trainer.epochs, config.optimizer.learning_rate) == (256, 10, 0.006)
+
+
+def test_a_file_of_an_earlier_version_has_what_that_version_did(tmp_path):
+    """Without the keys that are newer, among them a whole section and some that may not be missing."""
+    tree = OmegaConf.to_container(OmegaConf.create(asdict(compose_config("trainer.epochs=3"))))
+    for section, key in (key.split(".") for key in IMPLIED if "." in key):
+        tree[section].pop(key)
+    for key in ("augment", "loss", "gradient_clip_norm", "compile", "report", "tensorboard"):
+        tree.pop(key)
+    defaults = ["schema/train@_global_", *({name: tree[name]["name"]} for name in ("data", "model", "optimizer"))]
+    defaults += [*({name: tree[name]["name"]} for name in ("strategy", "precision")), "_self_"]
+    (tmp_path / "old.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **tree})))
+    found = to_config(TRAIN, compose(TRAIN, [], config_dir=str(tmp_path), config_name="old"))
+    assert asdict(found) == asdict(compose_config("trainer.epochs=3", "compile=none"))
+
+
+@pytest.mark.parametrize(
+    ("key", "choices"),
+    [
+        ("augment.max_pixels", ["augment=shift", "augment=affine"]),
+        ("optimizer.weight_decay", ["optimizer=adamw"]),
+        ("model.factory", ["model=keras"]),
+        ("model.nothing", []),
+    ],
+)
+def test_choices_with_a_key(key, choices):
+    assert choices_with(key) == choices

@@ -5,6 +5,7 @@ from typing import Any
 
 from mnist_dist.base.memory import describe_bytes
 from mnist_dist.config.data import DataConfig
+from mnist_dist.config.model import ModelConfig
 from mnist_dist.doctor.finding import Finding, from_message
 from mnist_dist.doctor.probe import Outcome
 from mnist_dist.launch.topology import Topology
@@ -12,6 +13,14 @@ from mnist_dist.launch.topology import Topology
 _NEEDED_BYTES, _COMFORTABLE_BYTES = 50e6, 500e6
 _STEPS = ("path", "space", "write", "rename", "fsync of a folder", "flock")
 _ELSEWHERE = "name a run_dir on another file system"
+
+
+def check_pretrained(model: ModelConfig) -> list[Finding]:
+    """Whether the weights to start from are here; nothing if none are asked for."""
+    if model.pretrained is None or Path(model.pretrained).expanduser().is_file():
+        return []
+    found = f"model.pretrained={model.pretrained}: no such file"
+    return [Finding("pretrained", "error", found, "give the path of a model.keras")]
 
 
 def check_dataset(config: DataConfig, outcome: Outcome) -> Finding:

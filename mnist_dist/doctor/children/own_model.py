@@ -27,7 +27,7 @@ def probe(config: TrainConfig) -> Iterator[tuple[str, Any]]:
         yield "no images", str(error)
         return
     with settings_of_keras():
-        from mnist_dist.engine.network import try_own_network
+        from mnist_dist.engine.network import load_pretrained, try_own_network
         from mnist_dist.engine.precision import choose_precision
         from mnist_dist.engine.verdicts import objection
     yield "started", True
@@ -35,6 +35,8 @@ def probe(config: TrainConfig) -> Iterator[tuple[str, Any]]:
     config = replace(config, precision=replace(config.precision, name=policy))
     try:
         network, verdicts = try_own_network(config, image_shape=image_shape, num_classes=num_classes)
+        if config.model.pretrained is not None:
+            load_pretrained(network, config.model.pretrained, image_shape=image_shape, num_classes=num_classes)
     except UserError as error:
         yield "error", str(error)
         return
