@@ -57,7 +57,7 @@ def check_network_fits(config: TrainConfig, num_weights: int) -> None:
 
 def _describe_network(config: TrainConfig) -> str:
     sizes = {key: getattr(config.model, key) for key in config.model.size_keys}
-    given = " ".join(f"model.{key}={shorten(value)}" for key, value in sizes.items() if value is not None)
+    given = " ".join(f"model.{key}={shorten(value)}" for key, value in sizes.items() if value != {})
     return f"{given}: the network"
 
 

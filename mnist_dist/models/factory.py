@@ -112,7 +112,9 @@ def last_line(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    theirs = [one for one in chain if _is_theirs(_files(one)[-1:]) and not str(one).startswith(_KERAS)]
+    theirs = [one for one in chain if _is_theirs(_files(one)[-1:])]
+    # Keras hides its own part of a traceback; so of errors in one place the first is the user's.
+    theirs = [one for one in theirs if _files(one)[-1:] == _files(theirs[0])[-1:]][-1:]
     for one in (*theirs, chain[-1], error):
         places = [file for file in _files(one) if _is_theirs([file])]
         if places:

@@ -114,8 +114,9 @@ KEYS = [
     ("model.units=3", "no such key; the keys here are pretrained, dropout, activation, kernel_initializer, "
      "output_initializer, hidden_sizes (all keys: --help)"),
     ("model.factory=net:build", "no such key; give model=keras as well (all keys: --help)"),
-    ("optimizer.momentum=0.9", "no such key; the keys here are learning_rate, beta_1, beta_2, epsilon "
-     "(all keys: --help)"),
+    ("optimizer.momentum=0.9", "no such key; give optimizer=sgd as well (all keys: --help)"),
+    ("optimizer.rate=0.9", "no such key; the keys here are learning_rate, beta_1, beta_2, epsilon (all keys: --help)"),
+    ("augment.max_pixels=1", "no such key; give augment=shift or augment=affine as well (all keys: --help)"),
     ("data.splitseed=1", "no such key; did you mean data.split_seed=1? (all keys: --help)"),
     ("+foo=1", "no key can be added; to change one write foo=1"),
     ("++model.foo=1", "no key can be added; to change one write model.foo=1"),

@@ -258,7 +258,7 @@ def test_check_model_of_a_network_that_can_be_trained(own, own_folder, run_pytho
     result = run_python(*CHECK_MODEL, *own("refused:good"), "model.args={width: 3}", cwd=own_folder)
     assert (result.returncode, result.stderr) == (0, "")
     last = result.stdout.splitlines()[-1]
-    assert last == "refused:good: 211 parameters; images of 8x8, 4 classes; every layer can be trained"
+    assert last == "refused:good: 211 weights to train; images of 8x8, 4 classes; every layer can be trained"
 
 
 @pytest.mark.parametrize("job", [HOROVOD, MULTIWORKER], ids=job_name)
