@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support import job
 from support.browser import missing_browser, run_browser
+from support.data import write_part
 from support.hooks import HOOKS
 from support.job import NUM_EPOCHS, SINGLE, Job
 from support.processes import python_environment as clean_environment
@@ -124,10 +125,7 @@ def train_with(tmp_path_factory, run_job):
 @pytest.fixture(scope="session")
 def part_of_mnist(mnist_path, tmp_path_factory):
     """An eighth of it: 4,950 examples in 10 batches, the last one of 342."""
-    path = tmp_path_factory.mktemp("part") / "mnist.npz"
-    with np.load(mnist_path) as arrays:
-        np.savez(path, **{name: array[: 6000 if "train" in name else 1000] for name, array in arrays.items()})
-    return "data=npz", f"data.path={path}"
+    return write_part(mnist_path, tmp_path_factory.mktemp("part"), num_train=6000, num_test=1000)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from support import CHECKOUT
+from support.data import write_part
 from support.hooks import WRITE_HOOK, WriteHook
 from support.job import HOROVOD, MIRRORED, SINGLE, TRAIN, job_name
 from support.runs import history_of, result_of
@@ -30,10 +31,7 @@ NUM_EPOCHS = 2
 @pytest.fixture(scope="module")
 def digits(mnist_path, tmp_path_factory):
     """Of MNIST; 990 examples in 4 batches, of which the last one has 222: a shard of 32 has none of them."""
-    path = tmp_path_factory.mktemp("part") / "mnist.npz"
-    with np.load(mnist_path) as arrays:
-        np.savez(path, **{name: array[: 1200 if "train" in name else 200] for name, array in arrays.items()})
-    return "data=npz", f"data.path={path}"
+    return write_part(mnist_path, tmp_path_factory.mktemp("part"), num_train=1200, num_test=200)
 
 
 @pytest.fixture(scope="module")
