@@ -111,7 +111,7 @@ def draw(measured: dict[str, list[dict[str, Any]]]) -> Figure:
         )
     axes.axhline(GOAL, color="#555555", linestyle="--", linewidth=0.8)
     axes.annotate(
-        f"{GOAL}: the original run after 150 epochs", (1, GOAL), (2, 3), textcoords="offset points", fontsize=8
+        f"{GOAL}: the original run after 150 epochs", (11, GOAL), (0, 3), textcoords="offset points", fontsize=8
     )
     axes.set(xscale="log", xlabel="epoch", ylabel="validation accuracy", ylim=(0.95, 0.99), xlim=(1, 150))
     axes.set_xticks(
