@@ -82,7 +82,7 @@ class TrainConfig(Checked):
     """exact: bit-identical on any number of replicas; fast: sums in any order; auto: exact on CPUs, fast on GPUs."""
     compile: str = one_of("auto", "none", "xla")
     """none: TensorFlow's own kernels; xla: one program of XLA for each shard, or with `fast` on one device for each
-    epoch; auto: xla for fast on one GPU, otherwise none."""
+    epoch; auto: xla for fast on one GPU, unless the network is your own; otherwise none."""
     threads: ThreadsConfig = MISSING
     trainer: TrainerConfig = MISSING
     checkpoint: CheckpointConfig = MISSING

@@ -1,6 +1,7 @@
 """The engine: everything that a training needs, from the configuration and data to programs that are ready to run."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from mnist_dist.base.array import Array
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.versions import imported_versions
 from mnist_dist.config.model import KerasConfig
+from mnist_dist.config.rules import shorten
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.splits import SPLIT_NAMES, SplitName, Splits
 from mnist_dist.engine.actions import EpochAction
@@ -233,8 +235,10 @@ class Programs:
         """
         try:
             return self._train.run_epoch(indices, learning_rates=learning_rates)
-        except tf.errors.UnimplementedError as error:
-            raise UserError(_why_unimplemented(error, self._engine.config)) from error
+        except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
+            if reason := _why_unimplemented(error, self._engine.config):
+                raise UserError(reason) from error
+            raise
 
     def trace_step(self) -> tf.types.experimental.ConcreteFunction:
         """One training step by itself, to be examined."""
@@ -253,13 +257,24 @@ class Programs:
         return self._engine.weights_digest() if self._engine.is_exact else None
 
 
-def _why_unimplemented(error: tf.errors.UnimplementedError, config: TrainConfig) -> str:
-    """And what to choose instead; an example is max pooling, which XLA cannot compute deterministically on a GPU."""
+def _why_unimplemented(error: tf.errors.OpError, config: TrainConfig) -> str:
+    """And what to choose instead; empty for other errors.
+
+    Examples are max pooling, which XLA cannot compute deterministically on a GPU, and turning images, not at all.
+    """
     lines = error.message.splitlines()
-    reason = next((line for line in lines if "determinis" in line), lines[0])
-    keys = {"compile=none": config.compile == "xla", "reproducibility=fast": config.reproducibility == "exact"}
+    reason = next((line for line in lines if "determinis" in line or "unsupported operations" in line), "")
+    if not reason and isinstance(error, tf.errors.UnimplementedError):
+        reason = lines[0]
+    if not reason:
+        return ""
+    reason = shorten(re.sub(r"trying to compile graph \S+ on", "compiling for", reason).strip(), 300)
+    keys = {
+        "compile=none": config.compile == "xla",
+        "reproducibility=fast": config.reproducibility == "exact" and "determinis" in reason,
+    }
     advice = " or ".join(key for key, helps in keys.items() if helps) or "another model"
-    return f"TensorFlow cannot compute this on these devices; choose {advice}: {reason.strip()}"
+    return f"TensorFlow cannot compute this on these devices; choose {advice}: {reason}"
 
 
 def build_engine(
@@ -302,9 +317,7 @@ def start_devices(config: TrainConfig, rendezvous: Rendezvous, *, num_gpus: int)
         config,
         precision=replace(config.precision, name=policy),
         reproducibility=mode,
-        compile=choose_compiler(
-            config.compile, mode=mode, on_gpu=strategy.on_gpu, is_single=strategy.has_xla_collectives
-        ),
+        compile=choose_compiler(config, mode=mode, on_gpu=strategy.on_gpu, is_single=strategy.has_xla_collectives),
     ), strategy
 
 

@@ -1,6 +1,7 @@
 """How the training is computed, where the configuration leaves it open."""
 
 from mnist_dist.base.console import job_log
+from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.launch.topology import Topology
 
@@ -33,13 +34,14 @@ def choose_mode(config: TrainConfig, topology: Topology, *, num_gpus: int) -> st
     return mode
 
 
-def choose_compiler(name: str, *, mode: str, on_gpu: bool, is_single: bool) -> str:
+def choose_compiler(config: TrainConfig, *, mode: str, on_gpu: bool, is_single: bool) -> str:
     """The compiler: none or xla.
 
     `auto` is xla where that makes a program of a whole epoch (`Engine.compiled_by_xla`) on a GPU, which then no longer
     waits for the host between operations. On CPUs XLA is slower, and for single shards it gains little
-    (docs/performance.md).
+    (docs/performance.md). Nor is there a compiler for every layer of Keras, so not for networks of the user's own.
     """
-    if name == "auto":
-        return "xla" if mode == "fast" and on_gpu and is_single else "none"
-    return name
+    if config.compile == "auto":
+        is_own = isinstance(config.model, KerasConfig)
+        return "xla" if mode == "fast" and on_gpu and is_single and not is_own else "none"
+    return config.compile

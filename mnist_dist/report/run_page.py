@@ -376,7 +376,8 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     names = [f"{group}.name" for group in ("augment", "model", "optimizer")]
     try:
         groups = [f"{name.removesuffix('.name')}={values[name]}" for name in names if name in values]
-        groups += [f"model.factory={values['model.factory']}" for _ in range("model.factory" in values)]
+        if "model.factory" in values:  # it has no default
+            groups.append(f"model.factory={values['model.factory']}")
         chosen = flatten(asdict(compose_config(*groups)))
     except (HydraException, OmegaConfBaseException, UserError):  # a choice that this version does not have
         chosen = plain

@@ -111,7 +111,7 @@ class Context:
             strategy=replace(config.strategy, name=strategy.name),
         )
         self.fast_compiler = choose_compiler(
-            self.asked.compile, mode="fast", on_gpu=strategy.on_gpu, is_single=strategy.has_xla_collectives
+            self.asked, mode="fast", on_gpu=strategy.on_gpu, is_single=strategy.has_xla_collectives
         )
         self._started = strategy, preparing.result()
         self.devices = self.settle(strategy.devices(), list)

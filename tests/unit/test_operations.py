@@ -167,6 +167,22 @@ def test_what_tensorflow_has_no_kernel_for_is_a_line(monkeypatch):
         programs.train_epoch(indices, learning_rates=np.ones(len(indices)))
 
 
+def test_what_xla_cannot_compile_is_a_line(tmp_path):
+    """Keras turns images by an operation that XLA does not have."""
+    (tmp_path / "turns.py").write_text(
+        "import keras\nfrom keras import layers\ndef build():\n    return keras.Sequential([keras.Input((28, 28, 1)), "
+        "layers.RandomRotation(0.1), layers.Flatten(), layers.Dense(10, activation='softmax')])\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        programs = Programs(build("strategy=single", "model=keras", "model.factory=turns:build", "compile=xla"))
+    indices = programs._engine.plan.shuffled(seed=0, epoch=1)
+    with pytest.raises(
+        UserError, match=r"choose compile=none: .*unsupported operations .*: ImageProjectiveTransformV3"
+    ):
+        programs.train_epoch(indices, learning_rates=np.ones(len(indices)))
+
+
 def count_step(policy: str, *, parts: int, mode: str) -> Counter[str]:
     engine = build("strategy=single", f"reproducibility={mode}", f"precision={policy}", parts=parts)
     return examine(Programs(engine).trace_step()).device

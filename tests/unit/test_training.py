@@ -39,10 +39,13 @@ def test_mode(asked, topology, num_gpus, mode):
         ("auto", "fast", True, False, "none"),
         ("none", "fast", True, True, "none"),
         ("xla", "exact", False, False, "xla"),
+        ("auto model=keras model.factory=a:b", "fast", True, True, "none"),
+        ("xla model=keras model.factory=a:b", "fast", True, True, "xla"),
     ],
 )
 def test_compiler(asked, mode, on_gpu, is_single, compiler):
-    assert choose_compiler(asked, mode=mode, on_gpu=on_gpu, is_single=is_single) == compiler
+    config = compose_config(*f"compile={asked}".split())
+    assert choose_compiler(config, mode=mode, on_gpu=on_gpu, is_single=is_single) == compiler
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,7 @@ def _choices(config: TrainConfig, topology: Topology, gpus: list[dict[str, Any]]
     return found | {
         "reproducibility": mode,
         "precision": choose_precision(config.precision.name, capability or None),
-        "compile": choose_compiler(
-            config.compile, mode=mode, on_gpu=capability is not None, is_single=name == "single"
-        ),
+        "compile": choose_compiler(config, mode=mode, on_gpu=capability is not None, is_single=name == "single"),
         "intra_op": intra_op,
         "inter_op": inter_op,
         "cores": cores,
