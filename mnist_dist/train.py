@@ -89,8 +89,9 @@ def build(run_input: RunInput, job: Job, console: Console) -> "Engine":
         splits = preparing.result()
         log.info("Data: %s, %s", dataset.name, splits.describe())
         restored = checkpoint.state if checkpoint else None
-        is_new = run_input.found.point is None
-        engine = build_engine(config, job.rendezvous, splits, num_gpus=num_gpus, is_new=is_new, restored=restored)
+        point = run_input.found.point
+        saved = None if point is None else point.network
+        engine = build_engine(config, job.rendezvous, splits, num_gpus=num_gpus, saved_network=saved, restored=restored)
     job.peers.started()
     return engine
 
@@ -99,12 +100,15 @@ def prepare_folder(
     run_input: RunInput, engine: "Engine", run_folder: RunFolder, events: EventLog, console: Console
 ) -> ResumePoint:
     """Set up the run folder; logs what will be trained, and returns where the training starts."""
+    from mnist_dist.engine.network import describe_network
+
     start = start_point(
         engine.config,
         run_input.found.point,
         data_sha256=run_input.dataset.sha256,
         num_replicas=engine.strategy.num_replicas,
         global_batch_size=engine.plan.global_batch_size,
+        network=describe_network(engine.config, engine.flat_model),
     )
     run_folder.create(engine.config)
     console.log_to(run_folder.log_path)
@@ -134,7 +138,7 @@ def train_epochs(
     config = engine.config.trainer
     num_epochs = config.epochs
     checkpoints = PeriodicCheckpoints(
-        run_folder, engine.config.checkpoint, start, read_state=engine.read_state, after_save=board.write
+        run_folder, engine.config.checkpoint, start, read_state=engine.state.to_arrays, after_save=board.write
     )
     job.stop_request.training_begins()
     with progress("training") as show, engine.strategy.collectives():

@@ -24,7 +24,7 @@ from mnist_dist.engine.batches import BatchPlan
 from mnist_dist.engine.flat_model import FlatModel, FloatArray
 from mnist_dist.engine.learning_rate import LearningRate
 from mnist_dist.engine.mode import choose_compiler, choose_mode
-from mnist_dist.engine.network import NETWORK_DIGEST, build_network, check_same_network, digest_of
+from mnist_dist.engine.network import build_network, check_same_network
 from mnist_dist.engine.optimizer import create_optimizer
 from mnist_dist.engine.precision import LossScale, choose_precision
 from mnist_dist.engine.programs.evaluate import EvaluateProgram
@@ -91,11 +91,6 @@ class Engine:
     def vectors(self) -> list[FloatArray]:
         """The model's current vectors (`FlatModel.vectors`)."""
         return [self.strategy.read(variable) for variable in self.state.model]
-
-    def read_state(self) -> dict[str, Array]:
-        """What a checkpoint must hold, by name."""
-        own = {NETWORK_DIGEST: digest_of(self.flat_model)} if isinstance(self.config.model, KerasConfig) else {}
-        return {**self.state.to_arrays(), **own}
 
     def weights_digest(self) -> str:
         """The digest of the current weights."""
@@ -283,18 +278,20 @@ def build_engine(
     splits: Splits,
     *,
     num_gpus: int,
-    is_new: bool = True,
+    saved_network: str | None = None,
     restored: Mapping[str, Array] | None = None,
 ) -> Engine:
     """Start the devices, of which `num_gpus` are GPUs, and build everything that the training needs.
 
-    Unless it `is_new`, the state is that which `restored` has on the chief.
+    To resume a run, give which network it had (`network.describe_network`), and on the chief the `restored` state.
 
     Raises:
         UserError: strategy, devices and batch size do not match.
     """
     config, strategy = start_devices(config, rendezvous, num_gpus=num_gpus)
-    return assemble(config, strategy, splits, topology=rendezvous.topology, is_new=is_new, restored=restored)
+    return assemble(
+        config, strategy, splits, topology=rendezvous.topology, saved_network=saved_network, restored=restored
+    )
 
 
 def start_devices(config: TrainConfig, rendezvous: Rendezvous, *, num_gpus: int) -> tuple[TrainConfig, Strategy]:
@@ -327,7 +324,7 @@ def assemble(
     splits: Splits,
     *,
     topology: Topology,
-    is_new: bool = True,
+    saved_network: str | None = None,
     restored: Mapping[str, Array] | None = None,
 ) -> Engine:
     """Everything that the training of a configuration (as `start_devices` returns it) needs, on a started strategy.
@@ -338,9 +335,11 @@ def assemble(
     """
     batch_factor = strategy.num_replicas if config.batch.scaling == "weak" else 1
     global_batch_size = _global_batch_size(config, len(splits.train), batch_factor, strategy.num_replicas)
-    flat_model = build_network(config, image_shape=splits.image_shape, num_classes=splits.num_classes, is_new=is_new)
-    if restored is not None:
-        check_same_network(config, flat_model, restored)
+    flat_model = build_network(
+        config, image_shape=splits.image_shape, num_classes=splits.num_classes, is_new=saved_network is None
+    )
+    if saved_network:
+        check_same_network(config, flat_model, saved_network)
     shards = plan_shards(
         config,
         global_batch_size,

@@ -2,13 +2,12 @@
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.base.array import Array
 from mnist_dist.base.console import job_log
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.files import expand_path
@@ -16,14 +15,11 @@ from mnist_dist.config.model import KerasConfig
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.engine.flat_model import FlatModel, Weights, load_flat_model
 from mnist_dist.engine.footprint import check_network_fits
-from mnist_dist.engine.programs.state import MODEL_VECTORS
 from mnist_dist.engine.verdicts import Verdict, judge_layers, objection
 from mnist_dist.models.build import build_model
 from mnist_dist.models.factory import count_weights, last_line
 
 _FLOAT32_BYTES = 4
-NETWORK_DIGEST = "network"
-"""The name of a network's digest among the arrays of a checkpoint, for networks of the user's own."""
 
 
 def build_network(
@@ -69,30 +65,33 @@ def try_own_network(
         raise UserError(f"model.factory={model.factory}: cannot be trained: {reason}") from error
 
 
-def digest_of(network: FlatModel) -> Array:
-    """The SHA-256 of the network's description by Keras, (32,) uint8."""
-    return np.frombuffer(hashlib.sha256(network.model.to_json().encode()).digest(), np.uint8)
-
-
-def check_same_network(config: TrainConfig, network: FlatModel, restored: Mapping[str, Array]) -> None:
-    """Raise UserError if a checkpoint's state has not the network's number of weights; warns if it is another one.
-
-    Only a function of the user's own can have changed.
-    """
-    sizes = [len(vector) for vector in network.vectors()]
-    theirs = [len(restored[name]) for name in MODEL_VECTORS if name in restored]
+def describe_network(config: TrainConfig, network: FlatModel) -> str:
+    """Which network a function of the user's own has built, as one word; empty for the networks of this package."""
     if not isinstance(config.model, KerasConfig):
-        return
-    if sizes != theirs:
+        return ""
+    sizes = "+".join(str(len(vector)) for vector in network.vectors())
+    return f"{sizes}:{hashlib.sha256(network.model.to_json().encode()).hexdigest()}"
+
+
+def check_same_network(config: TrainConfig, network: FlatModel, saved: str) -> None:
+    """Compare a network with that of the run to resume; warns if Keras describes it differently.
+
+    Raises:
+        UserError: it has other numbers of weights.
+    """
+    factory = f"model.factory={getattr(config.model, 'factory', '')}"
+    ours = describe_network(config, network)
+    here, there = (text.partition(":")[0] for text in (ours, saved))
+    if here != there:
         raise UserError(
-            f"model.factory={config.model.factory}: builds a network with {sum(sizes):,} weights now; that of the run "
-            f"to resume has {sum(theirs):,}; name another run_dir"
+            f"{factory}: builds a network with {here} weights now (to train + others); that of the run to resume has "
+            f"{there}; name another run_dir"
         )
-    if NETWORK_DIGEST in restored and not np.array_equal(restored[NETWORK_DIGEST], digest_of(network)):
+    if ours != saved:
         job_log.warning(
-            "WARNING: model.factory=%s: builds another network than when this run was last saved (or Keras describes "
-            "it differently now); the training goes on with this one",
-            config.model.factory,
+            "WARNING: %s: builds another network than when this run was last saved (or Keras describes it differently "
+            "now); the training goes on with this one",
+            factory,
         )
 
 

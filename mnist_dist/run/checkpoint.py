@@ -46,6 +46,8 @@ class ResumePoint:
     """Training examples per step."""
     resumed_from_epochs: tuple[int, ...] = ()
     """After which epochs the run was resumed."""
+    network: str = ""
+    """Which network a function of the user's own built (`engine.network.describe_network`); empty for another one."""
 
     @property
     def data_sha256(self) -> str:
@@ -66,6 +68,7 @@ class ResumePoint:
     def from_json(cls, text: str) -> "ResumePoint":
         """Read what `to_json` wrote; raises ValueError, KeyError or TypeError where it is something else."""
         values = json.loads(text)
+        values.setdefault("network", "")  # of an earlier version
         values = {name: values[_KEYS.get(name, name)] for name in (field.name for field in fields(cls))}
         values["history"] = from_csv(values["history"])
         values["resumed_from_epochs"] = tuple(values["resumed_from_epochs"])

@@ -65,7 +65,13 @@ def settle(config: TrainConfig, point: ResumePoint | None) -> TrainConfig:
 
 
 def start_point(
-    config: TrainConfig, point: ResumePoint | None, *, data_sha256: str, num_replicas: int, global_batch_size: int
+    config: TrainConfig,
+    point: ResumePoint | None,
+    *,
+    data_sha256: str,
+    num_replicas: int,
+    global_batch_size: int,
+    network: str = "",
 ) -> ResumePoint:
     """Where the training starts: at the beginning, or after the last epoch of `point`, which is logged.
 
@@ -77,6 +83,7 @@ def start_point(
         fingerprint={**training_keys(asdict(config)), DATA_DIGEST: data_sha256},
         num_replicas=num_replicas,
         global_batch_size=global_batch_size,
+        network=network,
     )
     if point is None:
         return start

@@ -306,3 +306,39 @@ def test_pretrained_weights(residual, digits, run_job, tmp_path):
     assert result.returncode == EXIT_USER_ERROR
     assert f"model.pretrained={pretrained}: not a usable model: " in result.stderr
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("job", [SINGLE, HOROVOD], ids=job_name)
+def test_resumed_with_another_network(job, run_job, digits, tmp_path):
+    """Of other size: refused by all ranks. Only described differently: a warning, once."""
+    (tmp_path / "net.py").write_text(
+        "import keras, pathlib\n"
+        "from keras import layers\n"
+        "width, activation = pathlib.Path(__file__).with_suffix('.txt').read_text().split()\n"
+        "def build():\n"
+        "    hidden = [layers.Flatten(), layers.Dense(int(width), activation)]\n"
+        "    return keras.Sequential([keras.Input((28, 28)), *hidden, layers.Dense(10, 'softmax')])\n"
+    )
+
+    def train(epochs, described):
+        (tmp_path / "net.txt").write_text(described)
+        words = [
+            "model=keras",
+            "model.factory=net:build",
+            *digits,
+            f"trainer.epochs={epochs}",
+            f"run_dir={tmp_path}/run",
+        ]
+        return run_job(job, *words, cwd=tmp_path, launcher="srun" if job == HOROVOD else None)
+
+    assert [result.returncode for result in train(1, "4 relu")] == [0] * job[1]
+    results = train(2, "5 relu")
+    assert [result.returncode for result in results] == [EXIT_USER_ERROR] * job[1]
+    assert "builds a network with 3985 weights now (to train + others); that of the run to resume has 3190;" in (
+        results[0].stderr
+    )
+    results = train(2, "4 tanh")
+    assert [result.returncode for result in results] == [0] * job[1], results[0].stderr
+    assert (
+        sum(result.stdout.count("WARNING: model.factory=net:build: builds another network") for result in results) == 1
+    )
