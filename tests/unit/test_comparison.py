@@ -277,3 +277,13 @@ def test_predictions_that_do_not_fit_each_other():
 def test_bits_take_an_eighth_of_a_byte():
     content = create_predictions(np.random.default_rng(0).random(10_000) < 0.9).to_bytes()
     assert len(content) < 10_000 / 8 + 3000
+
+
+def test_a_run_of_an_earlier_version_did_what_newer_keys_mean():
+    """Its configuration has no such keys; the second run has them with these values, the third with others."""
+    records = [create_record(name) for name in "abc"]
+    for record, schedule, smoothing in zip(records[1:], ("constant", "cosine"), (0.0, 0.1), strict=True):
+        record.config.update({"learning_rate": {"schedule": schedule}, "loss": {"label_smoothing": smoothing}})
+        record.config.update({"gradient_clip_norm": None, "augment": {"name": "none"}})
+    assert Comparison.of(records[:2]).keys == ()
+    assert set(Comparison.of(records).keys) == {"learning_rate.schedule", "loss.label_smoothing"}

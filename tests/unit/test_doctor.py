@@ -29,7 +29,13 @@ from mnist_dist.doctor.checks.software import (
     check_variables,
     digest_of,
 )
-from mnist_dist.doctor.checks.storage import check_dataset, check_folder, check_shared_lock, describe_mount
+from mnist_dist.doctor.checks.storage import (
+    check_dataset,
+    check_folder,
+    check_pretrained,
+    check_shared_lock,
+    describe_mount,
+)
 from mnist_dist.doctor.children.devices import _choices
 from mnist_dist.doctor.finding import Finding, RankReport
 from mnist_dist.doctor.merge import merge
@@ -588,6 +594,17 @@ def data_of(*overrides):
 )
 def test_the_data_set(overrides, outcome, expected):
     check(check_dataset(data_of(*overrides), outcome), *expected)
+
+
+def test_pretrained_weights_are_looked_for(tmp_path):
+    model = compose_config(f"model.pretrained='{tmp_path / 'model.keras'}'").model
+    (found,) = check_pretrained(model)
+    check(
+        found, "error", f"model.pretrained={tmp_path / 'model.keras'}: no such file", "give the path of a model.keras"
+    )
+    (tmp_path / "model.keras").touch()
+    assert check_pretrained(model) == []
+    assert check_pretrained(compose_config().model) == []
 
 
 VERDICTS = {"num_layers": 3, "num_parameters": 1234, "refused": "", "fast_only": "", "code": "ab" * 32}

@@ -550,3 +550,29 @@ def test_pretrained_weights_of_a_network_that_is_frozen_now(tmp_path):
     for one, other in zip(found.model.get_weights(), weights, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
     assert len(found.vectors()[1]) == 6 + 6  # averages, and what is frozen
+
+
+@keras.saving.register_keras_serializable("tests")
+class Forgetful(keras.Model):
+    """Its `call` does not know whether it is training."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.flatten, self.drop = layers.Flatten(), layers.Dropout(0.3, name="drop")
+        self.probabilities = layers.Dense(NUM_CLASSES, activation="softmax", name="probabilities")
+
+    def call(self, images):
+        return self.probabilities(self.drop(self.flatten(images)))
+
+
+def test_layers_that_are_not_told_that_they_are_training_say_so():
+    model = Forgetful()
+    model(np.zeros((1, *IMAGE_SHAPE), np.float32))
+    told = network(layers.Dropout(0.3, name="drop"))
+    reasons = [
+        {one.layer: one.reason for one in judge_layers(FlatModel(one, image_shape=IMAGE_SHAPE))}
+        for one in (model, told)
+    ]
+    assert reasons[0]["drop"].startswith("does as in inference: no `call` above it has the argument training")
+    assert reasons[0]["probabilities"] == "each image by itself"
+    assert reasons[1]["drop"] == "drops by (seed, step, layer, position in the batch)"

@@ -12,7 +12,7 @@ import pytest
 
 from mnist_dist.report.comparison import Comparison
 from mnist_dist.report.comparison_page import build_comparison_page
-from mnist_dist.report.run_page import build_run_page
+from mnist_dist.report.run_page import _defaults, build_run_page
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.results.page import printable
 from mnist_dist.results.predictions import Mistakes, Predictions, SplitPredictions
@@ -218,6 +218,13 @@ def test_what_is_not_the_default_comes_first():
     keys = ["".join(row[0].itertext()) for row in table]
     assert keys == ["seed", "optimizer.name", "trainer.epochs", "plots.reference"]
     assert ["".join(cell.itertext()) for cell in table[0]] == ["seed", "3", "0"]
+
+
+def test_defaults_are_those_of_the_choices():
+    values = {"model.name": "keras", "model.factory": "net:build", "augment.name": "affine", "optimizer.name": "adamw"}
+    found = _defaults(values)
+    assert (found["augment.max_degrees"], found["optimizer.weight_decay"]) == (10.0, 0.004)
+    assert (found["model.name"], found["augment.name"], found["optimizer.name"]) == ("mlp", "none", "adam")
 
 
 def test_progress_has_stops_losses_and_resumes():
