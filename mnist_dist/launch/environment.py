@@ -7,9 +7,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.horovodrun import HOROVOD_NAMES, read_horovodrun
+from mnist_dist.launch.losses import LOSSES_VARIABLE
 from mnist_dist.launch.slurm import read_slurm_job, read_slurm_step
 from mnist_dist.launch.tf_config import read_tf_config
 from mnist_dist.launch.topology import Alone, Topology
@@ -65,6 +67,7 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),  # empty: no GPUs
         cpus_per_task=cpus or None if not isinstance(topology.launcher, Alone) else None,
         slurm=read_slurm_job(env),
+        losses=Path(env[LOSSES_VARIABLE]) if LOSSES_VARIABLE in env else None,
     )
 
 

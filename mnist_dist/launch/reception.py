@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.wire import MAX_GREETING, Message, Wire
 from mnist_dist.launch.ports import share_port
-from mnist_dist.launch.topology import SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import Step, TFConfig, Topology
 
 FIRST_TOPIC = "start"
 READ_TIMEOUT_S = 5.0
@@ -125,7 +125,7 @@ def job_id(topology: Topology) -> str:
     parts: tuple[str, ...] = ()
     if isinstance(topology.launcher, TFConfig):
         parts = topology.launcher.addresses
-    elif isinstance(topology.launcher, SlurmStep):
+    elif isinstance(topology.launcher, Step):
         parts = (topology.launcher.step_id, *topology.launcher.hosts)
     return hashlib.sha256(",".join(parts).encode()).hexdigest()
 

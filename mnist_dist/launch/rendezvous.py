@@ -20,7 +20,7 @@ from mnist_dist.launch.address import join_address, split_address
 from mnist_dist.launch.ports import hold_free_port, listen, share_port
 from mnist_dist.launch.reception import FIRST_TOPIC, READ_TIMEOUT_S, Reception
 from mnist_dist.launch.store import exchange_over_store
-from mnist_dist.launch.topology import Alone, HorovodRun, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import Alone, HorovodRun, Step, TFConfig, Topology
 from mnist_dist.launch.visit import describe_listener, visit
 
 
@@ -111,7 +111,7 @@ class Rendezvous:
                 reception, self._at_own_port = self._at_own_port, None
                 stack.enter_context(reception.end())
             else:
-                assert isinstance(launcher, SlurmStep), launcher  # horovodrun's processes have no such addresses
+                assert isinstance(launcher, Step), launcher  # horovodrun's processes have no such addresses
                 held = stack.enter_context(hold_free_port())
                 own = join_address(launcher.hosts[topology.rank], held.getsockname()[1])
                 addresses = self.exchange(own, topic="addresses")

@@ -5,7 +5,7 @@ import re
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.address import host_name
-from mnist_dist.launch.topology import SlurmJob, SlurmStep, Topology
+from mnist_dist.launch.topology import SlurmJob, Step, Topology
 from mnist_dist.launch.variables import MAX_ID, MAX_PROCESSES, Variables, printable
 
 _NODES = r"(?:[A-Za-z0-9._-]|\[[0-9,-]+\])+"
@@ -40,7 +40,7 @@ def read_slurm_step(env: Variables) -> Topology:
     # The ports are derived from the numbers of job and step, so that all ranks know them.
     first = job * 31 + step
     ports = [_FIRST_PORT + (first + number * _PORT_STEP) % _NUM_PORTS for number in range(_NUM_ADDRESSES)]
-    launcher = SlurmStep(
+    launcher = Step(
         hosts=tasks,
         meeting_addresses=tuple(f"{hosts[0]}:{port}" for port in ports),
         step_id=f"{job}.{step}.{restarts}",

@@ -6,6 +6,7 @@ Plain values; `environment.read_topology` reads them from the environment variab
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from mnist_dist.launch.address import split_address
@@ -45,21 +46,20 @@ class TFConfig:
 
 
 @dataclass(frozen=True)
-class SlurmStep:
-    """srun, which tells the hosts but no ports: the ranks pick free ones when they need them."""
-
-    name: ClassVar[str] = "slurm"
-    rank_variable: ClassVar[str] = "SLURM_PROCID"
+class Step:
+    """srun, or another launcher that tells the hosts but no ports: the ranks pick free ones when they need them."""
 
     hosts: tuple[str, ...]
     """The host of every rank."""
     meeting_addresses: tuple[str, ...]
     """`host:port` on rank 0's host, the same on every rank; rank 0 waits for the others at the first free one."""
     step_id: str
-    """Distinguishes these processes from all others on those hosts: `job.step.restarts`."""
+    """Distinguishes these processes from all others on those hosts; under Slurm `job.step.restarts`."""
+    name: str = "slurm"
+    rank_variable: str = "SLURM_PROCID"
 
 
-Launcher = Alone | HorovodRun | TFConfig | SlurmStep
+Launcher = Alone | HorovodRun | TFConfig | Step
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Topology:
     """Cores per task, if Slurm was given `--cpus-per-task`."""
     slurm: SlurmJob | None = None
     """The Slurm job that this process runs in, whatever the launcher."""
+    losses: Path | None = None
+    """Where the launcher has noted what this job has lost already (`losses.read_losses`), if it does."""
 
     @classmethod
     def of_hosts(cls, launcher: Launcher, hosts: tuple[str, ...], *, rank: int) -> "Topology":
@@ -123,8 +125,8 @@ class Topology:
         """Where a rank runs, as the launcher tells it; empty if it does not."""
         if isinstance(self.launcher, TFConfig):
             return split_address(self.launcher.addresses[rank])[0]
-        return self.launcher.hosts[rank] if isinstance(self.launcher, SlurmStep) else ""
+        return self.launcher.hosts[rank] if isinstance(self.launcher, Step) else ""
 
     def node_name(self) -> str:
         """This machine as its launcher calls it: the name that `sbatch --exclude` wants may differ from its own."""
-        return self.host_of(self.rank) if isinstance(self.launcher, SlurmStep) else socket.gethostname()
+        return self.host_of(self.rank) if isinstance(self.launcher, Step) else socket.gethostname()

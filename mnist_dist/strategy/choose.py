@@ -8,7 +8,7 @@ import tensorflow as tf
 from mnist_dist.base.errors import UserError
 from mnist_dist.config.devices import StrategyConfig
 from mnist_dist.launch.rendezvous import Rendezvous
-from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import HorovodRun, Step, TFConfig, Topology
 from mnist_dist.strategy.base import SingleDevice, Strategy
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _choose_automatically(topology: Topology, *, num_gpus: int, has_horovod: boo
         return "horovod", "HOROVOD_RANK is set"
     if topology.world_size > 1:
         started = f"{topology.world_size} processes were started by {topology.launcher.name}"
-        if isinstance(topology.launcher, SlurmStep):  # Horovod can start among its tasks too
+        if isinstance(topology.launcher, Step):  # Horovod can start among its tasks too
             if has_horovod:
                 return "horovod", f"{started}, and Horovod is installed"
             return "multiworker", f"{started}, and Horovod is not installed"

@@ -13,7 +13,7 @@ from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.launch.gpus import own_share
 from mnist_dist.launch.interfaces import check_interface, interface_towards, resolve
 from mnist_dist.launch.rendezvous import Rendezvous
-from mnist_dist.launch.topology import SlurmStep, Topology
+from mnist_dist.launch.topology import Step, Topology
 from mnist_dist.strategy.base import SingleDevice
 
 # Horovod's own settings, measured for one message per step between 2 CPU ranks: without its cache of agreed names,
@@ -54,7 +54,7 @@ class Horovod(SingleDevice):
         if gpus:
             tf.config.set_visible_devices(gpus[own_share(len(gpus), topology)[0]], "GPU")
         _settle_variables(topology)
-        if isinstance(topology.launcher, SlurmStep):
+        if isinstance(topology.launcher, Step):
             self._server = _launch(rendezvous, topology.launcher.hosts)
         self._hvd.init()
         super().__init__()

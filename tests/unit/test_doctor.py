@@ -42,7 +42,7 @@ from mnist_dist.doctor.merge import merge
 from mnist_dist.doctor.probe import Outcome
 from mnist_dist.doctor.sources import Sources
 from mnist_dist.doctor.table import summarize, to_json, verdict
-from mnist_dist.launch.topology import HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import HorovodRun, SlurmJob, Step, TFConfig, Topology
 from mnist_dist.launch.variables import Variables
 
 
@@ -54,7 +54,7 @@ def answered(code=0, stderr="", stdout=None, **answers) -> Outcome:
 
 EXPIRED = Outcome(None, "", "", 30)
 SLURM = SlurmJob("7", "n[1-2]")
-STEP = SlurmStep(("n1", "n2"), ("n1:20000",), "7.0.0")
+STEP = Step(("n1", "n2"), ("n1:20000",), "7.0.0")
 
 
 def check(finding, status, found, fix="") -> None:

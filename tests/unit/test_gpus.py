@@ -3,7 +3,7 @@ import tensorflow as tf
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.gpus import own_share, visible_uuids
-from mnist_dist.launch.topology import HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import HorovodRun, SlurmJob, Step, TFConfig, Topology
 from mnist_dist.strategy.mirrored import Mirrored
 from mnist_dist.strategy.multiworker import create_resolver
 
@@ -38,7 +38,7 @@ def test_fewer_gpus_than_processes():
     with pytest.raises(UserError, match="4 processes on this machine but 2 GPUs"):
         own_share(2, Topology(HorovodRun(), 2, 4, 2, 4))
     with pytest.raises(UserError, match=r"slurm/train\.sh: #SBATCH --ntasks-per-node=2"):
-        own_share(2, Topology(SlurmStep(("a",) * 4, ("a:1",), "7.0.0"), 2, 4, 2, 4, slurm=SlurmJob("7", "a")))
+        own_share(2, Topology(Step(("a",) * 4, ("a:1",), "7.0.0"), 2, 4, 2, 4, slurm=SlurmJob("7", "a")))
 
 
 def test_fewer_gpus_than_asked_for(monkeypatch):

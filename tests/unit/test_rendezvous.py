@@ -14,7 +14,7 @@ from mnist_dist.launch.address import split_address
 from mnist_dist.launch.ports import hold_free_port, listen
 from mnist_dist.launch.reception import RankTaken
 from mnist_dist.launch.rendezvous import Rendezvous
-from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import HorovodRun, Step, TFConfig, Topology
 
 
 @pytest.fixture(params=["127.0.0.1", "[::1]"])
@@ -279,7 +279,7 @@ def test_a_process_that_is_started_again_while_the_others_wait(last, addresses, 
 
 
 def rendezvous_under_slurm(rank, hosts, meeting_addresses, *, job="7", timeout_s=20.0) -> Rendezvous:
-    topology = Topology(SlurmStep(tuple(hosts), tuple(meeting_addresses), job), rank, len(hosts))
+    topology = Topology(Step(tuple(hosts), tuple(meeting_addresses), job), rank, len(hosts))
     return Rendezvous(topology, timeout_s=timeout_s)
 
 

@@ -2,14 +2,14 @@ import pytest
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.launch.interfaces import interface_towards
-from mnist_dist.launch.topology import HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import HorovodRun, SlurmJob, Step, TFConfig, Topology
 from mnist_dist.strategy.choose import choose_strategy
 from mnist_dist.strategy.horovod import describe_process
 
 ONE = Topology()
 HOROVOD = Topology(HorovodRun("h:5"), rank=1, world_size=2, local_rank=1, local_size=2)
 HOROVOD_ALONE = Topology(HorovodRun())
-SLURM = Topology(SlurmStep(("a", "b"), ("a:1",), "7.0.0"), rank=0, world_size=2, slurm=SlurmJob("7", "[a-b]"))
+SLURM = Topology(Step(("a", "b"), ("a:1",), "7.0.0"), rank=0, world_size=2, slurm=SlurmJob("7", "[a-b]"))
 TF_CONFIG = Topology(TFConfig(("a:1", "b:1")), rank=0, world_size=2)
 
 
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused(name, topology, fragments):
 def test_what_horovod_is_given_under_slurm():
     """Three nodes with 2, 1 and 2 processes: two nodes have a second process."""
     hosts = ("a", "a", "b", "c", "c")
-    launcher = SlurmStep(hosts, ("a:1",), "7.0.0")
+    launcher = Step(hosts, ("a:1",), "7.0.0")
     topologies = [Topology.of_hosts(launcher, hosts, rank=rank) for rank in range(5)]
     places = [(topology.rank, topology.local_rank, topology.local_size) for topology in topologies]
     assert places == [(0, 0, 2), (1, 1, 2), (2, 0, 1), (3, 0, 2), (4, 1, 2)]

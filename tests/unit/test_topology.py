@@ -8,7 +8,7 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.launch.address import split_address
 from mnist_dist.launch.environment import read_topology
 from mnist_dist.launch.slurm import expand_node_list, expand_task_counts
-from mnist_dist.launch.topology import Alone, HorovodRun, SlurmJob, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import Alone, HorovodRun, SlurmJob, Step, TFConfig, Topology
 
 
 def tf_config(*addresses, index=0) -> dict[str, str]:
@@ -66,9 +66,9 @@ def test_tf_config_with_a_chief():
         assert read_topology({"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}).rank == rank
 
 
-def read_slurm_step(**changed) -> SlurmStep:
+def read_slurm_step(**changed) -> Step:
     launcher = read_topology({**SLURM, **changed}).launcher
-    assert isinstance(launcher, SlurmStep)
+    assert isinstance(launcher, Step)
     return launcher
 
 

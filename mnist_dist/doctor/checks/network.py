@@ -11,7 +11,7 @@ from mnist_dist.doctor.finding import Finding
 from mnist_dist.doctor.probe import Outcome
 from mnist_dist.launch.address import split_address
 from mnist_dist.launch.ports import OWN_PORTS
-from mnist_dist.launch.topology import HorovodRun, SlurmStep, TFConfig, Topology
+from mnist_dist.launch.topology import HorovodRun, Step, TFConfig, Topology
 from mnist_dist.launch.variables import Variables, printable
 
 _HOSTS_FILE = "correct /etc/hosts: the line of this name should have the address of the network, not 127.0.1.1"
@@ -21,7 +21,7 @@ def job_hosts(topology: Topology) -> list[str]:
     """The hosts of all ranks, as far as the launcher tells; each once."""
     launcher = topology.launcher
     hosts: Sequence[str] = ()
-    if isinstance(launcher, SlurmStep):
+    if isinstance(launcher, Step):
         hosts = launcher.hosts
     elif isinstance(launcher, TFConfig):
         hosts = [split_address(address)[0] for address in launcher.addresses]
