@@ -26,17 +26,29 @@ fi
 
 strategy=auto
 run_dir=
-arguments=()
+arguments=() # for mnist_dist
+options=()   # for the script: its own settings, where it has them
 for argument in "$@"; do
     argument=${argument//%a/${SLURM_ARRAY_TASK_ID:-%a}} # seed=%a: the number of the array's task
     case $argument in
+        min_nodes=* | spare_nodes=*)
+            if [[ -v ${argument%%=*} ]]; then
+                [[ $argument =~ ^[a-z_]+=[0-9]{1,6}$ ]] || fail "$argument: must be a whole number"
+                options+=("$argument")
+                printf -v "${argument%%=*}" %s "${argument#*=}"
+                continue
+            fi
+            ;;
         strategy=*) strategy=${argument#*=} ;;
         run_dir=* | +run_dir=* | ++run_dir=*) run_dir=${argument#*=} ;;
     esac
     arguments+=("$argument")
 done
 
-nodes=$SLURM_JOB_NUM_NODES
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+nodes=$((${#hosts[@]} - ${spare_nodes:-0}))
+((nodes >= 1 && nodes >= ${min_nodes:-1})) || fail "the job has ${#hosts[@]} node(s), with" \
+    "spare_nodes=${spare_nodes:-0} and min_nodes=${min_nodes:-1}; give sbatch --nodes=N, the spare nodes included"
 gpus=${SLURM_GPUS_ON_NODE:-0}
 per_node=${SLURM_NTASKS_PER_NODE:-1}
 case $strategy in
@@ -65,11 +77,20 @@ id=$SLURM_JOB_ID
 
 # --- srun ---------------------------------------------------------------------
 
-layout=(
-    --mpi=none --distribution=block
-    --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" --cpus-per-task="$per_task"
-)
 export PYTHONUNBUFFERED=1 # each line goes into the log at once (srun --unbuffered would pretend a terminal)
+# Only who knows it may connect to the processes (docs/security.md).
+MNIST_DIST_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export MNIST_DIST_SECRET
+
+# Options of srun for the processes on these nodes, in `layout`.
+lay_out() {
+    local IFS=,
+    layout=(
+        --mpi=none --distribution=block --overlap --nodes="$#" --nodelist="$*"
+        --ntasks="$(($# * per_node))" --ntasks-per-node="$per_node" --cpus-per-task="$per_task"
+    )
+}
+lay_out "${hosts[@]:0:nodes}"
 
 log=/proc/$$/fd/2 # where srun reports how each process ended
 [[ -f $log ]] || log=/dev/null
@@ -87,34 +108,61 @@ ends_of_tasks() {
 
 # --- one step of the job, and what its end means ------------------------------
 
-# Start `python ARGUMENTS` in all processes, and wait for them; sets `code`.
+# srun ends the other processes when one fails, but waits long for those on a node that does not answer. Seconds.
+settle_s=60     # from the first end of a process to the end of the step
+settle_lost_s=5 # the same, if that process was killed, or has lost another one
+
+asked= # to stop, by a signal to this script
+srun=  # the process of the step
+
+# Slurm signals the processes and not this shell, but for --signal=B:..., scancel --batch and the like: pass it on.
+trap 'asked=yes; kill -USR2 "$srun" 2>/dev/null || true' TERM USR2
+
+# Start `python ARGUMENTS` in all processes, and wait for them; sets `code`, and when the first one ended in `ended_at`.
 run_step() {
+    local first='' due_s=0
+    log_size=$(stat --dereference --format=%s "$log")
     # No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/launch/slurm.py). When one fails,
     # srun ends the others.
-    srun "${layout[@]}" --kill-on-bad-exit=1 ${srun_options[@]+"${srun_options[@]}"} \
+    srun "${layout[@]}" --job-name=training --kill-on-bad-exit=1 ${srun_options[@]+"${srun_options[@]}"} \
         ${launcher[@]+"${launcher[@]}"} "$python" "$@" &
     srun=$!
-    # Slurm signals the processes and not this shell, but for --signal=B:..., scancel --batch and the like: pass it on.
-    trap 'signalled=yes; kill -USR2 "$srun" 2>/dev/null || true' TERM USR2
-    signalled=yes
-    while [[ -n $signalled ]]; do # a signal ends the waiting
-        signalled='' code=0
-        wait "$srun" || code=$?
+    while kill -0 "$srun" 2>/dev/null; do
+        sleep 1 &
+        wait "$!" || true # a signal ends the waiting
+        if [[ -z $first ]]; then
+            first=$(ends_of_tasks | head --lines=1)
+            ended_at=$(date +%s) due_s=$((SECONDS + settle_s))
+            [[ $first != *" exit code 76" && $first != *": Killed" ]] || due_s=$((SECONDS + settle_lost_s))
+        elif ((SECONDS >= due_s)); then
+            end_step
+            break
+        fi
     done
-    trap '' TERM USR2 # a job that is being requeued gets these too; the lines below must reach the log
+    code=0
+    wait "$srun" 2>/dev/null || code=$? # bash would report a KILL
+    srun=
 }
 
-# Why the step ended with `code`, in `reason`; ends this script where the same would only happen again, or the job is not
-# running any more.
-find_reason() {
-    local ends first failed state
+# End the processes on the nodes that answer, and srun.
+end_step() {
+    local step name
+    while read -r step name; do
+        [[ $name != training ]] || scancel "$SLURM_JOB_ID.${step##*.}" 2>/dev/null || true
+    done < <(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' 2>/dev/null || true)
+    sleep 1
+    kill -KILL "$srun" 2>/dev/null || true
+}
+
+# What the end of the step means, in `fate` and `reason`; ends this script if the job is not running any more.
+judge() {
+    local ends failed state
     # srun exits with the highest of the exit codes, which may be that of a process that was ended because of another
     # one. The cause is in the first line of "srun: error: node7: task 3: Killed", "tasks 0,2: Exited with exit code 75".
     ends=$(ends_of_tasks)
     [[ -z ${outlives_oom:-} ]] || ends=$(grep -v "Out Of Memory" <<<"$ends" || true)
-    first=${ends%%$'\n'*}
-    case $first in
-        *" exit code "*) code=${first##* } ;;
+    case ${ends%%$'\n'*} in
+        *" exit code "*) code=${ends%%$'\n'*} code=${code##* } ;;
         *": Terminated"*) code=143 ;;
         *": User defined signal 2"*) code=140 ;;
         ?*) code=137 ;; # killed by another signal
@@ -123,32 +171,45 @@ find_reason() {
     if ((code < 128)) && failed=$(grep -oE ' exit code [12]$' <<<"$ends"); then
         code=${failed##* }
     fi
-    case $code in
-        75 | 130 | 140 | 143) reason="stopped on request" ;; # the signals: before the processes listened to them
-        *)
-            # Wrong input, a failed training or too little memory would only fail again.
-            ((code == 76 || code > 128)) && [[ $ends != *"Out Of Memory"* ]] || exit "$code"
-            reason="a process of the job was lost"
-            ;;
-    esac
+    if [[ -n $asked ]] || ((code == 75 || code == 130 || code == 140 || code == 143)); then
+        fate=stopped reason="stopped on request" # the signals: before the processes listened to them
+    elif ((code == 76 || code > 128)) && [[ $ends != *"Out Of Memory"* ]]; then
+        fate=lost reason="a process of the job was lost"
+    else
+        fate=failed reason= # wrong input, a failed training or too little memory: it would only fail again
+    fi
     # Cancelled by the user, or already requeued by Slurm itself (preemption, a lost node)?
     state=$(scontrol --oneliner show job "$id" | grep -oE 'JobState=[A-Z_]+' || true)
     [[ ${state:-JobState=RUNNING} == JobState=RUNNING ]] || exit "$code"
 }
 
-# Put the job back into the queue, and end this script; at most `max_requeues` times from the same PLACE. It will RESUME.
+# Put the job back into the queue; at most `max_requeues` times from the same PLACE. It will RESUME.
 put_back() {
     local place=$1 resume=$2 requeues count why_not
+    trap '' TERM USR2 # a job that is being requeued gets these; the lines below must reach the log
     requeues=runs/job-$id.requeues # a line for each
-    ((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$requeues"
+    ((${SLURM_RESTART_COUNT:-0} > 0)) || [[ -n ${is_guard:-} ]] || rm -f "$requeues"
     count=$(grep -c ", $place\$" "$requeues" 2>/dev/null || true)
     if ((${count:-0} >= max_requeues)); then
         why_not="it was ${count:-0} time(s) already, with $place; max_requeues=$max_requeues in $script"
     elif why_not=$({ mkdir -p runs && echo "$(date '+%F %T') $reason, $place" >>"$requeues"; } 2>&1); then
         echo "Job $id goes back into the queue: $reason; it will $resume"
-        ! why_not=$(scontrol requeue incomplete "$id" 2>&1) || exit "$code"
+        ! why_not=$(scontrol requeue incomplete "$id" 2>&1) || return 0
     fi
     echo "error: job $id is not put back into the queue: $reason, but ${why_not:-scontrol requeue did not work}." \
-        "To $resume, with the same options of sbatch: sbatch $script$(printf ' %q' "${arguments[@]}")" >&2
-    exit "$code"
+        "To $resume, with the same options of sbatch:" \
+        "sbatch $script$(printf ' %q' ${options[@]+"${options[@]}"} "${arguments[@]}")" >&2
+    return 1
+}
+
+# --- which nodes answer -------------------------------------------------------
+
+# Those of these nodes that can start a process.
+answering() {
+    local node
+    for node; do
+        (! timeout 20 srun --mpi=none --overlap --immediate=10 --nodes=1 --ntasks=1 --cpus-per-task=1 \
+            --nodelist="$node" --job-name=probe true &>/dev/null || echo "$node") &
+    done
+    wait
 }

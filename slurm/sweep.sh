@@ -44,6 +44,8 @@ run_step -m mnist_dist.sweep "${arguments[@]}"
 ((code != 0)) || exit 0
 # Slurm says "Out Of Memory" of a task in which a training ran out of it, however the sweep went on and ended.
 outlives_oom=yes
-find_reason
+judge
+[[ $fate != failed ]] || exit "$code"
 checkpoints=("${sweep_dir//[\"\']/}"/trials/*/checkpoints/epoch-*.ckpt)
-put_back "checkpoints $(cksum <<<"${checkpoints[*]}")" "continue with $sweep_dir"
+put_back "checkpoints $(cksum <<<"${checkpoints[*]}")" "continue with $sweep_dir" || true
+exit "$code"

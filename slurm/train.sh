@@ -12,8 +12,14 @@
 #SBATCH --open-mode=append         # a requeued job appends to the same file
 #SBATCH --signal=SIGUSR2@90        # the processes are warned 90 s before the time is up
 #SBATCH --requeue                  # the job may be requeued
-# A job that was stopped on request (preemption, the time is nearly up) or lost a process is requeued, and resumes from
-# its last checkpoint; but at most this many times from the same checkpoint. 0: never.
+#SBATCH --no-kill                  # when a node is lost, the job keeps the others
+# A job that has lost a process or a node goes on with the nodes that answer, from its last checkpoint, if these are at
+# least so many. These two may also be given as arguments: sbatch --nodes=3 slurm/train.sh spare_nodes=1
+min_nodes=1
+# So many of the job's nodes wait until one is lost, and take its place.
+spare_nodes=0
+# A job that was stopped on request (preemption, the time is nearly up), or cannot go on after a loss, is requeued, and
+# resumes from its last checkpoint; but at most this many times from the same checkpoint. 0: never.
 max_requeues=5
 set -euo pipefail
 
@@ -26,16 +32,111 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 # shellcheck source-path=SCRIPTDIR/.. source=slurm/common.sh
 source slurm/common.sh # the site, how many processes, and the number of the job
 [[ -n $run_dir ]] || arguments+=("run_dir=${run_dir:=runs/job-$id}")
+folder=${run_dir//[\"\']/}
+export MNIST_DIST_LOSSES=$folder.losses # for the training: what was lost, a line each
+
+find_checkpoint() {
+    local files=("$folder"/checkpoints/epoch-*.ckpt)
+    checkpoint="no checkpoint"
+    [[ ! -e ${files[-1]} ]] || checkpoint=${files[-1]##*/}
+}
+
+# --- what is lost -------------------------------------------------------------
+
+# Note a loss: when, which nodes do not answer any more, and how that was noticed.
+note_loss() {
+    mkdir -p "$(dirname "$folder")"
+    printf '%s\t%s\t%s\n' "$1" "${2// /,}" "$3" >>"$MNIST_DIST_LOSSES"
+    [[ -z $2 ]] || tr ' ' '\n' <<<"$2" >>"$folder.suspects.txt" # for sbatch --exclude=./FILE
+}
+
+# Take the nodes that do not answer out of `hosts`, for all time; they are in `lost`.
+drop_lost_nodes() {
+    local host live tries=0
+    ((${#hosts[@]} > 1)) || return 0
+    # This script's own node is there: if it does not answer, it is Slurm that cannot be asked now.
+    until live=" $(answering "${hosts[@]}" | tr '\n' ' ')" && [[ $live == *" $SLURMD_NODENAME "* ]]; do
+        ((++tries < 30)) || return 0
+        sleep 10
+    done
+    for host in "${hosts[@]}"; do
+        [[ $live == *" $host "* ]] || lost+="${lost:+ }$host"
+    done
+    mapfile -t hosts < <(printf '%s\n' "${hosts[@]}" | grep --invert-match --fixed-strings --line-regexp "${lost// /$'\n'}")
+}
+
+# How the loss was noticed, in words, from the log.
+describe_loss() {
+    local how
+    how=$(logged | grep -oE 'rank [0-9]+ \([^)]*\) is gone \([^)]*\)' | head --lines=1 || true)
+    [[ -n $how ]] || how=$(logged | sed -n 's/^srun: error: //p' | head --lines=1)
+    echo "${how:-exit code $code of srun}"
+}
+
+# --- the node of this script --------------------------------------------------
+
+# It may be lost like any other, and with --no-kill the job would then live on with nobody to lead it. So a process on
+# another node waits for signs of life; without one for 30 s it puts the job back into the queue, or ends it.
+guard() {
+    is_guard=yes code=1 reason="node $own, with the batch script, does not answer"
+    while read -r -t 30 _; do :; done
+    # Has the script ended, and Slurm is just ending the job?
+    [[ -z $(answering "$own") && $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]] || return 0
+    find_checkpoint
+    note_loss "$(date +%s)" "$own" "the node of the batch script does not answer"
+    put_back "$checkpoint" "resume from $checkpoint" || scancel "$SLURM_JOB_ID"
+}
+
+guard_node=
+stand_guard() {
+    local own=$SLURMD_NODENAME host
+    for host in "${hosts[@]}"; do
+        [[ $host == "$own" ]] || break
+    done
+    [[ $host != "$own" && $host != "$guard_node" ]] || return 0
+    guard_node=$host
+    {
+        exec {quiet}<> <(:) # nothing ever comes from there
+        while ! read -r -t 5 -u "$quiet"; do echo alive; done
+    } 2>/dev/null |
+        srun --mpi=none --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --nodelist="$host" --job-name=guard bash -c "
+            $(declare -p own id script folder options arguments max_requeues MNIST_DIST_LOSSES)
+            $(declare -f find_checkpoint note_loss put_back answering guard)
+            guard
+        " &>/dev/null &
+}
 
 # --- go -----------------------------------------------------------------------
 
 echo "Job $id on $SLURM_JOB_NODELIST: $nodes node(s), $per_node process(es) on each with $per_task core(s)," \
     "$gpus GPU(s) on each, restarted ${SLURM_RESTART_COUNT:-0} time(s)"
 
-run_step -m mnist_dist.train "${arguments[@]}"
-((code != 0)) || exit 0
-find_reason
-checkpoints=("${run_dir//[\"\']/}"/checkpoints/epoch-*.ckpt)
-checkpoint="no checkpoint"
-[[ ! -e ${checkpoints[-1]} ]] || checkpoint=${checkpoints[-1]##*/}
-put_back "$checkpoint" "resume from $checkpoint"
+# shellcheck disable=SC2046  # a number each
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # the signs of life
+last= # the checkpoint at the last loss
+while :; do
+    stand_guard
+    lay_out "${hosts[@]:0:nodes}"
+    run_step -m mnist_dist.train "${arguments[@]}"
+    ((code != 0)) || exit 0
+    judge
+    lost=
+    [[ $fate == stopped ]] || drop_lost_nodes # whatever the processes say: their end may be due to a lost node
+    if [[ -n $lost ]]; then
+        fate=lost reason="lost node(s) $lost"
+    elif [[ $fate == failed ]]; then
+        exit "$code"
+    fi
+    find_checkpoint
+    if [[ $fate == lost ]]; then
+        note_loss "$ended_at" "$lost" "$(describe_loss)"
+        ((nodes <= ${#hosts[@]})) || nodes=${#hosts[@]}
+        if ((nodes >= min_nodes)) && [[ $checkpoint != "$last" && -z $asked ]]; then
+            echo "Job $id goes on with $nodes node(s): $reason; it resumes from $checkpoint"
+            last=$checkpoint
+            continue
+        fi
+    fi
+    put_back "$checkpoint" "resume from $checkpoint" || true
+    exit "$code"
+done

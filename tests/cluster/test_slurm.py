@@ -203,13 +203,19 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
 
 
 def test_a_process_is_lost(submit, long, undisturbed):
-    """First the last one, then the chief: each time the others end soon, and the job is requeued."""
+    """First the last one, then the chief: each time the others end soon, and all are started again in the same job."""
     horovodrun()
     job = submit(*long, "strategy=horovod", options=["--nodes=2", "--cpus-per-task=1"])
-    for start, rank in enumerate([1, 0]):
-        job.signal_one(rank, signal.SIGKILL, start=start)
-        wait_until(lambda times=start + 1: job.text().count("goes back into the") == times, job, timeout_s=60)
-    check_put_back(job(), 2, undisturbed, reason="a process of the job was lost")
+    for times, rank in enumerate([1, 0], start=1):
+        job.signal_one(rank, signal.SIGKILL)
+        wait_until(
+            lambda times=times: job.text().count(" goes on with 2 node(s): a process ") == times, job, timeout_s=60
+        )
+        wait_until(lambda: job.text().rpartition(" goes on with ")[2].count("\nEpoch ") >= 3, job)
+    batch = job()
+    assert (batch.state, batch.returncode, batch.num_restarts) == ("COMPLETED", 0, 0), batch.log
+    assert len(batch.summary["resumed_from_epochs"]) == 2
+    assert batch.summary["weights_sha256"] == undisturbed
 
 
 def test_a_cancelled_job_does_not_come_back(submit, long):
@@ -254,10 +260,14 @@ def quoted(command: str) -> str:
 
 
 def test_requeues_are_limited(submit):
-    """A job killed at each start before its first checkpoint is given up after some requeues, and a line says so."""
+    """A job killed at each start before its first checkpoint is given up after some requeues, and a line says so.
+
+    Each time it tries once more before it goes back into the queue.
+    """
     batch = submit("seed=3", "+x=a b", site="max_requeues=2; launcher=(bash -c 'kill -9 $$')")()
     assert (batch.state, batch.num_restarts) == ("FAILED", 2), batch.log
     assert batch.log.count("goes back into the queue: a process of the job was lost") == 2
+    assert batch.log.count(f"Job {batch.job_id} goes on with 1 node(s): a process of the job was lost; it resumes") == 3
     (line,) = [line for line in batch.log.splitlines() if line.startswith("error: ")]
     assert "it was 2 time(s) already, with no checkpoint; max_requeues=2 in slurm/train.sh" in line
     assert line.endswith(rf"sbatch slurm/train.sh seed=3 +x=a\ b run_dir=runs/job-{batch.job_id}")
@@ -280,7 +290,8 @@ def test_a_process_that_takes_too_much_memory_does_not_come_back(submit):
 
 def test_requeueing_is_not_allowed(submit):
     """The line has Slurm's own words and what to type."""
-    site = "launcher=(bash -c 'exit 75'); scontrol() { [[ $1 != requeue ]] || { echo 'Access denied' >&2; false; }; }"
+    refuses = """scontrol() { [[ $1 != requeue ]] && command scontrol "$@" || { echo 'Access denied' >&2; false; }; }"""
+    site = f"launcher=(bash -c 'exit 75'); {refuses}"
     batch = submit(site=site)()
     assert (batch.state, batch.returncode, batch.num_restarts) == ("FAILED", 75, 0), batch.log
     (line,) = [line for line in batch.log.splitlines() if line.startswith("error: ")]

@@ -71,7 +71,9 @@ class Job:
 
     def processes(self) -> list[int]:
         """The PID of each rank's process."""
-        step = f"{self.told('JobId')}.0"
+        steps = self.ask("squeue", "--noheader", "--steps", f"--jobs={self.told('JobId')}", "--format=%i %j")
+        (number,) = re.findall(r"\.(\d+) training$", steps, re.MULTILINE)
+        step = f"{self.told('JobId')}.{number}"
         found = {}
         for node in NODES:
             with contextlib.suppress(subprocess.CalledProcessError):  # a node without any of them

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes with two fake GPUs each, all on this machine, for any user.
+"""A Slurm cluster of two (or three) nodes with two fake GPUs each, all on this machine, for any user.
 
 It needs Debian's packages `slurm-wlm` and `munge` installed, but not configured or running: key,
 sockets, ports and state are the cluster's own, in its own folder, and it stops only what it started.
@@ -9,6 +9,7 @@ sockets, ports and state are the cluster's own, in its own folder, and it stops 
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 # Names that every machine resolves, to itself.
 NODES = ("127.0.0.1", "127.0.0.2")
+THREE_NODES = (*NODES, "127.0.0.3")
 _START_S = 60
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
@@ -52,6 +54,7 @@ SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1,sched_min
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+SlurmdTimeout={slurmd_timeout_s}
 SlurmdParameters=config_overrides
 MinJobAge=300
 KillWait=10
@@ -70,8 +73,11 @@ def missing_programs() -> list[str]:
 
 
 @contextlib.contextmanager
-def run_cluster() -> Iterator[dict[str, str]]:
-    """Start the cluster, yield the environment variables for its users, and stop it afterwards."""
+def run_cluster(nodes: Sequence[str] = NODES, *, slurmd_timeout_s: int = 300) -> Iterator[dict[str, str]]:
+    """Start the cluster, yield the environment variables for its users, and stop it afterwards.
+
+    Slurm gives up a node that has been silent for `slurmd_timeout_s` seconds.
+    """
     # A short path, as a socket's may have at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     processes: list[subprocess.Popen[bytes]] = []
@@ -89,7 +95,7 @@ def run_cluster() -> Iterator[dict[str, str]]:
         processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log, start_new_session=True))
 
     try:
-        _configure(folder)
+        _configure(folder, nodes, slurmd_timeout_s)
         start(
             *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={folder / 'munge.key'}"),
             *(f"--{name}-file={folder / f'munge.{name}'}" for name in ("pid", "log", "seed")),
@@ -97,9 +103,9 @@ def run_cluster() -> Iterator[dict[str, str]]:
         )
         _wait_for(lambda: (folder / "munge.socket").exists(), "munged", folder)
         start("slurmctld", "-D", "-c")
-        for node in NODES:
+        for node in nodes:
             start("slurmd", "-D", "-N", node)
-        _wait_for(lambda: _idle_nodes(environment) == len(NODES), "the nodes", folder)
+        _wait_for(lambda: _nodes_in(environment, "idle") == set(nodes), "the nodes", folder)
         yield environment
     finally:
         # Including a job that was submitted a moment ago.
@@ -132,53 +138,105 @@ def daemon_of(environment: dict[str, str], node: str) -> int:
 
 
 @contextlib.contextmanager
-def lost_node(environment: dict[str, str], node: str, number: signal.Signals) -> Iterator[None]:
-    """Signal all that runs on a node: its slurmd, the job steps' daemons and their processes; at the end kill them."""
-    tasks = [
-        pid
-        for pid in _users_of(environment["SLURM_CONF"])
-        if f"SLURMD_NODENAME={node}".encode() in _environment_of(pid)
-    ]
-    parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in tasks}
-    steps = [pid for pid in parents if _command_of(pid)[0].startswith("slurmstepd")]
-    lost = daemon_of(environment, node), *steps, *tasks
-    for pid in lost:
-        os.kill(pid, number)
+def lost_node(environment: dict[str, str], node: str, number: signal.Signals, *, spares_script=False) -> Iterator[None]:
+    """Signal all that runs on a node: its slurmd, the job steps' daemons and their processes; at the end kill them.
+
+    `spares_script`: but the batch script, what it has started itself, and slurmd.
+    """
+    lost = _processes_of(environment, node, with_script=not spares_script)
     try:
+        while lost:
+            for pid in lost:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            # Some may have been started meanwhile, or are just ending.
+            lost = [pid for pid in _processes_of(environment, node, with_script=not spares_script) if pid not in lost]
         yield
     finally:
-        for pid in lost if number != signal.SIGKILL else ():
+        for pid in _processes_of(environment, node, with_script=True) if not spares_script else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def _configure(folder: Path) -> None:
+def revive(environment: dict[str, str], node: str) -> None:
+    """Start the slurmd of a node if it was lost, and wait until Slurm uses the node again."""
+    if _processes_of(environment, node, with_script=True)[:1] and node in _nodes_in(environment, "idle,mixed"):
+        return
+    log = (Path(environment["SLURM_CONF"]).parent / "slurmd.out").open("ab")
+    subprocess.Popen(
+        [shutil.which("slurmd", path=_PATH) or "slurmd", "-D", "-N", node],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )  # ends with the cluster
+    folder = Path(environment["SLURM_CONF"]).parent
+    _wait_for(lambda: node in _nodes_in(environment, "idle,mixed"), f"node {node}", folder)
+
+
+def set_slurmd_timeout(environment: dict[str, str], seconds: int) -> None:
+    """Change after how long Slurm gives up a silent node."""
+    path = Path(environment["SLURM_CONF"])
+    path.write_text(re.sub(r"(?m)^SlurmdTimeout=.*", f"SlurmdTimeout={seconds}", path.read_text()))
+    subprocess.run(["scontrol", "reconfigure"], env=environment, timeout=60, check=True)
+
+
+def leftovers(environment: dict[str, str], node: str) -> list[str]:
+    """The commands that still run on a node, besides its slurmd."""
+    found = _processes_of(environment, node, with_script=True)
+    return [" ".join(_command_of(pid)) for pid in found if not _command_of(pid)[0].endswith("slurmd")]
+
+
+def _processes_of(environment: dict[str, str], node: str, *, with_script: bool) -> list[int]:
+    """All that runs on a node, its slurmd first."""
+    variables = {pid: _environment_of(pid) for pid in _users_of(environment["SLURM_CONF"])}
+    tasks = [pid for pid, own in variables.items() if f"SLURMD_NODENAME={node}".encode() in own]
+    if not with_script:
+        tasks = [pid for pid in tasks if any(one.startswith(b"SLURM_STEP_NODELIST=") for one in variables[pid])]
+    steps = {_parent_of(pid) for pid in tasks}
+    steps = {pid for pid in steps if pid and _command_of(pid)[0].startswith("slurmstepd")}
+    daemons = [pid for pid in variables if _command_of(pid)[-3:] == ["-D", "-N", node]] if with_script else []
+    return [*daemons, *steps, *tasks]
+
+
+def _parent_of(pid: int) -> int:
+    with contextlib.suppress(OSError):  # it has just ended
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _configure(folder: Path, nodes: Sequence[str], slurmd_timeout_s: int) -> None:
     folder.chmod(0o711)  # munged wants its clients to reach the socket
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
-    ctld_port, *node_ports = _free_ports(1 + len(NODES))
+    ctld_port, *node_ports = _free_ports(1 + len(nodes))
     host = socket.gethostname()
-    nodes = [
+    lines = [
         # More cores than a small machine has, for two nodes and jobs side by side; config_overrides allows it.
         f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port}"
         " CPUs=8 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
-        for node, port in zip(NODES, node_ports, strict=True)
+        for node, port in zip(nodes, node_ports, strict=True)
     ]
     content = _SLURM_CONF.format(
-        host=host, user=os.getuid(), folder=folder, ctld_port=ctld_port, nodes="\n".join(nodes)
+        host=host,
+        user=os.getuid(),
+        folder=folder,
+        ctld_port=ctld_port,
+        nodes="\n".join(lines),
+        slurmd_timeout_s=slurmd_timeout_s,
     )
     (folder / "slurm.conf").write_text(content)
     # Two device files that exist everywhere; nothing opens them.
-    gres = [f"NodeName={node} Name=gpu File={file}" for node in NODES for file in ("/dev/null", "/dev/zero")]
+    gres = [f"NodeName={node} Name=gpu File={file}" for node in nodes for file in ("/dev/null", "/dev/zero")]
     (folder / "gres.conf").write_text("\n".join(gres) + "\n")
 
 
-def _idle_nodes(environment: dict[str, str]) -> int:
-    command = ["sinfo", "--noheader", "--Node", "--states=idle", "--responding", "--format=%N"]
+def _nodes_in(environment: dict[str, str], state: str) -> set[str]:
+    command = ["sinfo", "--noheader", "--Node", f"--states={state}", "--responding", "--format=%N"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    return len(set(result.stdout.split()))  # of each partition
+    return set(result.stdout.split())  # of each partition
 
 
 def _num_jobs(environment: dict[str, str]) -> int:
@@ -208,7 +266,9 @@ def _environment_of(pid: int) -> list[bytes]:
 
 
 def _command_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1] or [""]
+    with contextlib.suppress(OSError):  # it has just ended
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1] or [""]
+    return [""]
 
 
 def _wait_for(condition: Callable[[], bool], what: str, folder: Path) -> None:
