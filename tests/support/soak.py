@@ -1,6 +1,8 @@
-"""Kills runs at random moments, repeats their command to the end, and compares the result with an undisturbed run's.
+"""Disturbs runs at random moments, repeats their command to the end, and compares the result with an undisturbed run's.
 
-`test_kills.py` does this with fixed seeds, `make soak` as often as you like (`python tests/support/soak.py --help`).
+All processes of a run or one of them are killed, one is frozen, the disk is full, a node of a Slurm job is lost
+(`soak_nodes.py`). `test_kills.py` does some of this with fixed seeds, `make soak` as often as you like
+(`python tests/support/soak.py --help`).
 """
 
 import argparse
@@ -10,26 +12,31 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import psutil
+import pytest
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support import soak_nodes
 from support.data import create_small_arrays
 from support.hooks import WRITE_HOOK, WriteHook
 from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, TRAIN, job_name, start_job
 from support.processes import is_alive, send
 from support.runs import Result, result_of, summary_of
+from support.soak_nodes import Loss
 
 MULTIWORKER = ("multiworker", 2)
 MAX_END_S = 60
@@ -51,32 +58,42 @@ class Difference(AssertionError):
     """A run did not resume as it should have."""
 
 
+Fault = Literal["kill", "kill one rank", "freeze one rank", "full disk"]
+"""One rank is picked at random, and the others end by themselves; a disk that is full gets room again afterwards."""
+
+
 class Scenario(NamedTuple):
-    """Which job and who in it is killed."""
+    """Which job, and what is done to it."""
 
     jobs: tuple[tuple[str, int], ...]
     """Each time the command is given it is for the next of these, and again from the first one."""
-    one_rank: bool = False
-    """Only one process, picked at random, is killed; the others end by themselves."""
+    fault: Fault = "kill"
+
+    @property
+    def of_one_rank(self) -> bool:
+        return self.fault in ("kill one rank", "freeze one rank")
 
     def __str__(self) -> str:
-        return ", then ".join(job_name(job) for job in self.jobs) + (", one rank" if self.one_rank else "")
+        return ", then ".join(job_name(job) for job in self.jobs) + ("" if self.fault == "kill" else f", {self.fault}")
 
 
 SCENARIOS = (
     Scenario((SINGLE,)),
     Scenario((MIRRORED,)),
     Scenario((HOROVOD,)),
-    Scenario((HOROVOD,), one_rank=True),
+    Scenario((HOROVOD,), "kill one rank"),
     Scenario((HOROVOD, SINGLE, MIRRORED)),
     Scenario((MULTIWORKER,)),
-    Scenario((MULTIWORKER,), one_rank=True),
+    Scenario((MULTIWORKER,), "kill one rank"),
+    Scenario((HOROVOD,), "freeze one rank"),
+    Scenario((MULTIWORKER, HOROVOD), "freeze one rank"),
+    Scenario((SINGLE, HOROVOD), "full disk"),
 )
 
 
 @dataclass
 class Kill:
-    """What was killed, and what came of it."""
+    """What was killed (or frozen, or had no room), and what came of it."""
 
     stage: str
     """As the stopped processes and their files show, whatever was aimed at."""
@@ -93,9 +110,10 @@ class Kill:
     """How long the survivors took to end."""
     hangs: bool = False
     """They did not."""
+    fault: Fault = "kill"
 
     def __str__(self) -> str:
-        who = "" if self.rank is None else f" rank {self.rank}"
+        who = ("" if self.rank is None else f" rank {self.rank}") + ("" if "kill" in self.fault else f" ({self.fault})")
         writing = f", writing {self.temporary}" if self.temporary else ""
         ended = "" if self.end_s is None else f", others ended in {self.end_s:.1f} s"
         hangs = f", OTHERS DID NOT END IN {MAX_END_S} s" if self.hangs else ""
@@ -107,6 +125,7 @@ class Attempt:
 
     def __init__(self, kind, args, folder: Path, *, hook: WriteHook | None = None, fresh: bool = False) -> None:
         """Start it; `fresh`: with its own imports, and Horovod's ranks by horovodrun instead of srun."""
+        printed_to = folder.parents[1] if folder.parent.is_mount() else folder.parent
         self.kind, self.folder, self.hook = kind, folder, hook
         self._log_begin = log_size(folder)
         self._temporaries_before = temporaries(folder)
@@ -119,7 +138,7 @@ class Attempt:
             f"run_dir={folder}",
             script=WRITE_HOOK if hook else TRAIN,
             env=hook.environment() if hook else None,
-            printed_to=folder.parent,
+            printed_to=printed_to,
             launcher="srun" if kind == HOROVOD and not fresh else None,
             fresh=fresh,
         )
@@ -187,8 +206,8 @@ class Attempt:
             return "import"
         return "epoch" if "Epoch " in self.log else "tracing"
 
-    def kill(self, rank: int | None, *, after_s: float) -> Kill | None:
-        """Kill that rank (None: all) and see the others end; returns None if there was nothing left to kill.
+    def disturb(self, rank: int | None, *, fault: Fault, after_s: float) -> Kill | None:
+        """Do it to that rank (None: all) and see the others end; returns None if there was nothing left to disturb.
 
         Raises Difference if the job has failed before.
         """
@@ -207,18 +226,28 @@ class Attempt:
             rank=rank,
             temporary=new[0] if new else None,
         )
-        killed = time.monotonic()
+        made.fault = fault
+        began = time.monotonic()
+        others = [process for process in frozen if process not in victims]
+        with contextlib.ExitStack() as stack:
+            if fault == "full disk":
+                others = frozen
+                stack.enter_context(no_room(self.folder))
+            elif fault != "freeze one rank":
+                send(victims, signal.SIGKILL)
+            if self.hook:
+                self.hook.release()
+            send(others, signal.SIGCONT)
+            while any(map(is_alive, others)):
+                if time.monotonic() - began > MAX_END_S:
+                    send(others, signal.SIGKILL)  # including those whose launcher has ended
+                    made.hangs = True
+                time.sleep(0.005)
+        if (rank is not None or fault == "full disk") and not made.hangs:
+            made.end_s = time.monotonic() - began
         send(victims, signal.SIGKILL)
-        if self.hook:
-            self.hook.release()
-        send(frozen, signal.SIGCONT)
-        while any(map(is_alive, frozen)) or self.is_running:
-            if time.monotonic() - killed > MAX_END_S:
-                send(frozen, signal.SIGKILL)  # including those whose launcher has ended
-                made.hangs = True
+        while self.is_running:
             time.sleep(0.005)
-        if rank is not None and not made.hangs:
-            made.end_s = time.monotonic() - killed
         return made if victims else None
 
     def finish(self) -> None:
@@ -299,8 +328,27 @@ def draw_target(scenario: Scenario, stage: str, size: int, *, seed: str) -> Targ
         file = generator.choice(RESULTS)
     part = round(generator.random(), 3)
     moment = generator.choice([part, part, 1.0, "renamed"])
-    rank = generator.randrange(size) if scenario.one_rank else None
+    rank = generator.randrange(size) if scenario.of_one_rank else None
     return Target(stage, rank, file, moment, generator.random(), generator.random())
+
+
+@contextlib.contextmanager
+def no_room(folder: Path) -> Iterator[None]:
+    """Fill the file system of a folder, all but a few bytes, while the block runs."""
+    filler = folder.parent / "filler"
+    with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(bytes(4096)):
+            pass
+    yield
+    filler.unlink()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """While the block runs the folder is a small file system in memory, which only root can mount."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=True)
+    yield
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def wait_for(attempt: Attempt, target: Target, *, epoch: int) -> float:
@@ -334,14 +382,17 @@ def run_round(scenario: Scenario, stages, *, seed: int, args, expected: Result, 
         epoch = reached + 1 + int(target.ahead * max(0, NUM_EPOCHS - 2 - reached) / max(1, num_ahead))
         hook = None
         if target.file:
-            hook = WriteHook(target.file.format(epoch), target.moment, signs=folder.parent / f"signs-{number}")
-            hook.signs.mkdir()
+            signs = Path(tempfile.mkdtemp(prefix="signs-"))
+            hook = WriteHook(target.file.format(epoch), target.moment, signs=signs)
         was_finished = (folder / "summary.json").exists()
         attempt = Attempt(job, args, folder, hook=hook, fresh=target.stage in FRESH_STAGES)
         try:
-            made = attempt.kill(target.rank, after_s=wait_for(attempt, target, epoch=epoch))
+            after_s = wait_for(attempt, target, epoch=epoch)
+            made = attempt.disturb(target.rank, fault=scenario.fault, after_s=after_s)
         finally:
             attempt.close()
+            if hook:
+                shutil.rmtree(hook.signs)
         attempt.check()
         if made is not None:
             yield made
@@ -378,66 +429,113 @@ def resumed_after(folder: Path) -> list[int]:
 
 
 def describe(kills) -> str:
-    """How many kills hit which stage, in total and per scenario's job, and the longest end."""
+    """How often which stage was hit, in total and per scenario's job, and the longest end."""
     rows: dict[str, list[Kill]] = {"all": kills}
     for made in kills:
-        rows.setdefault(made.job + ("" if made.rank is None else ", one rank"), []).append(made)
-    lines = [f"{'':24}{'kills':>6}" + "".join(f"{stage:>10}" for stage in STAGES)]
+        rows.setdefault(made.job + ("" if made.fault == "kill" else f", {made.fault}"), []).append(made)
+    lines = [f"{'':32}{'faults':>6}" + "".join(f"{stage:>10}" for stage in STAGES)]
     for name, made in rows.items():
         counts = Counter(one.stage for one in made)
-        lines.append(f"{name:24}{len(made):6}" + "".join(f"{counts[stage]:10}" for stage in STAGES))
-    if ends := [one.end_s for one in kills if one.end_s is not None]:
-        lines.append(f"The last survivor ended at most {max(ends):.1f} s after a kill of one rank.")
-    lines.append(f"Survivors that did not end: those of {sum(one.hangs for one in kills)} kills.")
-    lines.append(f"Kills while a file was half written: {sum(one.temporary is not None for one in kills)}.")
+        lines.append(f"{name:32}{len(made):6}" + "".join(f"{counts[stage]:10}" for stage in STAGES))
+    for fault in dict.fromkeys(one.fault for one in kills):
+        if ends := [one.end_s for one in kills if one.fault == fault and one.end_s is not None]:
+            lines.append(f"{fault}: the last survivor ended at most {max(ends):.1f} s later")
+    lines.append(f"Survivors that did not end: those of {sum(one.hangs for one in kills)} faults.")
+    lines.append(f"Faults while a file was half written: {sum(one.temporary is not None for one in kills)}.")
     return "\n".join(lines)
 
 
-def soak(options: argparse.Namespace, root: Path) -> tuple[list[Kill], Path | None]:
-    """Run round after round; returns the kills, and the folder of the run that went wrong, if one did."""
-    np.savez(root / "small.npz", **create_small_arrays())
-    args = ("data=npz", f"data.path={root / 'small.npz'}", "batch.global_size=64", f"trainer.epochs={NUM_EPOCHS}")
-    expected = run_to_end(SINGLE, args, root / "undisturbed")
-    kills: list[Kill] = []
-    end = time.monotonic() + 60 * options.minutes
-    for seed in itertools.count(options.seed):
-        if time.monotonic() > end or (options.rounds and seed == options.seed + options.rounds):
-            break
-        scenario = SCENARIOS[seed % len(SCENARIOS)]
-        if any(job[0] in options.without for job in scenario.jobs):
-            continue
-        folder = root / f"seed-{seed}" / "run"
-        folder.parent.mkdir()
-        stages = draw_stages(seed, options.kills)
+class Soak:
+    """Round after round."""
+
+    def __init__(self, options: argparse.Namespace, root: Path) -> None:
+        self._options, self._root = options, root
+        self.kills: list[Kill] = []
+        self.losses: list[Loss] = []
+
+    def run(self) -> Path | None:
+        """Returns the folder of the run that went wrong, if one did."""
+        options, root = self._options, self._root
+        np.savez(root / "small.npz", **create_small_arrays())
+        words = ("data=npz", f"data.path={root / 'small.npz'}", "batch.global_size=64")
+        (root / "undisturbed").mkdir()
+        args = (*words, f"trainer.epochs={NUM_EPOCHS}")
+        expected = run_to_end(SINGLE, args, root / "undisturbed" / "run")
+        end = time.monotonic() + 60 * options.minutes
+        with contextlib.ExitStack() as stack:
+            play = partial(self._disturb, args=args, expected=expected)
+            rounds: list[Callable[[int], None]] = [partial(play, scenario) for scenario in SCENARIOS]
+            if "slurm" not in options.without:
+                rounds += [self._prepare_nodes(stack, words)] * 3
+            for seed in itertools.count(options.seed):
+                if time.monotonic() > end or (options.rounds and seed == options.seed + options.rounds):
+                    return None
+                folder = root / f"seed-{seed}"
+                folder.mkdir()
+                try:
+                    rounds[seed % len(rounds)](seed)
+                except (AssertionError, pytest.fail.Exception) as difference:
+                    print(f"DIFFERENCE: {difference}\nOnce more: make soak SEED={seed} N=1", flush=True)
+                    return folder
+                shutil.rmtree(folder)
+        return None
+
+    def _disturb(self, scenario: Scenario, seed: int, *, args, expected: Result) -> None:
+        folder = self._root / f"seed-{seed}"
+        if any(job[0] in self._options.without for job in scenario.jobs):
+            return
         print(f"seed {seed}, {scenario}:", end=" ", flush=True)
-        try:
-            for made in run_round(scenario, stages, seed=seed, args=args, expected=expected, folder=folder):
+        stages = draw_stages(seed, self._options.kills)
+        if scenario.fault == "freeze one rank":  # each takes its time
+            stages = [stage for number, stage in enumerate(stages) if (number + seed) % 3 == 0]
+        with contextlib.ExitStack() as stack:
+            if scenario.fault == "full disk":
+                folder = folder / "disk"
+                folder.mkdir()
+                stack.enter_context(small_disk(folder))
+            run = folder / "run"
+            for made in run_round(scenario, stages, seed=seed, args=args, expected=expected, folder=run):
                 print(made, end="; ", flush=True)
-                kills.append(made)
-                if made.hangs and not options.allow_hangs:
-                    raise Difference(f"the processes that were not killed did not end within {MAX_END_S} s")
-        except Difference as difference:
-            print(f"DIFFERENCE: {difference}\nOnce more: make soak SEED={seed} N=1", flush=True)
-            return kills, folder
-        print("went on after", *resumed_after(folder), "and ended the same", flush=True)
-        shutil.rmtree(folder.parent)
-    return kills, None
+                self.kills.append(made)
+                if made.hangs and not self._options.allow_hangs:
+                    raise Difference(f"the processes that were left alone did not end within {MAX_END_S} s")
+            print("went on after", *resumed_after(run), "and ended the same", flush=True)
+
+    def _prepare_nodes(self, stack: contextlib.ExitStack, words) -> Callable[[int], None]:
+        args = (*words, f"trainer.epochs={soak_nodes.NUM_EPOCHS}")
+        expected = run_to_end(SINGLE, args, self._root / "undisturbed" / "long")
+        environment, desk = stack.enter_context(soak_nodes.cluster_with_desk(self._root))
+
+        def play(seed: int) -> None:
+            print(f"seed {seed}, three nodes under Slurm:", end=" ", flush=True)
+            losses, run = soak_nodes.lose_nodes(seed, args, environment, desk)
+            check_result(run, expected)
+            self.losses += losses
+            print(*losses, sep="; ", end="; ")
+            print("went on after", *resumed_after(run), "and ended the same", flush=True)
+
+        return play
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=0, help="number of runs to kill; 0: no end")
+    parser.add_argument("--rounds", type=int, default=0, help="number of runs to disturb; 0: no end")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--seed", type=int, default=0, help="of the first run; the next ones count up")
-    parser.add_argument("--kills", type=int, default=len(STAGES), help="kills in a run, at least those of all stages")
-    parser.add_argument("--without", nargs="*", default=[], metavar="STRATEGY", help="strategies to leave out")
+    parser.add_argument("--kills", type=int, default=len(STAGES), help="faults in a run, at least those of all stages")
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="STRATEGY", help="strategies to leave out, and slurm"
+    )
     parser.add_argument("--allow-hangs", action="store_true", help="survivors that do not end are only counted")
     root = Path(tempfile.mkdtemp(prefix="soak-"))
     began = time.monotonic()
-    kills, failed = soak(parser.parse_args(), root)
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes", describe(kills), sep="\n")
+    soak = Soak(parser.parse_args(), root)
+    failed = soak.run()
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes", describe(soak.kills), sep="\n")
+    frozen = sum(loss.number is signal.SIGSTOP for loss in soak.losses)
+    print(f"Nodes killed: {len(soak.losses) - frozen}, frozen: {frozen}")
     if failed:
-        print(f"The run that went wrong, with the output of each command: {failed.parent}")
+        print(f"The run that went wrong, with the output of each command: {failed}")
         return 1
     shutil.rmtree(root)
     return 0
