@@ -5,8 +5,10 @@ sockets, ports and state are the cluster's own, in its own folder, and it stops 
 
     python3 tests/support/slurm_cluster.py            # a shell in which sbatch, srun, squeue talk to the cluster
     python3 tests/support/slurm_cluster.py COMMAND    # or one command
+    python3 tests/support/slurm_cluster.py --nodes 3  # of three nodes
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -289,16 +291,20 @@ def _free_ports(number: int) -> list[int]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nodes", type=int, choices=[2, 3], default=2)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="by default a shell")
+    options = parser.parse_args()
     if missing := missing_programs():
         print(
             f"not installed: {', '.join(missing)}; Debian and Ubuntu: apt-get install slurm-wlm munge", file=sys.stderr
         )
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the cluster on the way out
-    with run_cluster() as environment:
-        command = sys.argv[1:] or [os.environ.get("SHELL", "/bin/sh")]
-        if not sys.argv[1:]:
-            print("A cluster of two nodes; it ends with this shell. Try: sinfo", file=sys.stderr)
+    with run_cluster(THREE_NODES[: options.nodes]) as environment:
+        if not options.command:
+            print(f"A cluster of {options.nodes} nodes; it ends with this shell. Try: sinfo", file=sys.stderr)
+        command = options.command or [os.environ.get("SHELL", "/bin/sh")]
         return subprocess.run(command, env=environment, check=False).returncode
 
 
