@@ -87,7 +87,7 @@ guard() {
     put_back "$checkpoint" "resume from $checkpoint" || scancel "$SLURM_JOB_ID"
 }
 
-guard_node=
+guard_node= sruns=()
 stand_guard() {
     local own=$SLURMD_NODENAME host
     for host in "${hosts[@]}"; do
@@ -104,6 +104,7 @@ stand_guard() {
             $(declare -f find_checkpoint note_loss put_back answering guard)
             guard
         " &>/dev/null &
+    sruns+=("$!")
 }
 
 # --- go -----------------------------------------------------------------------
@@ -111,8 +112,9 @@ stand_guard() {
 echo "Job $id on $SLURM_JOB_NODELIST: $nodes node(s), $per_node process(es) on each with $per_task core(s)," \
     "$gpus GPU(s) on each, restarted ${SLURM_RESTART_COUNT:-0} time(s)"
 
+# The signs of life, and sruns that wait for a lost node.
 # shellcheck disable=SC2046  # a number each
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # the signs of life
+trap 'kill -KILL $(jobs -p) ${sruns[@]+"${sruns[@]}"} 2>/dev/null || true' EXIT
 last= # the checkpoint at the last loss
 while :; do
     stand_guard
