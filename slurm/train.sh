@@ -87,7 +87,8 @@ guard() {
     put_back "$checkpoint" "resume from $checkpoint" || scancel "$SLURM_JOB_ID"
 }
 
-guard_node= sruns=()
+guard_node=""
+sruns=()
 stand_guard() {
     local own=$SLURMD_NODENAME host
     for host in "${hosts[@]}"; do
