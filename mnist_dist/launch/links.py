@@ -82,11 +82,9 @@ class Links(ABC):
         return thread
 
     def _open_gate(self, token: str) -> None:
-        key, host = watch_key(self._topology, token), _own_host(self._topology)
-        server = listen_anywhere(host)
-        at, port, *_ = server.getsockname()
-        # On all interfaces if this machine does not know the address by which the others reach it.
-        self.address = f"{join_address(host if at == '::' or at == '0.0.0.0' else at, port)}:{token}"
+        key = watch_key(self._topology, token)
+        server, host, port = listen_anywhere(_own_host(self._topology))
+        self.address = f"{join_address(host, port)}:{token}"
         reader, self._bell = socket.socketpair()
         self._selector.register(reader, selectors.EVENT_READ)
         self._gate = Gate(server, key, admit=self._admit, expected=self._topology.world_size)

@@ -35,14 +35,16 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def listen_anywhere(host: str) -> socket.socket:
-    """A server at `host`, as `listen` makes it, on a free port."""
-    return at_free_port(lambda port: listen(host, port))
+def listen_anywhere(host: str) -> tuple[socket.socket, str, int]:
+    """A server as `listen` makes it, on a free port; with the host and port that others need to reach it."""
+    server = _at_free_port(lambda port: listen(host, port))
+    at, port, *_ = server.getsockname()
+    return server, host if at in ("::", "0.0.0.0") else str(at), port
 
 
 def hold_free_port() -> socket.socket:
     """A socket that reserves a free port of this machine, on all interfaces, until it is closed; does not listen."""
-    return at_free_port(lambda port: _bind(port, reuse=False))
+    return _at_free_port(lambda port: _bind(port, reuse=False))
 
 
 def hold_and_listen(host: str, port: int) -> tuple[socket.socket, socket.socket]:
@@ -58,7 +60,7 @@ def hold_and_listen(host: str, port: int) -> tuple[socket.socket, socket.socket]
     return held, server
 
 
-def at_free_port(create: Callable[[int], T]) -> T:
+def _at_free_port(create: Callable[[int], T]) -> T:
     """What `create` makes of the first port of ours for which it does not raise OSError."""
     for port in random.SystemRandom().sample(OWN_PORTS, 100):
         with contextlib.suppress(OSError):
