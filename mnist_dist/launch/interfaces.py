@@ -7,6 +7,7 @@ import socket
 import psutil
 
 from mnist_dist.base.errors import EnvironmentProblem
+from mnist_dist.launch.address import is_address
 from mnist_dist.launch.topology import Topology
 
 LOOPBACK = "127.0.0.1"
@@ -35,12 +36,12 @@ def meeting_point(host: str, topology: Topology) -> str:
 
     The ranks on that host and those on others must come to the same address, from what their machines know.
     """
-    if _is_address(host):
+    if is_address(host):
         return host
     if topology.local_size == topology.world_size:
         return LOOPBACK
     found = resolve(host)
-    if not _is_address(found) or not ipaddress.ip_address(found).is_loopback:
+    if not is_address(found) or not ipaddress.ip_address(found).is_loopback:
         return found
     # Debian gives a machine's own name an address of the loopback, 127.0.1.1, where no other machine reaches it.
     others = (topology.host_of(rank) for rank in range(topology.world_size))
@@ -67,11 +68,3 @@ def _own_address(towards: str) -> str | None:
         probe.connect((towards, 9))  # sends nothing
         return str(probe.getsockname()[0])
     return None
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

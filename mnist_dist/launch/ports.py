@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mnist_dist.base.errors import EnvironmentProblem
+from mnist_dist.launch.address import is_address
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -18,15 +19,16 @@ OWN_PORTS = range(20_000, 32_768)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A server on a port of one address of this machine; on all its interfaces if it does not have that address.
+    """A server on a port of one address of this machine; raises OSError.
 
-    Raises OSError.
+    It listens on all interfaces if the machine does not have that address, or `host` is a name, whose address is unknown.
     """
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise
+    if is_address(host):
+        try:
+            return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise
     if socket.has_dualstack_ipv6():
         server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     else:

@@ -271,6 +271,59 @@ def test_a_process_of_a_job_of_another_size(addresses, hold):
     assert start([0, 1, 2], addresses, 20, chief=chief) == ALL
 
 
+OTHER_SECRET = "has another secret; set MNIST_DIST_SECRET to the same value for all processes of the job"
+
+
+@pytest.fixture
+def visitors_have_another_secret(monkeypatch):
+    monkeypatch.setattr(visit, "meeting_key", lambda topology: b"another")
+
+
+def test_a_process_with_another_secret(addresses, monkeypatch, visitors_have_another_secret):
+    """It hears that soon, and rank 0 at the end."""
+    monkeypatch.setattr(visit, "_ENDING_S", 0.5)
+    outcomes = start([0, 1], addresses[:2], 4)
+    assert re.fullmatch(rf"{re.escape(addresses[0])}: .* rank 1 in, which {OTHER_SECRET}", outcomes[1])
+    assert outcomes[0].startswith(
+        f"rank 1 ({addresses[1]}) did not come within 4 s (somebody with another secret knock"
+    )
+
+
+def test_a_spare_process_with_another_secret(addresses, hold, visitors_have_another_secret):
+    hold(0, addresses)
+    with pytest.raises(UserError, match=r"cannot listen there .*: a process with another secret has this port; end it"):
+        hold(0, addresses)
+
+
+def test_a_task_with_another_secret(visitors_have_another_secret):
+    """Another job may have the first address, so it waits for rank 0 at the next one."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    outcomes = {}
+
+    def one(rank):
+        try:
+            rendezvous_under_slurm(rank, ["127.0.0.1"] * 2, addresses, timeout_s=1.5 - rank / 2).exchange("x")
+        except UserError as error:
+            outcomes[rank] = str(error)
+
+    threads = [threading.Thread(target=one, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert re.fullmatch(rf"{addresses[0]}: .* rank 1 in, which {OTHER_SECRET}", outcomes[1])
+    assert "somebody with another secret knocked" in outcomes[0]
+
+
+def test_the_meeting_is_at_no_other_address(addresses, hold):
+    """While the port is reserved on all interfaces."""
+    hold(0, addresses)
+    port = split_address(addresses[0])[1]
+    for other in {"127.0.0.1", "127.0.0.9", "::1"} - {split_address(addresses[0])[0]}:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((other, port))
+
+
 @pytest.mark.parametrize("last", [1, 2])
 def test_a_process_that_is_started_again_while_the_others_wait(last, addresses, hold):
     """Whether it returns before or after the last of the others: a process that has gone is not counted."""
