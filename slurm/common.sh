@@ -69,6 +69,8 @@ layout=(
     --mpi=none --distribution=block
     --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" --cpus-per-task="$per_task"
 )
+# By this the processes of this start know each other (docs/security.md); od prints its 24 bytes in hexadecimal.
+export MNIST_DIST_SECRET=${MNIST_DIST_SECRET:-$(od -An -v -N24 -tx1 /dev/urandom | tr -d ' \n')}
 export PYTHONUNBUFFERED=1 # each line goes into the log at once (srun --unbuffered would pretend a terminal)
 
 log=/proc/$$/fd/2 # where srun reports how each process ended

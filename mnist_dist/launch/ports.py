@@ -21,7 +21,7 @@ OWN_PORTS = range(20_000, 32_768)
 def listen(host: str, port: int) -> socket.socket:
     """A server on a port of one address of this machine; raises OSError.
 
-    It listens on all interfaces if the machine does not have that address, or `host` is a name, whose address is unknown.
+    On all interfaces if the machine does not have that address, or `host` is a name: its address is unknown then.
     """
     if is_address(host):
         try:
