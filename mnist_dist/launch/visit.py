@@ -93,8 +93,8 @@ class _Failures:
     def _check_refused(self) -> None:
         if refused := [address for address, (kind, _) in self._seen.items() if kind is Refused]:
             raise UserError(
-                f"{', '.join(refused)}: a process of mnist_dist is there, but does not let rank {self._topology.rank} "
-                f"in, which has another secret; {SAME_FOR_ALL}"
+                f"{', '.join(refused)}: a process of mnist_dist is there, with another secret than rank "
+                f"{self._topology.rank}: it is another job's, or {SAME_FOR_ALL}"
             )
 
 

@@ -158,8 +158,8 @@ def test_ranks_with_different_secrets(start_with, tmp_path):
     ((result,), output) = second.wait(60), second.output()
     assert result.returncode == EXIT_USER_ERROR
     line = (
-        r"\[rank 1/2\] error: 127\.0\.0\.1:\d+: a process of mnist_dist is there, but does not let rank 1 in, which "
-        "has another secret; set MNIST_DIST_SECRET to the same value for all processes of the job\n"
+        r"\[rank 1/2\] error: 127\.0\.0\.1:\d+: a process of mnist_dist is there, with another secret than "
+        "rank 1: it is another job's, or set MNIST_DIST_SECRET to the same value for all processes of the job\n"
     )
     assert re.fullmatch(line, result.stderr)
     first.kill()
