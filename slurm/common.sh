@@ -78,8 +78,8 @@ id=$SLURM_JOB_ID
 # --- srun ---------------------------------------------------------------------
 
 export PYTHONUNBUFFERED=1 # each line goes into the log at once (srun --unbuffered would pretend a terminal)
-# Only who knows it may connect to the processes (docs/security.md).
-MNIST_DIST_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+# By this the processes of this job know each other (docs/security.md); od prints its 24 bytes in hexadecimal.
+MNIST_DIST_SECRET=$(od -An -v -N24 -tx1 /dev/urandom | tr -d ' \n')
 export MNIST_DIST_SECRET
 
 # Options of srun for the processes on these nodes, in `layout`.

@@ -9,8 +9,10 @@ from typing import Any
 
 Message = dict[str, Any]
 
+MAX_MESSAGE = 2**28
+"""Most bytes of a message, about: what all ranks of a large job hand in fits, and an endless line ends."""
 MAX_GREETING = 2**24
-"""Most bytes of a first message: it may come from any program, and an endless one must not fill the memory."""
+"""Most bytes of a first message, about."""
 _CHUNK = 65_536
 
 
@@ -25,8 +27,9 @@ class Garbled(ValueError):
 class Wire:
     """One side of a connection; the timeout set on the connection applies to `send`."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, max_bytes: int = MAX_MESSAGE) -> None:
         self.connection = connection
+        self.max_bytes = max_bytes
         self._lines: deque[bytes] = deque()
         self._rest = bytearray()
 
@@ -34,23 +37,17 @@ class Wire:
         """Send a message; raises OSError."""
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self, *, timeout_s: float | None = None, max_bytes: int | None = None) -> Message:
-        """Wait for the next message.
-
-        Args:
-            timeout_s: for the whole message, however slowly it arrives; None waits as long as it takes.
-            max_bytes: about how long the message may be, None for any length.
+    def receive(self, *, timeout_s: float | None = None) -> Message:
+        """Wait for the next message: `timeout_s` seconds for all of it, however slowly it arrives, or without end.
 
         Raises:
             OSError: the connection broke or ended, or the time is up.
-            Garbled: something else came, or the connection ended within a line.
+            Garbled: something else came, more than `max_bytes`, or the connection ended within a line.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         timeout_of_send = self.connection.gettimeout()
         try:
             while not self._lines:
-                if max_bytes is not None and len(self._rest) > max_bytes:
-                    raise Garbled(bytes(self._rest))
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if left_s is not None and left_s <= 0:
                     raise TimeoutError
@@ -64,6 +61,11 @@ class Wire:
         """Read once, and return the messages that are complete now; raises as `receive` does."""
         self._read()
         return self.arrived()
+
+    def receive_one_ready(self) -> Message | None:
+        """Read once, and return the first message if it is complete now; keeps later ones; raises as `receive` does."""
+        self._read()
+        return _parse(self._lines.popleft()) if self._lines else None
 
     def arrived(self) -> list[Message]:
         """The messages that earlier calls have read but not returned."""
@@ -85,6 +87,8 @@ class Wire:
         for start in more:
             self._lines.append(bytes(self._rest))
             self._rest = bytearray(start)
+        if len(self._rest) > self.max_bytes:
+            raise Garbled(bytes(self._rest[:_CHUNK]))
 
 
 def _parse(line: bytes) -> Message:

@@ -144,8 +144,8 @@ class Referee:
                 raise Lost(f"did not answer within {self._timeout_s:g} s")
             with contextlib.suppress(OSError, Garbled):  # a stranger, or nobody yet
                 connection, _ = self._server.accept()
-                wire = Wire(connection)
-                hello = wire.receive(timeout_s=self._timeout_s, max_bytes=MAX_GREETING)
+                wire = Wire(connection, max_bytes=MAX_GREETING)
+                hello = wire.receive(timeout_s=self._timeout_s)
                 if hello.get("token") != token:  # a latecomer of a contender that has failed, or a stranger
                     wire.close()
                     continue

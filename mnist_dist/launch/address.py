@@ -33,6 +33,15 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_address(host: str) -> bool:
+    """Whether a host is given by its address, and not by a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def ipv6_address(text: str) -> str:
     """The normal spelling of an IPv6 address, without brackets; raises ValueError if it is not one."""
     if not re.fullmatch(r"[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,15})?", text):  # with the zone of a link-local one

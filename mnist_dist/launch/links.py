@@ -4,6 +4,7 @@ A connection that breaks or stays silent is a lost process. What the messages sa
 """
 
 import contextlib
+import queue
 import secrets
 import selectors
 import socket
@@ -15,15 +16,19 @@ from dataclasses import dataclass, field
 
 from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.base.files import describe_os_error
-from mnist_dist.base.wire import MAX_GREETING, Message, Wire
+from mnist_dist.base.wire import Garbled, Message, Wire
 from mnist_dist.launch.address import join_address, split_address
-from mnist_dist.launch.ports import hold_free_port
+from mnist_dist.launch.gate import Gate, Refused, enter
+from mnist_dist.launch.interfaces import LOOPBACK, meeting_point
+from mnist_dist.launch.ports import listen_anywhere
+from mnist_dist.launch.secret import SAME_FOR_ALL, watch_key
 from mnist_dist.launch.topology import HorovodRun, Topology
 
 ALIVE_EVERY_S = 2.0
 SILENCE_S = 30.0
 """A process whose machine is frozen or unreachable keeps its connection."""
 _JOIN_S = 30.0
+_RETRY_S = 0.2
 FAREWELL_S = 2.0
 
 
@@ -41,9 +46,8 @@ class Links(ABC):
     """This process's connections: on rank 0 to all other ranks, on the others to rank 0."""
 
     def __init__(self, topology: Topology) -> None:
-        """Start to listen, on rank 0."""
+        """Start to listen, on rank 0; raises UserError if there is no usable secret."""
         self._topology = topology
-        self._token = secrets.token_hex(8)
         self._links: list[Link] = []
         self._parted: list[Link] = []
         self._missing = set(range(1, topology.world_size)) if topology.is_chief else set()
@@ -53,10 +57,10 @@ class Links(ABC):
         self._silence_s = SILENCE_S  # read here, so that tests may shorten it
         self.address = ""
         """`host:port:token` on rank 0, which the others need in order to connect."""
+        self._gate: Gate | None = None
+        self._newcomers: queue.SimpleQueue[tuple[Wire, Message]] = queue.SimpleQueue()
         if topology.world_size > 1 and topology.is_chief:
-            server = hold_free_port()
-            self._selector.register(server, selectors.EVENT_READ)
-            self.address = f"{join_address(_own_host(topology), server.getsockname()[1])}:{self._token}"
+            self._open_gate(secrets.token_hex(16))
 
     @abstractmethod
     def _heard(self, link: Link, message: Message) -> None:
@@ -77,18 +81,43 @@ class Links(ABC):
         thread.start()
         return thread
 
+    def _open_gate(self, token: str) -> None:
+        key = watch_key(self._topology, token)
+        server, host, port = listen_anywhere(_own_host(self._topology))
+        self.address = f"{join_address(host, port)}:{token}"
+        reader, self._bell = socket.socketpair()
+        self._selector.register(reader, selectors.EVENT_READ)
+        self._gate = Gate(server, key, admit=self._admit, expected=self._topology.world_size)
+
+    def _admit(self, wire: Wire, hello: Message) -> None:
+        """Called in the gate's thread."""
+        self._newcomers.put((wire, hello))
+        self._bell.send(b"!")
+
     def _connect(self, address: str) -> None:
-        address, _, self._token = address.rpartition(":")
+        address, _, token = address.rpartition(":")
         name = self._topology.describe_rank(0, host=split_address(address)[0])
-        try:
-            connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
-                "blocks the connection"
-            ) from error
-        self._add(Link(0, name, Wire(connection)))
-        self._send({"token": self._token, "rank": self._topology.rank, "host": socket.gethostname()})
+        key, deadline = watch_key(self._topology, token), time.monotonic() + _JOIN_S
+        while True:
+            try:
+                connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
+                    "blocks the connection"
+                ) from error
+            try:
+                # Its process may be busy with loading a library.
+                wire = enter(connection, key, timeout_s=_JOIN_S)
+                break
+            except (OSError, Garbled) as error:
+                connection.close()
+                if time.monotonic() > deadline:
+                    reason = f"it has another secret; {SAME_FOR_ALL}" if isinstance(error, Refused) else str(error)
+                    raise EnvironmentProblem(f"{name} does not let this process in at {address}: {reason}") from error
+            time.sleep(_RETRY_S)
+        self._add(Link(0, name, wire))
+        self._send({"rank": self._topology.rank, "host": socket.gethostname()})
 
     def _add(self, link: Link) -> None:
         link.wire.connection.settimeout(FAREWELL_S)
@@ -108,7 +137,7 @@ class Links(ABC):
         while not self._has_left.is_set():
             for key, _ in self._selector.select(timeout=ALIVE_EVERY_S / 4):
                 if key.data is None:
-                    self._accept(key.fileobj)  # type: ignore[arg-type]
+                    self._welcome(key.fileobj)  # type: ignore[arg-type]
                 elif key.data in self._links:
                     self._listen(key.data, key.data.wire.receive_ready)
             before, now = now, time.monotonic()
@@ -128,28 +157,21 @@ class Links(ABC):
                 self._lost(rank, self._topology.describe_rank(rank), "it came, and ended before all had come")
             self._look()
 
-    def _accept(self, server: socket.socket) -> None:
-        """Let a newcomer in if it is another rank; once all have come, stop listening."""
+    def _welcome(self, bell: socket.socket) -> None:
+        """Add those that have come through the gate; close it once all have."""
+        bell.recv(1)
+        wire, hello = self._newcomers.get()
         try:
-            connection, _ = server.accept()
-        except OSError:
-            return
-        wire = Wire(connection)
-        try:
-            hello = wire.receive(timeout_s=FAREWELL_S, max_bytes=MAX_GREETING)
-            if hello["token"] != self._token:
-                raise ValueError("a stranger")
             self._missing.remove(hello["rank"])
             name = self._topology.describe_rank(hello["rank"], host=str(hello["host"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             wire.close()
             return
         link = Link(hello["rank"], name, wire)
         self._add(link)
         self._listen(link, wire.arrived)  # more messages may have come with its first
-        if not self._missing:
-            self._selector.unregister(server)
-            server.close()
+        if not self._missing and self._gate is not None:
+            self._gate.close()
 
     def _listen(self, link: Link, receive: Callable[[], list[Message]]) -> None:
         """Receive another process's messages, and act on them."""
@@ -189,9 +211,9 @@ class Links(ABC):
 def _own_host(topology: Topology) -> str:
     """The name or address under which the others reach this process's machine."""
     if topology.local_size == topology.world_size:
-        return "127.0.0.1"
+        return LOOPBACK
     if host := topology.host_of(topology.rank):
-        return host
+        return meeting_point(host, topology)
     launcher = topology.launcher
     assert isinstance(launcher, HorovodRun), launcher
     store = launcher.store or "localhost:1"

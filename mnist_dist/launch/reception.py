@@ -9,14 +9,13 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.base.wire import MAX_GREETING, Message, Wire
-from mnist_dist.launch.ports import share_port
+from mnist_dist.base.wire import Message, Wire
+from mnist_dist.launch.gate import Gate
 from mnist_dist.launch.topology import Step, TFConfig, Topology
 
 FIRST_TOPIC = "start"
 READ_TIMEOUT_S = 5.0
-"""The timeout for receiving a message, and for sending one."""
-_RETRY_S = 0.2
+"""The timeout for a connection, and for sending a message."""
 
 
 class RankTaken(UserError):
@@ -38,19 +37,21 @@ class Guest(NamedTuple):
 
 
 class Reception:
-    """Listens in its own thread, on behalf of one process."""
+    """Answers those that come through the gate, in its thread, on behalf of one process."""
 
-    def __init__(self, server: socket.socket, topology: Topology, *, topic: str = FIRST_TOPIC) -> None:
-        """On rank 0, let guests in that come for `topic`; on other ranks, only tell them which process this is."""
-        self._server, self._topology = server, topology
+    def __init__(self, server: socket.socket, topology: Topology, *, key: bytes, topic: str = FIRST_TOPIC) -> None:
+        """On rank 0, let guests in that come for `topic`; on other ranks, only tell them which process this is.
+
+        The server is closed at the end. `key` is that of the gate.
+        """
+        self._topology = topology
         self._job, self._topic = job_id(topology), topic
         self._guests: dict[int, Guest] = {}
         self._holders: dict[int, str] = {}
         self._awaited: set[int] = set()
-        self._may_enter, self._has_ended = topology.is_chief, False
+        self._may_enter = topology.is_chief
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
-        self._thread.start()
+        self._gate = Gate(server, key, admit=self._admit, expected=topology.world_size)
 
     def wait_for_all(self, topic: str, deadline: float, ranks: Collection[int]) -> dict[int, Guest]:
         """The ranks that have come, once all `ranks` are here or the deadline has passed; then no more are let in."""
@@ -62,12 +63,14 @@ class Reception:
             self._may_enter = False
             return self._guests
 
-    def end(self) -> socket.socket:
-        """Stop answering; returns the socket, which reserves the port until it is closed."""
-        self._has_ended = True
-        share_port(self._server)
-        self._thread.join(_RETRY_S)
-        return self._server
+    @property
+    def num_refused(self) -> int:
+        """How many have come that have another secret."""
+        return self._gate.num_refused
+
+    def end(self) -> None:
+        """Stop answering."""
+        self._gate.close()
 
     def _is_complete(self) -> bool:
         """Whether all ranks are here; one that has come and gone may be started again, and is waited for."""
@@ -76,21 +79,10 @@ class Reception:
                 self._guests.pop(rank).wire.close()
         return self._awaited <= self._guests.keys()
 
-    def _run(self) -> None:
-        while not self._has_ended:
-            try:
-                connection, _ = self._server.accept()
-            except OSError:
-                time.sleep(_RETRY_S / 10)
-                continue
-            wire = Wire(connection)
-            try:
-                connection.settimeout(READ_TIMEOUT_S)
-                message = wire.receive(timeout_s=READ_TIMEOUT_S, max_bytes=MAX_GREETING)
-                with self._changed:
-                    self._answer(message, wire)
-            except (OSError, ValueError, KeyError, TypeError):
-                wire.close()  # a stranger
+    def _admit(self, wire: Wire, message: Message) -> None:
+        wire.connection.settimeout(READ_TIMEOUT_S)
+        with self._changed:
+            self._answer(message, wire)
 
     def _answer(self, message: Message, wire: Wire) -> None:
         """Let a process in, or tell it why not and raise ValueError."""

@@ -17,8 +17,10 @@ from types import TracebackType
 
 from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.launch.address import join_address, split_address
-from mnist_dist.launch.ports import hold_free_port, listen, share_port
+from mnist_dist.launch.interfaces import meeting_point
+from mnist_dist.launch.ports import hold_and_listen, hold_free_port, listen, share_port
 from mnist_dist.launch.reception import FIRST_TOPIC, READ_TIMEOUT_S, Reception
+from mnist_dist.launch.secret import SAME_FOR_ALL, meeting_key
 from mnist_dist.launch.store import exchange_over_store
 from mnist_dist.launch.topology import Alone, HorovodRun, Step, TFConfig, Topology
 from mnist_dist.launch.visit import describe_listener, visit
@@ -32,14 +34,19 @@ class Rendezvous:
         self.topology = topology
         self._timeout_s = timeout_s
         self._at_own_port: Reception | None = None
+        self._held: socket.socket | None = None  # reserves the own port on all interfaces
+        self._num_refused = 0
 
     def __enter__(self) -> "Rendezvous":
         return self
 
     def __exit__(self, _: type | None, __: BaseException | None, ___: TracebackType | None) -> None:
         if self._at_own_port:
-            self._at_own_port.end().close()
+            self._at_own_port.end()
             self._at_own_port = None
+        if self._held:
+            self._held.close()
+            self._held = None
 
     def hold_own_port(self) -> None:
         """With TF_CONFIG: listen at this process's own address, until TensorFlow does (`serving_addresses`).
@@ -51,12 +58,14 @@ class Rendezvous:
         launcher = self.topology.launcher
         if self.topology.world_size == 1 or not isinstance(launcher, TFConfig) or self._at_own_port:
             return
-        address = launcher.addresses[self.topology.rank]
+        address, key = launcher.addresses[self.topology.rank], meeting_key(self.topology)
+        host, port = split_address(address)
         try:
-            self._at_own_port = Reception(listen(split_address(address)[1]), self.topology)
+            self._held, server = hold_and_listen(meeting_point(host, self.topology), port)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise EnvironmentProblem(describe_listener(address, self.topology, reason=reason)) from error
+        self._at_own_port = Reception(server, self.topology, key=key)
 
     def exchange(self, text: str, *, topic: str = FIRST_TOPIC) -> list[str]:
         """Hand in this rank's text and return those of all ranks, in rank order.
@@ -107,15 +116,16 @@ class Rendezvous:
             if isinstance(launcher, TFConfig):
                 self.hold_own_port()
                 addresses = self.exchange(launcher.addresses[topology.rank], topic="addresses")
-                assert self._at_own_port is not None
-                reception, self._at_own_port = self._at_own_port, None
-                stack.enter_context(reception.end())
+                assert self._at_own_port is not None and self._held is not None
+                held = stack.enter_context(self._held)
+                self._at_own_port.end()
+                self._at_own_port = self._held = None
             else:
                 assert isinstance(launcher, Step), launcher  # horovodrun's processes have no such addresses
                 held = stack.enter_context(hold_free_port())
                 own = join_address(launcher.hosts[topology.rank], held.getsockname()[1])
                 addresses = self.exchange(own, topic="addresses")
-                share_port(held)
+            share_port(held)
             yield addresses
 
     def _meet(self, text: str, *, topic: str, ranks: Collection[int], timeout_s: float) -> dict[int, str]:
@@ -137,10 +147,11 @@ class Rendezvous:
         self, text: str, addresses: Sequence[str], *, topic: str, ranks: Collection[int], deadline: float
     ) -> dict[int, str]:
         """Rank 0: collect until all `ranks` have come or the time is up, then tell everyone."""
-        reception = self._at_own_port or Reception(_listen_at_first(addresses), self.topology, topic=topic)
+        reception = self._at_own_port or self._receive_at_first(addresses, topic=topic)
         guests = reception.wait_for_all(topic, deadline, ranks)
         if reception is not self._at_own_port:
-            reception.end().close()
+            reception.end()
+        self._num_refused = reception.num_refused
         texts = {0: text, **{rank: guest.text for rank, guest in guests.items()}}
         answer = {"texts": {str(rank): text for rank, text in texts.items()}}
         for guest in guests.values():
@@ -152,18 +163,22 @@ class Rendezvous:
     def _check_complete(self, texts: dict[int, str]) -> None:
         size = self.topology.world_size
         if missing := [rank for rank in range(size) if rank not in texts]:
+            refused = f" (somebody with another secret knocked: {SAME_FOR_ALL})" if self._num_refused else ""
             raise EnvironmentProblem(
-                f"{self.topology.describe_ranks(missing)} did not come within {self._timeout_s:.0f} s; "
+                f"{self.topology.describe_ranks(missing)} did not come within {self._timeout_s:.0f} s{refused}; "
                 f"start all {size} processes, check that they can reach each other, or allow more time with "
                 "strategy.start_timeout_s"
             )
 
-
-def _listen_at_first(addresses: Sequence[str]) -> socket.socket:
-    """A server at the first address that is free."""
-    for address in addresses:
-        try:
-            return listen(split_address(address)[1])
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-    raise EnvironmentProblem(f"{', '.join(addresses)}: cannot listen there ({reason}); is another job running?")
+    def _receive_at_first(self, addresses: Sequence[str], *, topic: str) -> Reception:
+        """A reception at the first address that is free."""
+        key = meeting_key(self.topology)
+        for address in addresses:
+            host, port = split_address(address)
+            try:
+                server = listen(meeting_point(host, self.topology), port)
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
+            else:
+                return Reception(server, self.topology, key=key, topic=topic)
+        raise EnvironmentProblem(f"{', '.join(addresses)}: cannot listen there ({reason}); is another job running?")

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.wire import Garbled, Wire
 from mnist_dist.launch.address import split_address
+from mnist_dist.launch.gate import Refused, enter
+from mnist_dist.launch.interfaces import meeting_point
 from mnist_dist.launch.reception import FIRST_TOPIC, READ_TIMEOUT_S, RankTaken, job_id, own_name
+from mnist_dist.launch.secret import SAME_FOR_ALL, meeting_key
 from mnist_dist.launch.topology import TFConfig, Topology
 
 _RETRY_S = 0.2
 _ANSWER_S = 15.0
-_ENDING_S = 3.0  # the server of a job that ends may still answer for this long
+_ENDING_S = 3.0  # the server of a job that ends may still answer, or refuse, for this long
 _PATIENCE_S = 3.0
 
 
@@ -39,22 +42,16 @@ def visit(
 
     Raises:
         RankTaken: another process has this one's rank.
-        UserError: the job has started without this process, or rank 0 has ended.
+        UserError: the job has started without this process, rank 0 has ended, or the two have different secrets.
     """
-    started_s = None
+    key, failures = meeting_key(topology), _Failures(topology, deadline)
     for address in itertools.cycle(addresses):
         try:
-            wire = knock(address, text, topology, topic=topic)
+            wire = knock(address, text, topology, key=key, topic=topic)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, Started) and isinstance(topology.launcher, TFConfig):
-                started_s = started_s or time.monotonic()
-                if time.monotonic() > started_s + _ENDING_S:
-                    raise UserError(
-                        f"rank {topology.rank} is taken: the job of {topology.describe_rank(0)} has already started "
-                        "with all its processes; wait until it ends, or give this process's job other addresses"
-                    ) from error
+            failures.note(error, address)
             if time.monotonic() > deadline:
                 # Only rank 0 is known to be missing: it alone would know about the others.
                 break
@@ -71,7 +68,39 @@ def visit(
     return dict.fromkeys(range(1, topology.world_size), "")
 
 
-def knock(address: str, text: str, topology: Topology, *, topic: str, patience_s: float | None = None) -> Wire:
+class _Failures:
+    """What has become of the visits to each address: the kind of error, and since when it is the same."""
+
+    def __init__(self, topology: Topology, deadline: float) -> None:
+        self._topology, self._deadline = topology, deadline
+        self._seen: dict[str, tuple[type[Exception], float]] = {}
+
+    def note(self, error: Exception, address: str) -> None:
+        """Note what became of one; raises UserError if further ones would be in vain."""
+        now, kind = time.monotonic(), type(error)
+        before, since_s = self._seen.get(address, (kind, now))
+        self._seen[address] = kind, since_s if before is kind else now
+        # At such an address is rank 0 or nobody; Slurm jobs may have addresses in common, and ours be at the next one.
+        is_final = isinstance(self._topology.launcher, TFConfig) and now > self._seen[address][1] + _ENDING_S
+        if kind is Started and is_final:
+            raise UserError(
+                f"rank {self._topology.rank} is taken: the job of {self._topology.describe_rank(0)} has already "
+                "started with all its processes; wait until it ends, or give this process's job other addresses"
+            ) from error
+        if (kind is Refused and is_final) or now > self._deadline:
+            self._check_refused()
+
+    def _check_refused(self) -> None:
+        if refused := [address for address, (kind, _) in self._seen.items() if kind is Refused]:
+            raise UserError(
+                f"{', '.join(refused)}: a process of mnist_dist is there, with another secret than rank "
+                f"{self._topology.rank}: it is another job's, or {SAME_FOR_ALL}"
+            )
+
+
+def knock(
+    address: str, text: str, topology: Topology, *, key: bytes, topic: str, patience_s: float | None = None
+) -> Wire:
     """Hand in the text at `address`, and wait `patience_s` seconds (15 by default) for an answer.
 
     Raises:
@@ -79,17 +108,18 @@ def knock(address: str, text: str, topology: Topology, *, topic: str, patience_s
         UserError: another job uses this address.
         OSError, ValueError, KeyError, TypeError: rank 0 is not there.
     """
-    wire = Wire(socket.create_connection(split_address(address), timeout=READ_TIMEOUT_S))
+    host, port = split_address(address)
+    connection = socket.create_connection((meeting_point(host, topology), port), timeout=READ_TIMEOUT_S)
     try:
-        job = job_id(topology)
-        wire.send({"job": job, "topic": topic, "rank": topology.rank, "who": own_name(), "text": text})
         try:
-            # The process there may belong to another job, or not be ours at all.
-            answer = wire.receive(timeout_s=patience_s or _ANSWER_S)
+            wire = enter(connection, key, timeout_s=patience_s or _ANSWER_S)
         except Garbled as error:
             if error.start.startswith(b"\0"):  # the HTTP/2 greeting of TensorFlow's server
                 raise Started from error
             raise
+        job = job_id(topology)
+        wire.send({"job": job, "topic": topic, "rank": topology.rank, "who": own_name(), "text": text})
+        answer = wire.receive(timeout_s=patience_s or _ANSWER_S)
         if answer["job"] != job:
             if not isinstance(topology.launcher, TFConfig):  # Slurm jobs may have addresses in common
                 raise ValueError("of another job")
@@ -101,16 +131,16 @@ def knock(address: str, text: str, topology: Topology, *, topic: str, patience_s
         if "taken" in answer:
             raise RankTaken(topology, str(answer["taken"]))
     except BaseException:
-        wire.close()
+        connection.close()
         raise
     return wire
 
 
 def describe_listener(address: str, topology: Topology, *, reason: str) -> str:
     """Why this process cannot listen at its address; raises RankTaken if a waiting process has its rank."""
-    who = "another program has this port"
+    who, key = "another program has this port", meeting_key(topology)
     try:
-        knock(address, "", topology, topic=FIRST_TOPIC, patience_s=_PATIENCE_S).close()
+        knock(address, "", topology, key=key, topic=FIRST_TOPIC, patience_s=_PATIENCE_S).close()
     except Started:
         return (
             f"rank {topology.rank} is taken: a running training has {address}; wait until it ends, or give "
@@ -120,6 +150,8 @@ def describe_listener(address: str, topology: Topology, *, reason: str) -> str:
         raise
     except UserError:
         who = "a process of another job has this port"
+    except Refused:
+        who = "a process with another secret has this port"
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return f"{address}: cannot listen there ({reason}): {who}; end it, or give rank {topology.rank} another port"

@@ -3,7 +3,9 @@
 `horovod.tensorflow.keras` must not be used: under Keras 3 its optimizer silently does not reduce.
 """
 
+import json
 import os
+import threading
 from typing import Any
 
 import tensorflow as tf
@@ -11,7 +13,8 @@ import tensorflow as tf
 from mnist_dist.base.array import Array
 from mnist_dist.base.errors import EnvironmentProblem
 from mnist_dist.launch.gpus import own_share
-from mnist_dist.launch.interfaces import check_interface, interface_towards, resolve
+from mnist_dist.launch.interfaces import LOOPBACK, check_interface, interface_towards, meeting_point
+from mnist_dist.launch.ports import listen_anywhere
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.topology import Step, Topology
 from mnist_dist.strategy.base import SingleDevice
@@ -100,26 +103,37 @@ def _settle_variables(topology: Topology) -> None:
 def _launch(rendezvous: Rendezvous, hosts: tuple[str, ...]) -> Any:
     """What horovodrun does for its processes, done by the processes themselves, without MPI or ssh.
 
-    Rank 0 serves Horovod's own store, where the ranks look up each other's addresses, and tells the others its port.
+    Rank 0 serves Horovod's own store, where the ranks look up each other's addresses, and tells the others where.
     """
     topology = rendezvous.topology
-    server, port = None, ""
+    server, place = None, ""
     if topology.is_chief:
-        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-        from horovod.runner.http.http_server import RendezvousServer
-
-        server = RendezvousServer()
-        port = str(server.start())
-        slots = ",".join(f"{host}:{hosts.count(host)}" for host in dict.fromkeys(hosts))
-        server.init(get_host_assignments(parse_hosts(slots), topology.world_size))
-    port = rendezvous.exchange(port, topic="horovod")[0]
+        server, host, port = _serve_store(topology, hosts)
+        place = json.dumps([host, port])
+    host, port = json.loads(rendezvous.exchange(place, topic="horovod")[0])
     os.environ.update(describe_process(topology, hosts))
-    os.environ.update(HOROVOD_GLOO_RENDEZVOUS_ADDR=resolve(hosts[0]), HOROVOD_GLOO_RENDEZVOUS_PORT=port)
+    os.environ.update(HOROVOD_GLOO_RENDEZVOUS_ADDR=host, HOROVOD_GLOO_RENDEZVOUS_PORT=str(port))
     # The network between the nodes, if there are several nodes; a choice of the user's takes precedence.
     far = next((host for host in hosts if host != hosts[topology.rank]), hosts[0])
-    if interface := interface_towards(resolve(far)):
+    if interface := interface_towards(meeting_point(far, topology)):
         os.environ.setdefault("HOROVOD_GLOO_IFACE", interface)
     return server
+
+
+def _serve_store(topology: Topology, hosts: tuple[str, ...]) -> tuple[Any, str, int]:
+    """Horovod's store, and the host and port where it is reached; it answers anybody who can connect to it."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+    # Horovod's own RendezvousServer would listen on all interfaces.
+    server = RendezvousHTTPServer((LOOPBACK, 0), RendezvousHandler, 0)
+    server.handle_error = lambda request, address: None  # a stranger's connection broke
+    server.socket.close()
+    server.socket, host, port = listen_anywhere(meeting_point(hosts[0], topology))
+    slots = ",".join(f"{name}:{hosts.count(name)}" for name in dict.fromkeys(hosts))
+    server.init(get_host_assignments(parse_hosts(slots), topology.world_size))
+    threading.Thread(target=server.serve_forever, name="store", daemon=True).start()
+    return server, host, port
 
 
 def describe_process(topology: Topology, hosts: tuple[str, ...]) -> dict[str, str]:

@@ -110,9 +110,9 @@ def test_a_port_in_use_stops_all(args, run_job):
 LOSE_PORT = """
 import contextlib, socket
 from mnist_dist import train
-from mnist_dist.launch import reception
+from mnist_dist.launch import rendezvous
 
-share = reception.share_port
+share = rendezvous.share_port
 def lose(server):
     share(server)
     port = server.getsockname()[1]
@@ -121,7 +121,7 @@ def lose(server):
         with contextlib.suppress(OSError):  # whoever still waits at it has to wake up first
             taken.append(socket.create_server(("", port)))
 taken = []
-reception.share_port = lose
+rendezvous.share_port = lose
 train.main()
 """
 

@@ -13,6 +13,9 @@ from support.launchers import local_addresses, tf_config
 from support.processes import is_alive
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
+from mnist_dist.launch.gate import enter
+from mnist_dist.launch.secret import watch_key
+from mnist_dist.launch.topology import TFConfig, Topology
 
 # A rank that agrees, watches, and then does what its argument says, without TensorFlow.
 PEER = """
@@ -164,7 +167,7 @@ def test_a_bug_shows_its_traceback_and_ends_the_others(run_peers):
 
 @pytest.fixture
 def chief(python_environment):
-    """Rank 0 of two, which waits for the end of its input, and what rank 1 needs to know: host, port and token."""
+    """Rank 0 of two, which waits for the end of its input, and what rank 1 needs to know: the address, and the key."""
     code = """
 import sys
 from mnist_dist.launch.peers import PeerWatch
@@ -177,14 +180,14 @@ with chief.watching(chief.address):
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", code], env=python_environment, text=True, **pipes) as process:
         host, port, token = process.stdout.readline().strip().split(":")
-        yield process, (host, int(port)), token
+        yield process, (host, int(port)), watch_key(Topology(TFConfig(("127.0.0.1:1",))), token)
         process.kill()
 
 
 def test_strangers_are_ignored(chief):
-    """Programs that connect without this job's token and then leave."""
+    """Programs that connect without this job's key and then leave."""
     process, address, _ = chief
-    for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guess", "rank": 1, "host": ""}\n', b"[]\n", b"\xff\n"):
+    for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 1, "host": ""}\n', b"[]\n", b"\xff\n"):
         with socket.create_connection(address) as connection:
             connection.sendall(words)
     time.sleep(1)
@@ -196,7 +199,8 @@ def test_strangers_are_ignored(chief):
 def test_a_stranger_who_drips_is_soon_cut_off(chief):
     process, address, _ = chief
     with socket.create_connection(address, timeout=20) as connection:
-        connection.sendall(b"{")
+        connection.sendall(b"m")
+        assert connection.recv(100).startswith(b"mnist")
         assert connection.recv(1) == b""
     assert process.poll() is None
 
@@ -220,9 +224,10 @@ def test_a_stranger_whose_line_never_ends_is_cut_off(chief):
 )
 def test_what_comes_after_the_greeting(word, code, error, pause_s, chief):
     """In the same chunk, and bytes that are not a message at all."""
-    process, address, token = chief
-    hello = f'{{"token": "{token}", "rank": 1, "host": "x"}}\n'.encode()
+    process, address, key = chief
+    hello = b'{"rank": 1, "host": "x"}\n'
     with socket.create_connection(address) as connection:
+        enter(connection, key, timeout_s=20)
         for chunk in (hello, word) if pause_s else (hello + word,):
             connection.sendall(chunk)
             time.sleep(pause_s)
@@ -232,9 +237,10 @@ def test_what_comes_after_the_greeting(word, code, error, pause_s, chief):
 
 
 def test_a_rank_that_connects_and_is_done_at_once(chief):
-    process, address, token = chief
+    process, address, key = chief
     with socket.create_connection(address) as connection:
-        connection.sendall(f'{{"token": "{token}", "rank": 1, "host": ""}}\n{{"done": true}}\n'.encode())
+        enter(connection, key, timeout_s=20)
+        connection.sendall(b'{"rank": 1, "host": ""}\n{"done": true}\n')
     time.sleep(1)
     assert process.poll() is None
     process.stdin.close()

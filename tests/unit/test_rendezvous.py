@@ -9,11 +9,13 @@ import pytest
 from support.launchers import free_ports, horovodrun
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.launch import reception, rendezvous, visit
+from mnist_dist.launch import gate, rendezvous, visit
 from mnist_dist.launch.address import split_address
+from mnist_dist.launch.gate import Gate
 from mnist_dist.launch.ports import hold_free_port, listen
 from mnist_dist.launch.reception import RankTaken
 from mnist_dist.launch.rendezvous import Rendezvous
+from mnist_dist.launch.secret import meeting_key
 from mnist_dist.launch.topology import HorovodRun, Step, TFConfig, Topology
 
 
@@ -138,7 +140,7 @@ def test_a_missing_chief_is_named(addresses):
 )
 def test_strangers_are_ignored(words, addresses, monkeypatch):
     """Even one that says nothing at all and stays."""
-    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(gate, "NEWCOMER_S", 0.3)
     silent = []
 
     def knock():
@@ -155,7 +157,7 @@ def test_strangers_are_ignored(words, addresses, monkeypatch):
 @pytest.mark.parametrize(("words", "every_s"), [(b"x", 0.1), (b"x" * 2**20, 0)])
 def test_strangers_whose_lines_never_end(words, every_s, addresses, monkeypatch):
     """They drip or flood; neither keeps the ranks waiting or fills the memory."""
-    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(gate, "NEWCOMER_S", 0.3)
     sent = []
 
     def knock():
@@ -211,13 +213,14 @@ def meet(own: Rendezvous, address) -> None:
 
 
 def test_a_held_port_is_given_back(addresses):
-    port = split_address(addresses[0])[1]
+    host, port = split_address(addresses[0])
     with rendezvous_of(0, addresses) as own:
         own.hold_own_port()
         own.hold_own_port()  # it has the port already
-        with pytest.raises(OSError, match="in use"):
-            listen(port)
-    listen(port).close()
+        for other in (host, "127.0.0.9", "0.0.0.0", "::"):
+            with pytest.raises(OSError, match="in use"):
+                listen(other, port)
+    listen("::", port).close()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -268,11 +271,68 @@ def test_a_process_of_a_job_of_another_size(addresses, hold):
     assert start([0, 1, 2], addresses, 20, chief=chief) == ALL
 
 
+OTHER_SECRET = (
+    "a process of mnist_dist is there, with another secret than rank 1: it is another job's, or set MNIST_DIST_SECRET "
+    "to the same value for all processes of the job"
+)
+
+
+@pytest.fixture
+def visitors_have_another_secret(monkeypatch):
+    monkeypatch.setattr(visit, "meeting_key", lambda topology: b"another")
+
+
+def test_a_process_with_another_secret(addresses, monkeypatch, visitors_have_another_secret):
+    """It hears that soon, and rank 0 at the end."""
+    monkeypatch.setattr(visit, "_ENDING_S", 0.5)
+    outcomes = start([0, 1], addresses[:2], 4)
+    assert re.fullmatch(rf"{re.escape(addresses[0])}: {OTHER_SECRET}", outcomes[1])
+    assert outcomes[0].startswith(
+        f"rank 1 ({addresses[1]}) did not come within 4 s (somebody with another secret knock"
+    )
+
+
+def test_a_spare_process_with_another_secret(addresses, hold, visitors_have_another_secret):
+    hold(0, addresses)
+    with pytest.raises(UserError, match=r"cannot listen there .*: a process with another secret has this port; end it"):
+        hold(0, addresses)
+
+
+def test_a_task_with_another_secret(visitors_have_another_secret):
+    """Another job may have the first address, so it waits for rank 0 at the next one."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    outcomes = {}
+
+    def one(rank):
+        try:
+            rendezvous_under_slurm(rank, ["127.0.0.1"] * 2, addresses, timeout_s=1.5 - rank / 2).exchange("x")
+        except UserError as error:
+            outcomes[rank] = str(error)
+
+    threads = [threading.Thread(target=one, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert re.fullmatch(rf"{addresses[0]}: {OTHER_SECRET}", outcomes[1])
+    assert "somebody with another secret knocked" in outcomes[0]
+
+
+def test_the_meeting_is_at_no_other_address(addresses, hold):
+    """While the port is reserved on all interfaces."""
+    hold(0, addresses)
+    port = split_address(addresses[0])[1]
+    for other in {"127.0.0.1", "127.0.0.9", "::1"} - {split_address(addresses[0])[0]}:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((other, port))
+
+
 @pytest.mark.parametrize("last", [1, 2])
 def test_a_process_that_is_started_again_while_the_others_wait(last, addresses, hold):
     """Whether it returns before or after the last of the others: a process that has gone is not counted."""
     chief = hold(0, addresses)
-    wire = visit.knock(addresses[0], "I was 1", topology_of(1, addresses), topic="start")
+    own = topology_of(1, addresses)
+    wire = visit.knock(addresses[0], "I was 1", own, key=meeting_key(own), topic="start")
     assert "is taken" in start([1], addresses, 20)[1]
     wire.close()
     assert start([0, 1, 2], addresses, 20, {last: 0.6}, chief=chief) == ALL
@@ -326,7 +386,6 @@ def test_two_jobs_with_the_same_meeting_addresses_do_not_mix():
 
 def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
     # Short, but long enough for threads of ours that a busy machine holds up.
-    monkeypatch.setattr(reception, "READ_TIMEOUT_S", 1.0)
     monkeypatch.setattr(visit, "READ_TIMEOUT_S", 1.0)
     monkeypatch.setattr(visit, "_ANSWER_S", 2.0)
     with socket.create_server(("", 0)) as mute:
@@ -336,28 +395,32 @@ def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
 
 def test_a_chief_that_ends_while_the_others_wait(addresses):
     """The others stop waiting for it."""
-    with listen(split_address(addresses[0])[1]) as server:
-        threading.Thread(target=greet_and_end, args=[server]).start()
-        with pytest.raises(
-            UserError, match=rf"^rank 0 \({re.escape(addresses[0])}\) is gone: it ended before all had come"
-        ):
-            rendezvous_of(1, addresses[:2], timeout_s=300).exchange("x")
+    with (
+        greeting_and_ending(addresses),
+        pytest.raises(UserError, match=rf"^rank 0 \({re.escape(addresses[0])}\) is gone: it ended before all had come"),
+    ):
+        rendezvous_of(1, addresses[:2], timeout_s=300).exchange("x")
 
 
 def test_what_the_chief_says_may_come_in_one_chunk(addresses):
     """Its greeting, and what all have sent."""
-    with listen(split_address(addresses[0])[1]) as server:
-        answer = {"texts": {"0": "I am 0", "1": "x"}}
-        threading.Thread(target=greet_and_end, args=[server, answer]).start()
+    with greeting_and_ending(addresses, {"texts": {"0": "I am 0", "1": "x"}}):
         assert rendezvous_of(1, addresses[:2]).exchange("x") == ["I am 0", "x"]
 
 
-def greet_and_end(server, *answers) -> None:
+@contextlib.contextmanager
+def greeting_and_ending(addresses, *answers):
     """Do what rank 0 does, all in one chunk."""
-    connection, _ = server.accept()
-    with connection, connection.makefile("rb") as stream:
-        greeting = {"job": json.loads(stream.readline())["job"]}
-        connection.sendall(b"".join(json.dumps(answer).encode() + b"\n" for answer in (greeting, *answers)))
+
+    def admit(wire, message):
+        greeting = {"job": message["job"]}
+        with wire.connection as connection:
+            connection.sendall(b"".join(json.dumps(answer).encode() + b"\n" for answer in (greeting, *answers)))
+
+    server = listen(*split_address(addresses[0]))
+    own = Gate(server, meeting_key(topology_of(0, addresses)), admit=admit, expected=1)
+    yield
+    own.close()
 
 
 def test_a_missing_rank_of_slurm_is_named_with_its_node(addresses):

@@ -96,6 +96,15 @@ def test_two_messages_in_one_chunk(ends):
     assert [wire.receive(), wire.receive()] == [{"e": 5}, {"f": 6}]
 
 
+def test_the_first_of_what_is_ready(ends):
+    wire, theirs = ends
+    theirs.sendall(b'{"a"')
+    assert wire.receive_one_ready() is None
+    theirs.sendall(b': 1}\n{"b": 2}\n{"c":')
+    assert wire.receive_one_ready() == {"a": 1}
+    assert wire.arrived() == [{"b": 2}]
+
+
 def test_what_is_ready_may_be_an_incomplete_message(ends):
     wire, theirs = ends
     theirs.sendall(b'{"a"')
@@ -164,12 +173,23 @@ def test_a_broken_connection():
             wire.send({})
 
 
-def test_a_line_that_never_ends_is_not_kept(ends):
-    wire, theirs = ends
+def receive_all_ready(wire) -> None:
+    while not wire.receive_ready():
+        pass
+
+
+def receive_first_ready(wire) -> None:
+    while wire.receive_one_ready() is None:
+        pass
+
+
+@pytest.mark.parametrize("receive", [Wire.receive, receive_all_ready, receive_first_ready])
+def test_a_line_that_never_ends_is_not_kept(receive, ends):
+    wire, theirs = Wire(ends[0].connection, max_bytes=2**20), ends[1]
     writer = threading.Thread(target=send_until_closed, args=[theirs])
     writer.start()
     with pytest.raises(Garbled):
-        wire.receive(timeout_s=60, max_bytes=2**20)
+        receive(wire)
     wire.close()
     writer.join()
 

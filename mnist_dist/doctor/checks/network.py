@@ -9,7 +9,7 @@ from typing import Any
 
 from mnist_dist.doctor.finding import Finding
 from mnist_dist.doctor.probe import Outcome
-from mnist_dist.launch.address import split_address
+from mnist_dist.launch.address import is_address, split_address
 from mnist_dist.launch.ports import OWN_PORTS
 from mnist_dist.launch.topology import HorovodRun, Step, TFConfig, Topology
 from mnist_dist.launch.variables import Variables, printable
@@ -137,11 +137,7 @@ def check_clocks(clocks: Mapping[str, float], *, most_s: float) -> Finding:
 
 def _is_literal(host: str) -> bool:
     """Whether a host is given by its address."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return True
+    return is_address(host) or host == "localhost"
 
 
 def _is_loopback(address: Any) -> bool:

@@ -1,0 +1,224 @@
+"""Jobs that start while strangers knock at everything that listens, and who may not be one of a job."""
+
+import contextlib
+import os
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support.launchers import local_addresses, tf_config
+from support.runs import summary_of
+
+from mnist_dist.base.errors import EXIT_USER_ERROR
+from mnist_dist.launch.gate import MAX_NEWCOMERS
+from mnist_dist.launch.ports import OWN_PORTS, hold_free_port
+
+SECRET = "correct-horse-battery-staple"
+GREETING = b"mnist\0\r\n"
+WORDS = (b"", b"\0" * 100, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", GREETING + b"x" * 100, b'{"rank": 1}\n', b"{")
+
+
+def listeners() -> set[int]:
+    """The ports of our range at which any program of this machine listens."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            found.add(int(local.rpartition(":")[2], 16) if state == "0A" else 0)
+    return found & set(OWN_PORTS)
+
+
+class Scanner:
+    """Connects to all of them, again and again, in threads; says nothing, or anything, and stays, leaves, or resets."""
+
+    def __init__(self):
+        self.greeted: Counter[int] = Counter()
+        """How often a gate has greeted it, by port."""
+        self.elsewhere: set[int] = set()
+        """Ports of gates that answer at another address of this machine than that of the ranks."""
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._scan, args=[words]) for words in WORDS]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _scan(self, words):
+        held = []
+        for round_number in range(10**9):
+            for port in listeners():
+                with contextlib.suppress(OSError):
+                    held.append(self._visit(port, words, resets=round_number % 3 == 0))
+            while len(held) > 50:
+                held.pop(0).close()
+            if self._is_over.wait(0.02):
+                break
+        for one in held:
+            one.close()
+
+    def _visit(self, port, words, *, resets):
+        connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+        connection.sendall(words)
+        connection.settimeout(0.1)
+        with contextlib.suppress(TimeoutError):
+            if connection.recv(100).startswith(GREETING):
+                self.greeted[port] += 1
+                self._try_elsewhere(port)
+        if resets:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.close()
+        return connection
+
+    def _try_elsewhere(self, port):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.9", port), timeout=5) as connection:
+            connection.settimeout(0.1)
+            if connection.recv(100).startswith(GREETING):  # TensorFlow's server may be there already
+                self.elsewhere.add(port)
+
+
+@pytest.fixture
+def own_ports():
+    """Ports of our range for two ranks."""
+    held = [hold_free_port() for _ in range(2)]
+    numbers = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return dict(enumerate(numbers))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "launcher"), [("multiworker", None), ("multiworker", "srun"), ("horovod", "srun")]
+)
+def test_a_port_scanner_during_a_job(strategy, launcher, own_ports, uninterrupted, args, start, tmp_path):
+    """Rank 1 comes late, so that all that listens is found."""
+    folder = tmp_path / "run"
+    with Scanner() as scanner:
+        options = {"launcher": launcher, "ports": None if launcher else own_ports, "delays_s": {1: 2}}
+        job = start((strategy, 2), *args, f"run_dir={folder}", **options)
+        codes = job.codes(300)
+    assert codes == [0, 0], job.output()
+    assert summary_of(folder)["weights_sha256"] == summary_of(uninterrupted)["weights_sha256"]
+    assert len(scanner.greeted) >= 2, scanner.greeted  # the meeting and the watch
+    assert not scanner.elsewhere
+    assert "Traceback" not in job.output()
+
+
+def test_a_flood_that_begins_before_rank_0_listens(own_ports, uninterrupted, args, start, tmp_path):
+    """More than may wait at once, and never fewer."""
+    is_over, folder = threading.Event(), tmp_path / "run"
+
+    def flood():
+        held = []
+        while not is_over.is_set():
+            try:
+                held.append(socket.create_connection(("127.0.0.1", own_ports[0]), timeout=5))
+            except OSError:
+                time.sleep(0.001)
+            if len(held) > MAX_NEWCOMERS:
+                held.pop(0).close()
+
+    floods = [threading.Thread(target=flood) for _ in range(2)]
+    for one in floods:
+        one.start()
+    try:
+        job = start(("multiworker", 2), *args, f"run_dir={folder}", ports=own_ports)
+        assert job.codes(300) == [0, 0], job.output()
+    finally:
+        is_over.set()
+        for one in floods:
+            one.join(60)
+    assert summary_of(folder)["weights_sha256"] == summary_of(uninterrupted)["weights_sha256"]
+
+
+@pytest.fixture
+def start_with(start_python, args):
+    """Start a rank for each environment, at addresses of its own."""
+
+    def begin(folder, *environments):
+        common = ("-m", "mnist_dist.train", *args, "strategy=multiworker", f"run_dir={folder}")
+        workers = tf_config(local_addresses(len(environments)))
+        return [start_python(*common, env={**worker, **env}) for worker, env in zip(workers, environments, strict=True)]
+
+    return begin
+
+
+def test_ranks_with_different_secrets(start_with, tmp_path):
+    """Each ends with one line, and nothing is written."""
+    first, second = start_with(tmp_path / "run", {"MNIST_DIST_SECRET": SECRET}, {"MNIST_DIST_SECRET": SECRET[::-1]})
+    ((result,), output) = second.wait(60), second.output()
+    assert result.returncode == EXIT_USER_ERROR
+    line = (
+        r"\[rank 1/2\] error: 127\.0\.0\.1:\d+: a process of mnist_dist is there, with another secret than "
+        "rank 1: it is another job's, or set MNIST_DIST_SECRET to the same value for all processes of the job\n"
+    )
+    assert re.fullmatch(line, result.stderr)
+    first.kill()
+    for text in (output, first.output()):
+        assert SECRET not in text and SECRET[::-1] not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_secret_is_written_nowhere(start_with, tmp_path):
+    """Not into the run folder, and not into what the ranks print."""
+    folder = tmp_path / "run"
+    jobs = start_with(folder, *[{"MNIST_DIST_SECRET": SECRET}] * 2)
+    for job in jobs:
+        assert job.codes(300) == [0], job.output()
+        assert SECRET not in job.output()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_short_secret(start_with, tmp_path):
+    (job, _) = start_with(tmp_path / "run", *[{"MNIST_DIST_SECRET": "hunter2"}] * 2)
+    ((result,)) = job.wait(60)
+    assert result.returncode == EXIT_USER_ERROR
+    assert result.stderr.startswith("error: MNIST_DIST_SECRET has 7 characters, at least 16 are needed: export ")
+    assert result.stderr.count("\n") == 1 and "hunter2" not in result.stderr
+
+
+def test_a_single_process_needs_no_secret(args, run_python, tmp_path):
+    command = ("-m", "mnist_dist.train", *args, "trainer.epochs=1", f"run_dir={tmp_path / 'run'}")
+    result = run_python(*command, env={"MNIST_DIST_SECRET": "short", "XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+# Twenty processes that need the secret at the same moment, without TensorFlow.
+RACE = """
+import os, sys, time
+from mnist_dist.launch.secret import meeting_key
+from mnist_dist.launch.topology import TFConfig, Topology
+at = time.monotonic() + 1
+for _ in range(20):
+    if os.fork() == 0:
+        while time.monotonic() < at:
+            pass
+        os.write(1, meeting_key(Topology(TFConfig(("127.0.0.1:1",)))).hex().encode() + b"\\n")
+        os._exit(0)
+for _ in range(20):
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("home", ["home", "/dev/null"])
+def test_many_that_create_the_secret_at_once(home, run_python, tmp_path):
+    """In a home folder that is new, and among the temporary files if it cannot be written."""
+    environment = {"HOME": str(tmp_path / home), "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path), "MNIST_DIST_SECRET": ""}
+    result = run_python("-c", RACE, env=environment, fresh=True)
+    keys = result.stdout.split()
+    assert (len(keys), len(set(keys))) == (20, 1), result.stderr
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert (path.name, path.stat().st_mode & 0o777, path.stat().st_uid) == ("secret", 0o600, os.geteuid())
