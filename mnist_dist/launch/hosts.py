@@ -17,13 +17,13 @@ def parse_hosts(text: str) -> dict[str, int]:
     """The slots of each host, in order; a host without a number has one. Raises ValueError."""
     slots: dict[str, int] = {}
     for entry in text.split(","):
-        name, _, number = entry.partition(":")
+        name, colon, number = entry.partition(":")
         host = host_name(name)
         if host in slots:
             raise ValueError(f"{host} is named twice")
-        if not re.fullmatch("[1-9][0-9]{0,5}", number or "1"):
+        if colon and not re.fullmatch("[1-9][0-9]{0,5}", number):
             raise ValueError(f"{printable(entry, 80)} is not host:slots, such as node7:4")
-        slots[host] = int(number or 1)
+        slots[host] = int(number) if colon else 1
         if sum(slots.values()) > MAX_PROCESSES:
             raise ValueError(f"more than {MAX_PROCESSES} processes")
     return slots
