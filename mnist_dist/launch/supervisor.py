@@ -113,8 +113,9 @@ class Supervisor:
                 f"-H: {', '.join(silent)} cannot be reached by {self._plan.ssh.program}, see above; correct -H or "
                 "--ssh, or leave the host out"
             )
-        for path in (self._path(".losses"), self._path(".suspects.txt")):
-            path.unlink(missing_ok=True)  # of an earlier command
+        if self._plan.is_restarted:
+            for path in (self._path(".losses"), self._path(".suspects.txt")):
+                path.unlink(missing_ok=True)  # of an earlier command
         try:
             return self._run()
         finally:
