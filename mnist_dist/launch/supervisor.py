@@ -29,6 +29,7 @@ log = logging.getLogger("mnist_dist.launch")
 
 SECRET_VARIABLE = "MNIST_DIST_SECRET"
 """The environment variable that only the processes of one start have in common."""
+_NOTES = (".losses", ".suspects.txt")
 _NO_CHECKPOINT = "no checkpoint"
 _ANSWER_S = 20.0
 # How long processes have to end by SIGTERM, then by SIGKILL, which does not arrive on a lost host.
@@ -101,6 +102,8 @@ class Supervisor:
         self._processes: list[_Process] = []
         self._stopped_by: signal.Signals | None = None
         self._is_hasty = False
+        self._noticed = 0.0
+        """When the first process of the last start was lost or failed; seconds since 1970."""
 
     def run(self) -> int:
         """Start the job, as often as it takes; returns its exit code.
@@ -114,8 +117,7 @@ class Supervisor:
                 "--ssh, or leave the host out"
             )
         if self._plan.is_restarted:
-            for path in (self._path(".losses"), self._path(".suspects.txt")):
-                path.unlink(missing_ok=True)  # of an earlier command
+            self._forget()
         try:
             return self._run()
         finally:
@@ -140,7 +142,7 @@ class Supervisor:
             if not outcome.is_loss and not silent:
                 return outcome.code
             how = ", ".join([outcome.how, *(f"{host} does not answer" for host in silent)])
-            self._note(Loss(time.time(), tuple(silent), how))
+            self._note(Loss(self._noticed, tuple(silent), how))
             checkpoint = self._newest_checkpoint()
             if why_not := self._why_not(checkpoint, at_last_loss):
                 log.error("error: %s; %s: %s", how, why_not, self._plan.command)
@@ -161,7 +163,7 @@ class Supervisor:
         hosts = self.places()
         shared = {SECRET_VARIABLE: secrets.token_hex(32)}
         if self._plan.is_restarted:
-            shared[LOSSES_VARIABLE] = str(self._path(".losses").absolute())
+            shared[LOSSES_VARIABLE] = str(self._path(_NOTES[0]).absolute())
         for rank, host in enumerate(hosts):
             variables = {**shared, **describe_rank(rank, hosts, job=self._job, start=start)}
             if is_remote := host in self._remote:
@@ -187,7 +189,7 @@ class Supervisor:
             new = [end for one in ended if (end := one.end()) is not None]
             ends += sorted(new, key=lambda end: not end.was_lost)
             if due_s is None and any(end.code != EXIT_OK for end in new):
-                due_s = time.monotonic() + self._plan.leave_s
+                self._noticed, due_s = time.time(), time.monotonic() + self._plan.leave_s
         return judge(ends, num_processes=len(self._processes))
 
     def _measures(self) -> Iterator[float]:
@@ -241,18 +243,26 @@ class Supervisor:
             knock.kill()
         return [host for host, knock in knocks.items() if knock.wait() != 0]
 
+    def _forget(self) -> None:
+        """Remove the notes of an earlier command."""
+        for path in map(self._path, _NOTES):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"run_dir={self._plan.run_dir}: {path} cannot be removed: {error.strerror}") from error
+
     def _note(self, loss: Loss) -> None:
         """Write the loss down, for the processes of the next start and for the user; a lost host is not used again."""
         for host in loss.hosts:
             del self._slots[host]
-        notes = {".losses": loss.to_line(), ".suspects.txt": "".join(f"{host}\n" for host in loss.hosts)}
-        for suffix, text in notes.items():
-            path = self._path(suffix)
+        texts = loss.to_line(), "".join(f"{host}\n" for host in loss.hosts)
+        for path, text in zip(map(self._path, _NOTES), texts, strict=True):
+            if not text:
+                continue
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if text:
-                    with path.open("a", encoding="utf-8") as stream:
-                        stream.write(text)
+                with path.open("a", encoding="utf-8") as stream:
+                    stream.write(text)
             except OSError as error:
                 log.warning("%s cannot be written (%s)", path, error.strerror)
 

@@ -286,13 +286,9 @@ def test_doctor(run_python):
 def test_a_verification_concludes_after_a_loss_and_is_not_started_again(start_python, small_npz, tmp_path):
     arguments = ["strategy=multiworker", "data=npz", f"data.path={small_npz}", f"run_dir={tmp_path}/run"]
     job = start_python(*LAUNCH, "-np", 2, "verify", *arguments, fresh=True)
-    wait_until(lambda: "start" in job.output() and "Run folder" in job.output())
-    other = next(
-        one
-        for one in family(job.processes[0])
-        if one != job.processes[0] and one.environ().get("MNIST_DIST_RANK") == "1"
-    )
-    other.kill()
+    wait_until(lambda: "Run folder" in job.output())
+    ranks = [one for one in family(job.processes[0]) if "mnist_dist.verify" in one.cmdline()]
+    next(one for one in ranks if one.environ()["MNIST_DIST_RANK"] == "1").kill()
     assert job.codes() == [EXIT_FAILURE], job.output()
     assert "rank 1 (localhost) is gone" in job.output()
     assert "Starting again" not in job.output()
@@ -316,6 +312,17 @@ def test_a_host_is_lost(strategy, epoch, launch, hosts, words, uninterrupted):
     (loss,) = launched.losses()
     assert loss.hosts == (THERE,)
     assert launched.suspects() == [THERE]
+
+
+def test_one_process_is_left(launch, hosts, uninterrupted):
+    """And the first host, with rank 0, is the lost one."""
+    launched = launch("-H", f"{THERE}:2,{HERE}:1", "--ssh", hosts.command, "train", "strategy=horovod")
+    launched.wait_for_epoch(5)
+    kill(hosts.daemons[THERE])
+    assert launched.code() == EXIT_OK, launched.output()
+    assert result_of(launched.folder) == result_of(uninterrupted)
+    (line,) = launched.starts_again()
+    assert line.endswith(f"on {HERE}:1")
 
 
 def test_the_hosts_are_lost_one_after_the_other_until_too_few_are_left(launch, hosts, words):
