@@ -63,8 +63,9 @@ def plan(arguments: Sequence[str]) -> Plan:
     slots = _slots(asked.hosts) if asked.hosts is not None else {LOCALHOST: asked.np}
     total = sum(slots.values())
     number = total if asked.np is None else asked.np
-    if not 1 <= number <= (total if asked.hosts is not None else MAX_PROCESSES):
-        raise UserError(f"-np {number}: must be from 1 to {total if asked.hosts is not None else MAX_PROCESSES}")
+    most = total if asked.hosts is not None else MAX_PROCESSES
+    if not 1 <= number <= most:
+        raise UserError(f"-np {number}: must be from 1 to {most}" + (", the slots of -H" if asked.hosts else ""))
     if not 1 <= asked.min_np <= number:
         raise UserError(f"--min-np {asked.min_np}: must be from 1 to {number}, the number of processes")
     words, run_dir = list(asked.words), _run_dir(asked.words)
@@ -82,7 +83,7 @@ def plan(arguments: Sequence[str]) -> Plan:
         is_restarted=is_restarted,
         run_dir=run_dir,
         leave_s=_LEAVE_S if is_restarted else _CONCLUDE_S,
-        ssh=Ssh(asked.ssh, asked.python, _working_directory()),
+        ssh=Ssh(_split(asked.ssh), asked.python, _working_directory()),
         command=f"python -m mnist_dist.launch {shlex.join([*before, *words])}",
     )
 
@@ -98,10 +99,21 @@ def _slots(text: str) -> dict[str, int]:
     return slots
 
 
+def _split(text: str) -> tuple[str, ...]:
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"--ssh={text[:200]}: not a command ({error})") from error
+    if not words:
+        raise UserError("--ssh: is empty; give a command, such as ssh")
+    return words
+
+
 def _run_dir(words: Sequence[str]) -> Path | None:
     """The run folder that the words name, if they do."""
     values = [value for key, equals, value in (word.partition("=") for word in words) if key.lstrip("+") == "run_dir"]
-    return expand_path("run_dir", values[-1].strip("'\"")) if values else None
+    value = values[-1].strip("'\"") if values else "null"
+    return None if value == "null" else expand_path("run_dir", value)
 
 
 def _new_path(path: Path) -> Path:

@@ -72,12 +72,12 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
     _check_horovod_settings(env)
     cpus = env.number("SLURM_CPUS_PER_TASK", default=0, minimum=1, maximum=MAX_CORES)
     # Of a batch script whose processes mnist_dist.launch starts, the number counts for all of them together.
-    has_own = not isinstance(topology.launcher, Alone) and SUPERVISED_NAMES[0] not in env
+    is_for_each = not isinstance(topology.launcher, Alone) and SUPERVISED_NAMES[0] not in env
     return replace(
         topology,
         interface=env.get("HOROVOD_GLOO_IFACE"),
         visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),  # empty: no GPUs
-        cpus_per_task=cpus or None if has_own else None,
+        cpus_per_task=cpus or None if is_for_each else None,
         slurm=read_slurm_job(env),
         losses=Path(env[LOSSES_VARIABLE]) if LOSSES_VARIABLE in env else None,
     )

@@ -1,5 +1,6 @@
 """This end of ssh: the commands that start a process on another host, and ask whether a host is there."""
 
+import contextlib
 import fcntl
 import os
 import shlex
@@ -17,14 +18,14 @@ _OPTIONS = ("-T", "-x", *(f"-o{setting}" for setting in _SETTINGS))
 # What belongs to this machine or this session.
 _STAYS_HERE = ("HOME", "HOSTNAME", "LOGNAME", "MAIL", "OLDPWD", "PWD", "SHELL", "SHLVL", "TERM", "TMPDIR", "USER", "_")
 _STAY_HERE = ("DBUS_", "DISPLAY", "SSH_", "XDG_")
-_PIPE_BYTES = 2**20
+_PIPE_BYTES = 2**16  # what Linux gives a pipe
 
 
 @dataclass(frozen=True)
 class Ssh:
     """How other hosts are reached."""
 
-    program: str
+    program: tuple[str, ...]
     """`ssh`, and options of the user's own."""
     python: str
     """The Python of the other hosts."""
@@ -42,11 +43,15 @@ class Ssh:
             for name, value in variables.items()
             if name not in _STAYS_HERE and not name.startswith(_STAY_HERE)
         }
-        # All of it fits into the pipe, so that a host which does not read holds nobody up.
-        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        os.set_blocking(process.stdin.fileno(), False)
+        # All of it must fit into the pipe, so that a host which does not read holds nobody up.
         line = order_line([self.python, *words], passed_on)
-        tell(process, line)
+        os.set_blocking(process.stdin.fileno(), False)
+        if len(line) > _PIPE_BYTES:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, len(line))
+        if tell(process, line) < len(line):
+            process.kill()
+            raise UserError(f"the environment variables are too many for ssh: {len(line)} bytes; unset some of them")
         return process
 
     def knock(self, host: str) -> "Popen[bytes]":
@@ -54,18 +59,18 @@ class Ssh:
         try:
             return self._run(host, "true")
         except OSError as error:
-            raise UserError(f"--ssh={self.program}: cannot be started ({error.strerror})") from error
+            raise UserError(f"--ssh={shlex.join(self.program)}: cannot be started ({error.strerror})") from error
 
     def _run(self, host: str, command: str, *, stdin: int = DEVNULL) -> "Popen[bytes]":
-        return start_child([*shlex.split(self.program), *_OPTIONS, host, command], stdin=stdin)
+        return start_child([*self.program, *_OPTIONS, host, command], stdin=stdin)
 
 
-def tell(process: "Popen[bytes]", line: bytes) -> None:
-    """Write a line to its standard input, if it still reads; its end is noticed elsewhere."""
+def tell(process: "Popen[bytes]", line: bytes) -> int:
+    """Write to its standard input without waiting; returns how many bytes were written."""
     assert process.stdin is not None
     try:
-        os.write(process.stdin.fileno(), line)
+        return os.write(process.stdin.fileno(), line)
     except BrokenPipeError:
-        pass
-    except BlockingIOError as error:
-        raise UserError(f"the environment variables are more than ssh takes at once ({len(line)} bytes)") from error
+        return len(line)  # it has just ended, which is noticed elsewhere
+    except BlockingIOError:
+        return 0

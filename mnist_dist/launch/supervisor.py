@@ -113,8 +113,8 @@ class Supervisor:
         """
         if (silent := self._ask()) and self._stopped_by is None:
             raise UserError(
-                f"-H: {', '.join(silent)} cannot be reached by {self._plan.ssh.program}, see above; correct -H or "
-                "--ssh, or leave the host out"
+                f"-H: {', '.join(silent)} cannot be reached by {' '.join(self._plan.ssh.program)}, see above; correct "
+                "-H or --ssh, or leave the host out"
             )
         if self._plan.is_restarted:
             self._forget()

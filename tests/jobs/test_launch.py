@@ -398,6 +398,14 @@ def test_signals_and_the_end_of_the_supervisor_reach_other_hosts(launch, hosts):
     wait_until(lambda: not again.ranks())
 
 
+def test_many_variables_reach_another_host(launch, hosts, monkeypatch):
+    """More than a pipe takes by itself."""
+    monkeypatch.setenv("HORRIBLY_LONG", "x" * 100_000)
+    launched = launch("-H", f"{THERE}:1", "--ssh", hosts.command, "train", "trainer.epochs=100000")
+    launched.wait_for_epoch(1)
+    assert launched.ranks()[0].environ()["HORRIBLY_LONG"] == "x" * 100_000
+
+
 def test_no_secret_is_in_a_command_line(launch, hosts, words):
     launched = launch(*words, "train", "strategy=multiworker", "trainer.epochs=100000")
     launched.wait_for_epoch(1)

@@ -153,6 +153,7 @@ def test_without_a_run_folder_there_is_a_new_one(tmp_path, monkeypatch):
     found.run_dir.mkdir(parents=True)
     names = {plan(["-np", "1", "train"]).run_dir for _ in range(3)}
     assert found.run_dir not in names
+    assert plan(["-np", "1", "train", "run_dir=null"]).words[-1].startswith("run_dir=runs/")
     assert plan(["-np", "1", "doctor"]).words == ("-m", "mnist_dist.doctor")
 
 
@@ -166,6 +167,7 @@ def test_without_a_run_folder_there_is_a_new_one(tmp_path, monkeypatch):
         ("-H a:x train", "-H a:x: a:x is not host:slots"),
         ("-H localhost:1,b:1 train", "-H: localhost is each host's own name for itself"),
         ("-H b:1,127.0.0.1:1 train", "-H: 127.0.0.1 is"),
+        ("-np 2 --ssh ' train", "--ssh=': not a command (No closing quotation)"),
         ("-np 2 evaluate", "evaluate"),
         ("-np 2", "command"),
         ("-np 2 --oops train", "--oops"),
