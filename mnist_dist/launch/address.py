@@ -8,6 +8,10 @@ from typing import Any
 from mnist_dist.launch.variables import printable
 
 _MAX_HOST_NAME = 253
+# Where the ranks meet: ports below the range that Linux assigns by itself (32768 and up).
+_FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+# If one is taken the next is tried, so far away that two jobs have at most one in common.
+_NUM_ADDRESSES, _PORT_STEP = 8, 1_013
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST_NAME = rf"{_LABEL}(?:\.{_LABEL})*"
 
@@ -40,6 +44,12 @@ def is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def meeting_addresses(host: str, number: int) -> tuple[str, ...]:
+    """Where the ranks of a job may meet on a host: ports derived from a number of the job, so that all know them."""
+    ports = (_FIRST_PORT + (number + attempt * _PORT_STEP) % _NUM_PORTS for attempt in range(_NUM_ADDRESSES))
+    return tuple(join_address(host, port) for port in ports)
 
 
 def ipv6_address(text: str) -> str:

@@ -28,7 +28,12 @@ class Share:
 
 
 def start_child(
-    words: Sequence[str], *, output: int | None = None, inherited: Sequence[int] = (), share: Share | None = None
+    words: Sequence[str],
+    *,
+    output: int | None = None,
+    inherited: Sequence[int] = (),
+    share: Share | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> "subprocess.Popen[bytes]":
     """Start a program that is asked to stop (SIGTERM) when this process ends in any way, kill -9 included.
 
@@ -39,6 +44,7 @@ def start_child(
         output: a descriptor for standard output and errors; by default those of this process.
         inherited: further descriptors that the program keeps open.
         share: its part of the machine.
+        stdin: a descriptor for standard input, or subprocess.PIPE.
 
     Raises:
         OSError: the program cannot be started.
@@ -58,7 +64,7 @@ def start_child(
 
     return subprocess.Popen(
         words,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=output,
         stderr=output,
         pass_fds=inherited,

@@ -13,6 +13,7 @@ from mnist_dist.base.errors import UserError
 from mnist_dist.launch.horovodrun import HOROVOD_NAMES, read_horovodrun
 from mnist_dist.launch.losses import LOSSES_VARIABLE
 from mnist_dist.launch.slurm import read_slurm_job, read_slurm_step
+from mnist_dist.launch.supervised import SUPERVISED_NAMES, read_supervised
 from mnist_dist.launch.tf_config import read_tf_config
 from mnist_dist.launch.topology import Alone, Topology
 from mnist_dist.launch.variables import MAX_CORES, Variables
@@ -29,27 +30,36 @@ _HOROVOD_SETTINGS = {
 def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
     """The process layout that the launcher set up. An empty variable counts as not set.
 
-    Horovod's variables and TF_CONFIG take precedence over Slurm's, which every process of an allocation has.
+    The variables of mnist_dist.launch and Horovod, and TF_CONFIG, take precedence over Slurm's, which every process of
+    an allocation has.
 
     Raises:
         UserError: two launchers at once, or a variable that is unusable or contradicts the others.
     """
     env = Variables(environ)
-    horovod = next((name for name in HOROVOD_NAMES if name in env), None)
-    if horovod and "TF_CONFIG" in env:
-        raise UserError(
-            f"{env.shown(horovod)} and {env.shown('TF_CONFIG')} are both set: two launchers "
-            "at once; unset one of them (horovodrun sets the first, multiworker needs the second)"
+    launchers = {
+        next((name for name in names if name in env), ""): read
+        for names, read in (
+            (SUPERVISED_NAMES, read_supervised),
+            (HOROVOD_NAMES, read_horovodrun),
+            (("TF_CONFIG",), read_tf_config),
         )
-    if env.number("OMPI_COMM_WORLD_SIZE", default=1, minimum=1) > 1 and not horovod and "TF_CONFIG" not in env:
+    }
+    launchers.pop("", None)
+    if len(launchers) > 1:
+        first, second, *_ = launchers
+        raise UserError(
+            f"{env.shown(first)} and {env.shown(second)} are both set: two launchers at once; unset one of them "
+            "(mnist_dist.launch sets MNIST_DIST_RANK, horovodrun HOROVOD_RANK, you TF_CONFIG)"
+        )
+    if env.number("OMPI_COMM_WORLD_SIZE", default=1, minimum=1) > 1 and not launchers:
         raise UserError(
             f"OMPI_COMM_WORLD_SIZE={env['OMPI_COMM_WORLD_SIZE']}: mpirun is not supported, each of its processes "
-            "would train alone; start the job with horovodrun, srun or TF_CONFIG"
+            "would train alone; start the job with python -m mnist_dist.launch, horovodrun, srun or TF_CONFIG"
         )
-    if horovod:
-        topology = read_horovodrun(env)
-    elif "TF_CONFIG" in env:
-        topology = read_tf_config(env)
+    if launchers:
+        (read,) = launchers.values()
+        topology = read(env)
     elif env.number("SLURM_STEP_NUM_TASKS", default=1, minimum=1) > 1:
         topology = read_slurm_step(env)
     elif "SLURM_STEP_NUM_TASKS" not in env and env.number("SLURM_PROCID", default=0) > 0:
@@ -61,11 +71,13 @@ def read_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         topology = Topology()
     _check_horovod_settings(env)
     cpus = env.number("SLURM_CPUS_PER_TASK", default=0, minimum=1, maximum=MAX_CORES)
+    # Of a batch script whose processes mnist_dist.launch starts, the number counts for all of them together.
+    is_for_each = not isinstance(topology.launcher, Alone) and SUPERVISED_NAMES[0] not in env
     return replace(
         topology,
         interface=env.get("HOROVOD_GLOO_IFACE"),
         visible_gpus=environ.get("CUDA_VISIBLE_DEVICES"),  # empty: no GPUs
-        cpus_per_task=cpus or None if not isinstance(topology.launcher, Alone) else None,
+        cpus_per_task=cpus or None if is_for_each else None,
         slurm=read_slurm_job(env),
         losses=Path(env[LOSSES_VARIABLE]) if LOSSES_VARIABLE in env else None,
     )

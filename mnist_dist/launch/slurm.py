@@ -4,15 +4,11 @@ import itertools
 import re
 
 from mnist_dist.base.errors import UserError
-from mnist_dist.launch.address import host_name
+from mnist_dist.launch.address import host_name, meeting_addresses
 from mnist_dist.launch.topology import SlurmJob, Step, Topology
 from mnist_dist.launch.variables import MAX_ID, MAX_PROCESSES, Variables, printable
 
 _NODES = r"(?:[A-Za-z0-9._-]|\[[0-9,-]+\])+"
-# Where the ranks meet: ports below the range that Linux assigns by itself (32768 and up).
-_FIRST_PORT, _NUM_PORTS = 20_000, 10_000
-# If one is taken the next is tried, so far away that two jobs have at most one in common.
-_NUM_ADDRESSES, _PORT_STEP = 8, 1_013
 
 
 def read_slurm_step(env: Variables) -> Topology:
@@ -37,12 +33,9 @@ def read_slurm_step(env: Variables) -> Topology:
             raise UserError(
                 f"{name}={env[name]}, but {env.shown(per_node)} means {len(tasks)} tasks; start the tasks with srun"
             )
-    # The ports are derived from the numbers of job and step, so that all ranks know them.
-    first = job * 31 + step
-    ports = [_FIRST_PORT + (first + number * _PORT_STEP) % _NUM_PORTS for number in range(_NUM_ADDRESSES)]
     launcher = Step(
         hosts=tasks,
-        meeting_addresses=tuple(f"{hosts[0]}:{port}" for port in ports),
+        meeting_addresses=meeting_addresses(hosts[0], job * 31 + step),
         step_id=f"{job}.{step}.{restarts}",
     )
     topology = Topology.of_hosts(launcher, tasks, rank=rank)

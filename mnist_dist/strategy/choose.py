@@ -68,12 +68,12 @@ def choose_strategy(name: str, topology: Topology, *, num_gpus: int, has_horovod
     if several and name == "multiworker" and isinstance(topology.launcher, HorovodRun):
         raise UserError(
             "strategy=multiworker: horovodrun started the processes, and does not tell their addresses; "
-            "give strategy=horovod, or set TF_CONFIG instead of using horovodrun"
+            "give strategy=horovod, or start them with python -m mnist_dist.launch or TF_CONFIG"
         )
     if several and name == "horovod" and isinstance(topology.launcher, TFConfig):
         raise UserError(
-            "strategy=horovod: the processes were started with TF_CONFIG; start them with horovodrun or srun, "
-            "or give strategy=multiworker"
+            "strategy=horovod: the processes were started with TF_CONFIG; start them with python -m "
+            "mnist_dist.launch, horovodrun or srun, or give strategy=multiworker"
         )
     return name, "as configured"
 

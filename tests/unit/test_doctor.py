@@ -1,6 +1,7 @@
 """The doctor's checks on environments that are described, and the merging of what many ranks have found."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -479,6 +480,7 @@ def names(hosts, *, own="n1", topology=None, interfaces=UP):
 
 GOOD = {"n1": (["10.0.0.1"], "eth0"), "n2": (["10.0.0.2"], "eth0")}
 TWO = Topology(STEP, 0, 2)
+ONE_OF_TWO = Topology(HorovodRun("n1:5"), 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -527,7 +529,10 @@ def test_the_interface(interface, variables, expected):
 
 def test_no_way_to_another_host():
     outcome = names({**GOOD, "n2": (["10.0.0.2"], None)})
-    check(check_interfaces(outcome, TWO, Variables({}), own="n1"), "warning", "n2 is reached", "ip route get")
+    finding = check_interfaces(outcome, TWO, Variables({}), own="n1")
+    check(finding, "warning", "n2 is reached", "ip route get")
+    assert "slurm" not in finding.fix
+    assert "in slurm/site.sh" in check_interfaces(outcome, replace(TWO, slurm=SLURM), Variables({}), own="n1").fix
 
 
 @pytest.mark.parametrize(
@@ -717,18 +722,19 @@ def test_which_file_system():
 
 
 @pytest.mark.parametrize(
-    ("answer", "slurm", "expected"),
+    ("answer", "topology", "expected"),
     [
-        ("refused", None, ("ok", "sees the lock")),
-        ("granted", None, ("warning", "two nodes could train in one folder", "localflock")),
-        ("absent", None, ("ok", "does not see rank 0's run folder")),
-        ("absent", SLURM, ("warning", "may find no checkpoint", "that all nodes share")),
-        ("Input/output error", None, ("unknown", "Input/output error")),
-        (None, None, ("unknown", "did not answer within 30 s")),
+        ("refused", ONE_OF_TWO, ("ok", "sees the lock")),
+        ("granted", ONE_OF_TWO, ("warning", "two nodes could train in one folder", "localflock")),
+        ("absent", ONE_OF_TWO, ("ok", "does not see rank 0's run folder")),
+        ("absent", replace(ONE_OF_TWO, slurm=SLURM), ("warning", "may find no checkpoint", "that all nodes share")),
+        ("absent", Topology(STEP, 1, 2), ("warning", "may find no checkpoint", "that all nodes share")),
+        ("Input/output error", ONE_OF_TWO, ("unknown", "Input/output error")),
+        (None, ONE_OF_TWO, ("unknown", "did not answer within 30 s")),
     ],
 )
-def test_the_lock_of_rank_0(answer, slurm, expected):
-    check(check_shared_lock(answer, EXPIRED, Topology(STEP, 1, 2, slurm=slurm)), *expected)
+def test_the_lock_of_rank_0(answer, topology, expected):
+    check(check_shared_lock(answer, EXPIRED, topology), *expected)
 
 
 # What auto would choose

@@ -90,7 +90,8 @@ def check_interfaces(outcome: Outcome, topology: Topology, variables: Variables,
     others = [host for host in job_hosts(topology) if host != own]
     ways = {host: (outcome.answers.get(f"host {host}") or {}).get("interface") for host in others}
     if lost := [host for host, way in ways.items() if way is None]:
-        fix = "check the route (ip route get ADDRESS), or set HOROVOD_GLOO_IFACE in slurm/site.sh"
+        where = " in slurm/site.sh" if topology.slurm else ""
+        fix = f"check the route (ip route get ADDRESS), or set HOROVOD_GLOO_IFACE{where}"
         return Finding(name, "warning", f"it is not known over which interface {lost[0]} is reached", fix)
     found = ", ".join(dict.fromkeys(str(way) for way in ways.values())) or "not needed: a single host"
     return Finding(name, "ok", f"{found} towards the other hosts" if ways else found)

@@ -8,7 +8,7 @@ from mnist_dist.config.data import DataConfig
 from mnist_dist.config.model import ModelConfig
 from mnist_dist.doctor.finding import Finding, from_message
 from mnist_dist.doctor.probe import Outcome
-from mnist_dist.launch.topology import Topology
+from mnist_dist.launch.topology import Step, Topology
 
 _NEEDED_BYTES, _COMFORTABLE_BYTES = 50e6, 500e6
 _STEPS = ("path", "space", "write", "rename", "fsync of a folder", "flock")
@@ -106,8 +106,8 @@ def check_shared_lock(answer: str | None, outcome: Outcome, topology: Topology) 
         return Finding(name, "warning", found, fix)
     if answer == "absent":
         found = "this rank does not see rank 0's run folder: fine while rank 0 stays on its node"
-        if topology.slurm is None:
+        if topology.slurm is None and not isinstance(topology.launcher, Step):
             return Finding(name, "ok", found)
         fix = "name a run_dir on a file system that all nodes share"
-        return Finding(name, "warning", f"{found}, but a requeued job may find no checkpoint", fix)
+        return Finding(name, "warning", f"{found}, but a job that is started again may find no checkpoint", fix)
     return Finding(name, "unknown", f"trying the lock: {answer or outcome.describe()}")
