@@ -289,10 +289,29 @@ def _time(record: RunRecord) -> Iterator[Html]:
         }
         yield facts([(title, text(seconds_text(timing[key]))) for key, title in names.items()])
     yield side_by_side(pictures)
+    if record.incidents:
+        yield _incidents(record)
     if record.events:
         yield _sessions(record)
     else:
         yield remark(text("This run has no events.jsonl, so it is unknown when it was started and stopped."))
+
+
+def _incidents(record: RunRecord) -> Html:
+    columns = [
+        Column("When"),
+        Column("Lost"),
+        Column("Noticed", "prose"),
+        Column("At epoch", "number"),
+        Column("Epochs computed again", "number"),
+        Column("Time lost", "number"),
+    ]
+    rows = []
+    for one in record.incidents:
+        lost = [*(f"rank {rank}" for rank in one.ranks), *one.hosts]
+        values = (moment_text(one.time), ", ".join(lost) or "unknown", one.how, one.epoch, one.epochs_computed_again)
+        rows.append([*map(text, values), text(seconds_text(one.seconds_lost))])
+    return table(columns, rows, caption="Incidents", stacked=True)
 
 
 def _sessions(record: RunRecord) -> Html:
@@ -328,16 +347,10 @@ def _sessions(record: RunRecord) -> Html:
 
 def _hosts(start: Event) -> list[str]:
     """Each host once, with the number of its processes where they are several."""
-    hosts = list(map(str, _listed(start, "hosts")))
+    hosts = start.hosts
     return [
         f"{host} ({hosts.count(host)} processes)" if hosts.count(host) > 1 else host for host in dict.fromkeys(hosts)
     ]
-
-
-def _listed(start: Event, name: str) -> list[object]:
-    """A list among the facts of a start, empty where there is none."""
-    found = start.facts.get(name)
-    return found if isinstance(found, list) else []
 
 
 # Configuration and machines
@@ -389,10 +402,11 @@ def _machines(record: RunRecord) -> Iterator[Html]:
     starts = [event for event in record.events if event.kind == "started"]
     if starts:
         last = starts[-1]
+        devices = last.facts.get("devices")
         yield facts(
             [
                 ("Hosts", text(", ".join(_hosts(last)) or "unknown")),
                 ("Processes", text(last.facts.get("world_size", "unknown"))),
-                ("Devices of rank 0", text(", ".join(map(str, _listed(last, "devices"))) or "unknown")),
+                ("Devices of rank 0", text(", ".join(map(str, devices)) if isinstance(devices, list) else "unknown")),
             ]
         )
