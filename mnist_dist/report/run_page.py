@@ -44,6 +44,7 @@ from mnist_dist.results.quantities import as_value, counted, moment_text, percen
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.results.svg import to_svg
 from mnist_dist.run.events import Event
+from mnist_dist.run.incidents import Incident
 from mnist_dist.run.record import RunRecord
 
 _NUM_SUREST = 12
@@ -300,7 +301,7 @@ def _time(record: RunRecord) -> Iterator[Html]:
 def _incidents(record: RunRecord) -> Html:
     columns = [
         Column("When"),
-        Column("Lost"),
+        Column("Lost", "prose"),
         Column("Noticed", "prose"),
         Column("At epoch", "number"),
         Column("Epochs computed again", "number"),
@@ -308,10 +309,17 @@ def _incidents(record: RunRecord) -> Html:
     ]
     rows = []
     for one in record.incidents:
-        lost = [*(f"rank {rank}" for rank in one.ranks), *one.hosts]
-        values = (moment_text(one.time), ", ".join(lost) or "unknown", one.how, one.epoch, one.epochs_computed_again)
+        values = (moment_text(one.time), _lost(one), one.how, one.epoch, one.epochs_computed_again)
         rows.append([*map(text, values), text(seconds_text(one.seconds_lost))])
     return table(columns, rows, caption="Incidents", stacked=True)
+
+
+def _lost(incident: Incident) -> str:
+    """The machines and ranks that are known to have been lost."""
+    ranks = ", ".join(map(str, incident.ranks))
+    ranks = f"rank {ranks}" if len(incident.ranks) == 1 else f"ranks {ranks}" if ranks else ""
+    hosts = ", ".join(incident.hosts)
+    return f"{hosts} ({ranks})" if hosts and ranks else hosts or ranks or "unknown"
 
 
 def _sessions(record: RunRecord) -> Html:

@@ -75,7 +75,7 @@ def _describe(before: "Event", end: "Event", start: "Event", history: History) -
     if end.lost is not None:
         ranks.add(end.lost.rank)
         hosts = {end.lost.host: None, **hosts}
-        how.insert(0, end.lost.how)
+        how = [*([] if any(end.lost.how in words for words in how) else [end.lost.how]), *how]
     elif was_lost and not start.losses:
         # Rank 0 would have noted anything else.
         ranks, hosts = ({0}, dict.fromkeys(before.hosts[:1])) if end.kind == "lost" else (set(), {})

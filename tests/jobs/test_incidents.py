@@ -7,11 +7,11 @@ import time
 
 import pytest
 from support.hooks import WRITE_HOOK, WriteHook
-from support.job import HOROVOD, SINGLE, wait_for_epoch
+from support.job import DOCTOR_HINT, HOROVOD, SINGLE, wait_for_epoch
 from support.processes import wait_until
 from support.runs import history_of, result_of, summary_of
 
-from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_OK
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_OK, EXIT_USER_ERROR
 from mnist_dist.launch.losses import LOSSES_VARIABLE, Loss
 
 NODES = ("127.0.0.2", "127.0.0.3")
@@ -147,7 +147,7 @@ def test_a_lost_rank_is_in_summary_and_report(lost, uninterrupted, start, train,
     spent = again["time"] - end["time"] + sum(row.epoch_s for row in rows)
     assert rows == () or incident["seconds_lost"] == pytest.approx(spent)
     page = (folder / "report.html").read_text()
-    assert f"rank {lost}, {NODES[lost]}" in page and how in page
+    assert f"{NODES[lost]} (rank {lost})" in page and how in page
 
 
 def test_started_again_by_hand(start, train, args, folder):
@@ -166,6 +166,23 @@ def test_a_job_that_did_not_lose_anything(uninterrupted):
     assert "Incidents" not in (uninterrupted / "report.html").read_text()
 
 
-def test_losses_that_cannot_be_read(train, folder, tmp_path):
-    (tmp_path / "losses").mkdir()
-    assert train(folder, "trainer.epochs=1", env={LOSSES_VARIABLE: str(tmp_path / "losses")}).returncode == EXIT_OK
+def test_losses_that_cannot_be_read(train, folder):
+    result = train(folder, env={LOSSES_VARIABLE: "x" * 300})
+    assert result.returncode == EXIT_USER_ERROR
+    expected = f"error: {LOSSES_VARIABLE}={'x' * 300}: cannot be read: File name too long{DOCTOR_HINT}\n"
+    assert result.stderr == expected
+    assert not folder.exists()
+
+
+def test_fast_says_that_bits_may_differ(start, train, note, args, folder):
+    """Fewer replicas are left."""
+    fast = [*args[:-1], "trainer.epochs=400", "reproducibility=fast"]
+    job = start(HOROVOD, *fast, f"run_dir={folder}", launcher="srun", nodes=NODES)
+    wait_for_epoch(job, folder, 2)
+    job.processes[1].kill()
+    assert EXIT_LOST_PEER in job.codes()
+    epochs = len(history_of(folder).epochs) + 1
+    result = train(folder, f"trainer.epochs={epochs}", "reproducibility=fast", env=note(NODES[1]))
+    assert result.returncode == EXIT_OK, result.stderr
+    line = "Replicas: 2 until now, 1 from now on; with reproducibility=fast that may change the last bits\n"
+    assert line in result.stdout

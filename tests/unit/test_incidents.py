@@ -46,11 +46,11 @@ def test_a_peer_is_lost():
 
 def test_its_launcher_knows_more():
     """All ranks of the machine are lost, and another machine was when the launcher tried again."""
-    losses = (Loss(160, ("b",), "node b does not answer"), Loss(165, ("c",), "node c does not answer"))
+    losses = (Loss(160, ("b",), "rank 2 is gone (silent for 30 s)"), Loss(165, ("c",), "node c does not answer"))
     events = (started(100, 0), failed(150, 7, **silent()), started(170, 4, *losses, hosts=["a"]))
     (found,) = list_incidents(events, history(7))
     assert (found.ranks, found.hosts) == ((2, 3), ("b", "c"))
-    assert found.how == "silent for 30 s; node b does not answer; node c does not answer"
+    assert found.how == "rank 2 is gone (silent for 30 s); node c does not answer"
     assert (found.time, found.epochs_computed_again, found.seconds_lost) == (150, 3, 23)
 
 
