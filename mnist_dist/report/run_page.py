@@ -410,11 +410,12 @@ def _machines(record: RunRecord) -> Iterator[Html]:
     starts = [event for event in record.events if event.kind == "started"]
     if starts:
         last = starts[-1]
-        devices = last.facts.get("devices")
+        found = last.facts.get("devices")
+        devices = found if isinstance(found, list) else []
         yield facts(
             [
                 ("Hosts", text(", ".join(_hosts(last)) or "unknown")),
                 ("Processes", text(last.facts.get("world_size", "unknown"))),
-                ("Devices of rank 0", text(", ".join(map(str, devices)) if isinstance(devices, list) else "unknown")),
+                ("Devices of rank 0", text(", ".join(map(str, devices)) or "unknown")),
             ]
         )
