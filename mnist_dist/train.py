@@ -1,25 +1,28 @@
 """Train: `python -m mnist_dist.train KEY=VALUE ...`. A run, from top to bottom."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from mnist_dist.base.console import Console, progress
-from mnist_dist.base.errors import EXIT_OK, EXIT_PREEMPTED
+from mnist_dist.base.errors import EXIT_LOST_PEER, EXIT_OK, EXIT_PREEMPTED, LostTouch
 from mnist_dist.cli.explain import describe
 from mnist_dist.cli.main import run
 from mnist_dist.config.compose import TRAIN
 from mnist_dist.config.train import TrainConfig
-from mnist_dist.data.splits import preprocess
+from mnist_dist.data.splits import SplitName, preprocess
 from mnist_dist.engine.footprint import check_fits
 from mnist_dist.launch.job import Job
+from mnist_dist.launch.peers import PeerEnd
 from mnist_dist.launch.topology import Topology
 from mnist_dist.results.reference import Reference
+from mnist_dist.results.sums import EvaluationSums
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.early_end import early_end
-from mnist_dist.run.events import EventLog
+from mnist_dist.run.events import EventLog, LostRank
 from mnist_dist.run.folder import REPORT_PAGE, TENSORBOARD, RunFolder
 from mnist_dist.run.input import RunInput, agree_on_input, read_input
 from mnist_dist.run.record import read_record
@@ -48,7 +51,7 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
             log.info("%s holds this run, finished: nothing to do", run_folder.path)
             events.settle()
             return EXIT_OK
-        job.peers.at_loss = events.failed
+        job.peers.at_loss = partial(note_peer_end, events, run_input.hosts)
         watching = job.peers.watching(run_input.watch_address, start_silence_s=config.strategy.start_timeout_s)
         with events.noting_failure(), watching:
             engine = build(run_input, job, console)
@@ -60,7 +63,8 @@ def train(config: TrainConfig, topology: Topology, console: Console) -> int:
             if is_finished:
                 if early:
                     log.info("Finished after epoch %d of %d: %s", reached.epoch, num_epochs, early)
-                write_results(engine, reached, run_folder, run_input.reference, clock, board)
+                results = write_results(engine, reached, run_folder, run_input.reference, board)
+                write_summary(engine, reached, results, run_folder, clock, events)
                 events.ended("finished", early)
             else:
                 where = f"after epoch {reached.epoch}" if reached.epoch else "before the first epoch"
@@ -114,7 +118,7 @@ def prepare_folder(
     console.log_to(run_folder.log_path)
     log.info("Run folder: %s", run_folder.path)
     engine.log_description()
-    events.started(start.epoch, {**engine.facts(), "hosts": run_input.hosts})
+    events.started(start.epoch, {**engine.facts(), "hosts": run_input.hosts}, run_input.losses)
     if start.epoch:
         run_folder.write_history(start.history)  # the file may be ahead of the checkpoint
     return start
@@ -167,10 +171,9 @@ def write_results(
     reached: ResumePoint,
     run_folder: RunFolder,
     reference: Reference | None,
-    clock: RunClock,
     board: "EventFiles",
-) -> None:
-    """Evaluate the trained model on every split; write it, the pictures and the summary."""
+) -> Mapping[SplitName, EvaluationSums]:
+    """Evaluate the trained model on every split, which is returned; write it and the pictures."""
     from mnist_dist.results.curves import plot_run
 
     with engine.strategy.collectives():
@@ -181,16 +184,34 @@ def write_results(
     dataset, class_names = engine.config.data.name, engine.splits.class_names
     run_folder.write_plots(plot_run(history, confusion, dataset=dataset, class_names=class_names, reference=reference))
     board.write_confusion_matrix(reached.epoch, run_folder.path / "plots/confusion_matrix.png")
+    return results
+
+
+def write_summary(
+    engine: "Engine",
+    reached: ResumePoint,
+    results: Mapping[SplitName, EvaluationSums],
+    run_folder: RunFolder,
+    clock: RunClock,
+    events: EventLog,
+) -> None:
+    """Write and log the summary: the run is finished."""
     summary = build_summary(
         engine.config,
         engine.placement(),
         reached,
         results,
         weights_sha256=engine.weights_digest(),
-        timing=clock.timing(history.column("epoch_s")),
+        timing=clock.timing(reached.history.column("epoch_s")),
     )
-    run_folder.write_summary(summary)
+    run_folder.write_summary(replace(summary, incidents=events.incidents(reached.history)))
     log_summary(summary, run_folder.path)
+
+
+def note_peer_end(events: EventLog, hosts: Sequence[str], end: PeerEnd) -> None:
+    """Note that the run has failed because another process has ended."""
+    lost = None if end.rank is None else LostRank(end.rank, hosts[end.rank], end.how)
+    events.failed(end.text, LostTouch.__name__ if end.code == EXIT_LOST_PEER else "", lost=lost)
 
 
 def write_report(run_folder: RunFolder, config: TrainConfig) -> None:

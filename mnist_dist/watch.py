@@ -29,6 +29,7 @@ from mnist_dist.config.rules import Checked, between, ruled
 from mnist_dist.launch.child import Signals
 from mnist_dist.launch.topology import Topology
 from mnist_dist.results.history import Metric
+from mnist_dist.results.quantities import counted, seconds_text
 from mnist_dist.results.text_chart import draw_text_curves
 from mnist_dist.run.checkpoint import CheckpointFolder
 from mnist_dist.run.record import RunRecord, RunState, is_run_folder, read_record
@@ -188,6 +189,7 @@ def build_view(look: Look, terminal: rich.console.Console) -> rich.console.Group
         _progress(look),
         _describe_pace(look),
         _describe_checkpoint(look),
+        *_describe_incidents(look),
         Text(),
     ]
     log_lines = [Text(line, style="dim", no_wrap=True, overflow="crop") for line in look.log]
@@ -245,6 +247,14 @@ def _describe_checkpoint(look: Look) -> Text:
         return Text("no checkpoint yet", "dim")
     epoch, age_s = look.checkpoint
     return Text(f"last checkpoint: epoch {epoch}, {timedelta(seconds=round(age_s))} ago")
+
+
+def _describe_incidents(look: Look) -> Iterator[Text]:
+    incidents = look.record.incidents
+    if incidents:
+        again = counted(sum(one.epochs_computed_again for one in incidents), "epoch")
+        lost = seconds_text(sum(one.seconds_lost for one in incidents))
+        yield Text(f"{counted(len(incidents), 'incident')}: {again} computed again, {lost} lost", "yellow")
 
 
 @contextlib.contextmanager

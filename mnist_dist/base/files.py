@@ -17,7 +17,7 @@ from pathlib import Path
 from mnist_dist.base.errors import UserError
 
 _TEMPORARY = ".tmp"
-_LOOKS, _LOOK_S = 3, 0.05
+_LOOK_S, _LOOKING_S = 0.05, 0.15
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -47,18 +47,22 @@ def read_regular(path: Path) -> bytes:
         return stream.read()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` atomically, flushed to disk, in a folder that exists; raises OSError."""
+def write_atomically(path: Path, content: bytes, *, check: Callable[[], None] = lambda: None) -> None:
+    """Replace `path` by `content` atomically, flushed to disk, in a folder that exists; raises OSError.
+
+    `check` is called right before `path` is replaced, and may raise to prevent it.
+    """
     # Relative to the folder opened here: if it is moved meanwhile, nothing is written to what takes its place.
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        temporary = f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}"
+        temporary = _temporary_name(path)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
+            check()
             os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -67,6 +71,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         _flush_folder(folder)
     finally:
         os.close(folder)
+
+
+def _temporary_name(path: Path) -> str:
+    return f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}"
 
 
 def is_temporary(path: Path) -> bool:
@@ -144,25 +152,46 @@ def _open_lock(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
 
 
-def open_locked(path: Path) -> int:
+def open_locked(path: Path, *, wait_s: float = 0.0) -> int:
     """Open the file `path` (created if needed, else not changed) with an exclusive lock; returns the descriptor.
 
     The lock ends when the descriptor is closed (in all processes that have inherited it) or the process ends in any
-    way. On a file system without locks the file is opened without one. Raises BlockingIOError if another process holds
-    the lock, and OSError.
+    way. On a file system without locks the file is opened without one. Raises BlockingIOError if another process still
+    holds the lock after `wait_s` seconds, and OSError.
     """
     descriptor = _open_lock(path)
+    deadline = time.monotonic() + max(wait_s, _LOOKING_S)  # `is_locked` may just be looking
     try:
-        for _ in range(_LOOKS):
+        while time.monotonic() < deadline:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return descriptor
-            time.sleep(_LOOK_S)  # `is_locked` may just be looking
+            time.sleep(_LOOK_S)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _HAS_NO_LOCKS:
             os.close(descriptor)
             raise
+    return descriptor
+
+
+def replace_locked(path: Path) -> int:
+    """Put a copy in the place of the file `path`, with the lock of `open_locked`; returns the descriptor.
+
+    Whoever holds the lock of the old file keeps it, and may learn by `is_open_as` what has happened. Raises OSError.
+    """
+    copy = path.with_name(_temporary_name(path))
+    descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anybody else can open it by its name
+        with os.fdopen(descriptor, "wb", closefd=False) as stream:
+            stream.write(read_regular(path))
+        os.fsync(descriptor)
+        copy.replace(path)
+    except BaseException:
+        os.close(descriptor)
+        copy.unlink(missing_ok=True)
+        raise
     return descriptor
 
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_USER_ERROR, LostTouch, TrainingFailed, UserError
 from mnist_dist.base.wire import Message
@@ -27,14 +28,27 @@ _HASTY_FAREWELL_S = 0.2
 _LAST_ACT_S = 3.0
 
 
+@dataclass(frozen=True)
+class PeerEnd:
+    """Why this process must end: another one has."""
+
+    text: str
+    code: int
+    """The exit code."""
+    rank: int | None = None
+    """The other process, if it is gone without having said why."""
+    how: str = ""
+    """How that was noticed."""
+
+
 class PeerWatch(Links):
     """Watches the other processes of a job in the block `watching`; ends this one when another is lost."""
 
     def __init__(self, topology: Topology) -> None:
         """Start to listen, on rank 0."""
         super().__init__(topology)
-        self.at_loss: Callable[[str], None] = lambda reason: None
-        """Called with the reason before this process ends because of another one; may take `_LAST_ACT_S` seconds."""
+        self.at_loss: Callable[[PeerEnd], None] = lambda _: None
+        """Called before this process ends because of another one; may take `_LAST_ACT_S` seconds."""
         self._is_ending = threading.Event()
 
     @contextlib.contextmanager
@@ -80,34 +94,33 @@ class PeerWatch(Links):
         if "done" in message:
             self._part(link)
         elif "failed" in message:
-            self._end(f"{link.name} ended: {message['failed']}", message["code"], grace_s=_GRACE_S)
+            self._end(PeerEnd(f"{link.name} ended: {message['failed']}", message["code"]), grace_s=_GRACE_S)
         elif "end" in message:
-            self._end(message["end"], message["code"], grace_s=message["grace_s"])
+            self._end(PeerEnd(message["end"], message["code"]), grace_s=message["grace_s"])
 
     def _lost(self, rank: int, name: str, how: str) -> None:
-        self._end(
+        text = (
             f"{name} is gone ({how}), so this process ends too; what was saved is kept, and the same command "
-            "resumes from there",
-            EXIT_LOST_PEER,
-            grace_s=0,
+            "resumes from there"
         )
+        self._end(PeerEnd(text, EXIT_LOST_PEER, rank, how), grace_s=0)
 
-    def _end(self, text: str, code: int, *, grace_s: float) -> None:
+    def _end(self, end: PeerEnd, *, grace_s: float) -> None:
         """End this process (on rank 0 all others too), unless it ends by itself within `grace_s` seconds."""
         if self._has_left.is_set():
             return
         if grace_s == 0:
             self._is_ending.set()
-        self._send({"end": text, "code": code, "grace_s": grace_s})
+        self._send({"end": end.text, "code": end.code, "grace_s": grace_s})
         if self._has_left.wait(grace_s):
             return
-        log.error("error: %s", " ".join(text.splitlines()))
+        log.error("error: %s", " ".join(end.text.splitlines()))
         self._say_farewell()
         # In a thread, since it may block; the main thread is in a collective that will not end.
-        last_act = threading.Thread(target=self.at_loss, args=(text,), daemon=True)
+        last_act = threading.Thread(target=self.at_loss, args=(end,), daemon=True)
         last_act.start()
         last_act.join(_LAST_ACT_S)
-        end_at_once(code)
+        end_at_once(end.code)
 
     def _leave(self, message: Message, *, farewell_s: float = FAREWELL_S) -> None:
         self._has_left.set()

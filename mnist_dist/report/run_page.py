@@ -44,6 +44,7 @@ from mnist_dist.results.quantities import as_value, counted, moment_text, percen
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.results.svg import to_svg
 from mnist_dist.run.events import Event
+from mnist_dist.run.incidents import Incident
 from mnist_dist.run.record import RunRecord
 
 _NUM_SUREST = 12
@@ -289,10 +290,36 @@ def _time(record: RunRecord) -> Iterator[Html]:
         }
         yield facts([(title, text(seconds_text(timing[key]))) for key, title in names.items()])
     yield side_by_side(pictures)
+    if record.incidents:
+        yield _incidents(record)
     if record.events:
         yield _sessions(record)
     else:
         yield remark(text("This run has no events.jsonl, so it is unknown when it was started and stopped."))
+
+
+def _incidents(record: RunRecord) -> Html:
+    columns = [
+        Column("When"),
+        Column("Lost", "prose"),
+        Column("Noticed", "prose"),
+        Column("At epoch", "number"),
+        Column("Epochs computed again", "number"),
+        Column("Time lost", "number"),
+    ]
+    rows = []
+    for one in record.incidents:
+        values = (moment_text(one.time), _lost(one), one.how, one.epoch, one.epochs_computed_again)
+        rows.append([*map(text, values), text(seconds_text(one.seconds_lost))])
+    return table(columns, rows, caption="Incidents", stacked=True)
+
+
+def _lost(incident: Incident) -> str:
+    """The machines and ranks that are known to have been lost."""
+    ranks = ", ".join(map(str, incident.ranks))
+    ranks = f"rank {ranks}" if len(incident.ranks) == 1 else f"ranks {ranks}" if ranks else ""
+    hosts = ", ".join(incident.hosts)
+    return f"{hosts} ({ranks})" if hosts and ranks else hosts or ranks or "unknown"
 
 
 def _sessions(record: RunRecord) -> Html:
@@ -328,16 +355,10 @@ def _sessions(record: RunRecord) -> Html:
 
 def _hosts(start: Event) -> list[str]:
     """Each host once, with the number of its processes where they are several."""
-    hosts = list(map(str, _listed(start, "hosts")))
+    hosts = start.hosts
     return [
         f"{host} ({hosts.count(host)} processes)" if hosts.count(host) > 1 else host for host in dict.fromkeys(hosts)
     ]
-
-
-def _listed(start: Event, name: str) -> list[object]:
-    """A list among the facts of a start, empty where there is none."""
-    found = start.facts.get(name)
-    return found if isinstance(found, list) else []
 
 
 # Configuration and machines
@@ -389,10 +410,12 @@ def _machines(record: RunRecord) -> Iterator[Html]:
     starts = [event for event in record.events if event.kind == "started"]
     if starts:
         last = starts[-1]
+        found = last.facts.get("devices")
+        devices = found if isinstance(found, list) else []
         yield facts(
             [
                 ("Hosts", text(", ".join(_hosts(last)) or "unknown")),
                 ("Processes", text(last.facts.get("world_size", "unknown"))),
-                ("Devices of rank 0", text(", ".join(map(str, _listed(last, "devices"))) or "unknown")),
+                ("Devices of rank 0", text(", ".join(map(str, devices)) or "unknown")),
             ]
         )

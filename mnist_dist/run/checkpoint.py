@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -113,16 +113,21 @@ class CheckpointFolder:
     Which is the newest is in the names; the times of the files play no part, as clocks may go backwards.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Use the folder `path`, which need not exist; its parent must when something is saved."""
+    def __init__(self, path: Path, *, check: Callable[[], None] = lambda: None) -> None:
+        """Use the folder `path`, which need not exist; its parent must when something is saved.
+
+        `check` is called before anything is replaced or removed, and may raise OSError to prevent it.
+        """
         self.path = path
+        self._check = check
 
     def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
         """Write a checkpoint, then remove all but the `keep` newest and the best; raises OSError, then removes none."""
         point = checkpoint.point
         make_folder(self.path)
-        write_atomically(self._file(point.epoch), checkpoint.to_bytes())
+        write_atomically(self._file(point.epoch), checkpoint.to_bytes(), check=self._check)
         epochs = self._epochs()
+        self._check()  # after listing them: they are not those of whoever has taken over the run since
         if point.epoch not in epochs:  # somebody has moved the folder away
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._file(point.epoch)))
         rows = [row for row in point.history.epochs if row.epoch in epochs]

@@ -11,14 +11,26 @@ from typing import Any, Literal
 from mnist_dist.base.errors import EnvironmentFailed, TrainingFailed
 from mnist_dist.base.files import describe_os_error
 from mnist_dist.cli.explain import describe
-from mnist_dist.results.history import from_csv
+from mnist_dist.launch.losses import Loss
+from mnist_dist.results.history import History, from_csv
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.incidents import Incident, list_incidents
 from mnist_dist.run.summary import read_as
 
 EVENTS = "events.jsonl"
 
 EventKind = Literal["started", "lost", "stopped", "failed", "finished"]
 """lost: the run ended without a word (killed, or its machine failed); its next start notes it."""
+
+
+@dataclass(frozen=True)
+class LostRank:
+    """A process that made the run fail, since it was gone."""
+
+    rank: int
+    host: str
+    how: str
+    """How that was noticed, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +47,16 @@ class Event:
     """The class of the error that ended the run."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Of a start: strategy, num_replicas, world_size, hosts, devices, versions."""
+    lost: LostRank | None = None
+    """Of a failure, if that is why."""
+    losses: tuple[Loss, ...] = ()
+    """Of a start: what its launcher has lost since the start before."""
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Of a start: the machine of each rank."""
+        found = self.facts.get("hosts")
+        return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def read_events(path: Path) -> tuple[Event, ...]:
@@ -75,16 +97,27 @@ class EventLog:
         self._at_end = at_end
         self._is_running = False
 
-    def started(self, epoch: int, facts: Mapping[str, Any]) -> None:
+    def started(self, epoch: int, facts: Mapping[str, Any], losses: Sequence[Loss] = ()) -> None:
         """Note a start after `epoch`, and before it the end of a run that could not note it itself.
+
+        Of `losses`, all that the job has lost so far, those are noted that have not been.
 
         Raises:
             TrainingFailed: the file cannot be read or written.
         """
         self._is_running = True
-        self._add(Event(kind="started", time=time.time(), epoch=epoch, facts=facts))
+        noted = {loss for event in self._read() for loss in event.losses}
+        new = tuple(loss for loss in losses if loss not in noted)
+        self._add(Event(kind="started", time=time.time(), epoch=epoch, facts=facts, losses=new))
 
-    def ended(self, kind: Literal["stopped", "failed", "finished"], reason: str = "", *, error: str = "") -> None:
+    def ended(
+        self,
+        kind: Literal["stopped", "failed", "finished"],
+        reason: str = "",
+        *,
+        error: str = "",
+        lost: LostRank | None = None,
+    ) -> None:
         """Note that the run has ended, then call `at_end`; not if it has never started, or has ended already.
 
         Raises:
@@ -93,13 +126,13 @@ class EventLog:
         if self._is_running:
             self._is_running = False
             epoch = _num_epochs(self._run_folder.path)
-            self._add(Event(kind=kind, time=time.time(), epoch=epoch, reason=reason, error=error))
+            self._add(Event(kind=kind, time=time.time(), epoch=epoch, reason=reason, error=error, lost=lost))
             self._at_end()
 
-    def failed(self, reason: str, error: str = "") -> None:
+    def failed(self, reason: str, error: str = "", *, lost: LostRank | None = None) -> None:
         """Note that the run has failed; if that is impossible, whatever made it fail is what matters."""
         with contextlib.suppress(TrainingFailed):  # the disk is full, or the folder gone
-            self.ended("failed", reason, error=error)
+            self.ended("failed", reason, error=error, lost=lost)
 
     @contextlib.contextmanager
     def noting_failure(self) -> Iterator[None]:
@@ -116,6 +149,10 @@ class EventLog:
         if events and events[-1].kind != "finished":
             self._is_running = True
             self.ended("finished")
+
+    def incidents(self, history: History) -> tuple[Incident, ...]:
+        """The incidents until now; none on other ranks. Raises TrainingFailed if the file cannot be read."""
+        return list_incidents(self._read(), history)
 
     def _read(self) -> tuple[Event, ...]:
         try:

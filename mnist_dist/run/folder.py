@@ -5,6 +5,7 @@ Only the chief writes: on the other ranks all writing methods do nothing, so tha
 
 import contextlib
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,8 @@ from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
 
 if TYPE_CHECKING:
     import keras
+
+log = logging.getLogger(__name__)
 
 REPORT_PAGE = "report.html"
 """All of it for readers; also the name of the page of a sweep, or of a folder of runs."""
@@ -72,7 +75,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> CheckpointFolder:
         """The states to resume from."""
-        return CheckpointFolder(self._path("checkpoints"))
+        return CheckpointFolder(self._path("checkpoints"), check=self._lock.check)
 
     def check_usable(
         self, *, may_resume: bool = True, files: Sequence[str] = RUN_FILES, folders: Sequence[str] = RUN_FOLDERS
@@ -104,14 +107,23 @@ class RunFolder:
                 f"run_dir={self.path}: {place}{' ' if place else ''}cannot be written: {error.strerror or error}"
             ) from error
 
-    def claim(self) -> None:
+    def claim(self, *, wait_s: float = 0.0, holder_is_lost: bool = False) -> None:
         """Keep other jobs out of a folder that holds a run until this process ends; to be called before it is read.
 
         A folder without a run is left as it is until `create`. Raises UserError if another job is training there.
+
+        Args:
+            wait_s: how long to wait for a process that is training there.
+            holder_is_lost: whether such a process is on a machine that does not answer. Then the run is taken over
+                from it, and should it wake up, it finds that and writes nothing more.
         """
+        self._lock = FolderLock(wait_s=wait_s, holder_is_lost=holder_is_lost)
         self._found_run = self.is_started
-        if self._found_run and self.log_path.exists():  # a command that is refused must not make the file
-            self._lock.take(self.log_path)
+        # A command that is refused must not make the file.
+        if self._found_run and self.log_path.exists() and self._lock.take(self.log_path):
+            log.warning("%s: taken over from a process on a machine that was lost", self.path)
+            with self._failing_in_words():
+                self._remove_temporaries()  # files that it has written, but not renamed yet
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run with `--config-name`.
@@ -130,8 +142,7 @@ class RunFolder:
                     "resume it, or name another run_dir"
                 )
         with self._failing_in_words():
-            for folder in (self.path, self.checkpoints.path, self._path("plots")):
-                remove_temporaries(folder)  # of a run that was killed
+            self._remove_temporaries()  # of a run that was killed
         # The choices first, for their schemas; then every value.
         defaults = [
             "schema/train@_global_",
@@ -227,10 +238,14 @@ class RunFolder:
             for path in self.path.iterdir()
         )
 
+    def _remove_temporaries(self) -> None:
+        for folder in (self.path, self.checkpoints.path, self._path("plots")):
+            remove_temporaries(folder)
+
     def _write(self, name: str, content: bytes) -> None:
         if self.is_writer:
             with self._failing_in_words(name):
-                write_atomically(self._path(name), content)
+                write_atomically(self._path(name), content, check=self._lock.check)
             self._digests[name] = hashlib.sha256(content).hexdigest()
 
     @contextlib.contextmanager
@@ -241,15 +256,15 @@ class RunFolder:
         or into another job's folder, would look like a run and not be one.
         """
         try:
-            if not self._lock.is_still_there():
-                raise FileNotFoundError(self.log_path)
+            self._lock.check()
             yield
         except OSError as error:
             if not self._lock.is_still_there():
                 raise TrainingFailed(
                     f"{self.path} is not this run's folder any more: it, or the {self.log_path.name} in it, was "
-                    "removed, moved or replaced. Nothing more was written there. Put it back and run the same command "
-                    "again to resume; without it, training starts over"
+                    "removed, moved or replaced, as by a job that goes on without this machine. Nothing more was "
+                    "written there. Put it back and run the same command again to resume; without it, training starts "
+                    "over"
                 ) from error
             raise EnvironmentFailed(
                 f"{self._path(name)} cannot be written ({describe_os_error(error)}); what was written before is kept. "

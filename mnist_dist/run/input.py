@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from mnist_dist.base.errors import UserError
-from mnist_dist.base.files import expand_path
+from mnist_dist.base.errors import EnvironmentProblem, UserError
+from mnist_dist.base.files import describe_os_error, expand_path
 from mnist_dist.config.compare import job_keys
 from mnist_dist.config.train import TrainConfig
 from mnist_dist.data.dataset import ImageDataset
@@ -12,10 +12,16 @@ from mnist_dist.data.splits import check_val_fraction
 from mnist_dist.launch.agreement import Report, agree, job_facts
 from mnist_dist.launch.gpus import own_uuids
 from mnist_dist.launch.job import Job
+from mnist_dist.launch.losses import LOSSES_VARIABLE, Loss, read_losses
+from mnist_dist.launch.topology import Topology
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.run.checkpoint import DATA_DIGEST, ResumePoint
+from mnist_dist.run.events import read_events
 from mnist_dist.run.folder import RUN_FOLDERS, TENSORBOARD, RunFolder
+from mnist_dist.run.incidents import chief_is_lost
 from mnist_dist.run.resume import FoundRun, inspect, settle
+
+_ENDING_S = 15.0  # how long a process may take to end whose job has lost another one
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class RunInput:
     gpus: list[str]
     """UUIDs of this process's GPUs."""
     found: FoundRun
+    losses: tuple[Loss, ...]
+    """What this job has lost before this start; on the chief only."""
     watch_address: str = ""
     """Rank 0's address for the watch over all processes (`peers.PeerWatch`), once all have agreed."""
     hosts: tuple[str, ...] = ()
@@ -40,7 +48,7 @@ def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
     job.rendezvous.hold_own_port()
     folders = (*RUN_FOLDERS, TENSORBOARD) if asked.tensorboard else RUN_FOLDERS
     run_folder.check_usable(may_resume=asked.resume == "auto", folders=folders)
-    run_folder.claim()
+    losses = claim(run_folder, job.topology)
     reference = load_reference(asked.plots.reference)
     dataset = load_dataset(asked.data)
     check_val_fraction(len(dataset.x_train), asked.data.val_fraction)
@@ -49,7 +57,27 @@ def read_input(asked: TrainConfig, job: Job, run_folder: RunFolder) -> RunInput:
     found = inspect(run_folder, config, data_sha256=dataset.sha256)
     if job.topology.is_chief and found.point is None:
         _check_pretrained(asked.model.pretrained)
-    return RunInput(config, dataset, reference, own_uuids(job.topology), found)
+    return RunInput(config, dataset, reference, own_uuids(job.topology), found, losses)
+
+
+def claim(run_folder: RunFolder, topology: Topology) -> tuple[Loss, ...]:
+    """Keep other jobs out of the folder; returns what this job has lost before this start.
+
+    If it has, a process of an earlier start may still hold the folder: one that is ending, or one on a lost machine.
+    """
+    if not topology.is_chief:
+        return ()
+    try:
+        losses = read_losses(topology.losses)
+    except OSError as error:
+        reason = describe_os_error(error)
+        raise EnvironmentProblem(f"{LOSSES_VARIABLE}={topology.losses}: cannot be read: {reason}") from error
+    try:
+        is_lost = chief_is_lost(read_events(run_folder.path), losses)
+    except OSError as error:
+        raise EnvironmentProblem(f"run_dir={run_folder.path}: cannot be read: {describe_os_error(error)}") from error
+    run_folder.claim(wait_s=_ENDING_S if losses else 0.0, holder_is_lost=is_lost)
+    return losses
 
 
 def _check_pretrained(name: str | None) -> None:
@@ -66,6 +94,7 @@ def agree_on_input(own: RunInput, job: Job) -> RunInput:
         is_finished=own.found.is_finished,
         resume_point=own.found.point.to_json() if own.found.point else "",
         watch_address=job.peers.address,
+        host=job.topology.node_name(),
     )
     reports = agree(report, job.rendezvous)
     chief = reports[0]

@@ -5,13 +5,16 @@ import weakref
 from pathlib import Path
 
 from mnist_dist.base.errors import EnvironmentProblem, UserError
-from mnist_dist.base.files import describe_os_error, is_open_as, open_locked
+from mnist_dist.base.files import describe_os_error, is_open_as, open_locked, replace_locked
 
 
 class FolderLock:
     """A lock on the log file of a run folder, which stays open until this process ends anyway."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wait_s: float = 0.0, holder_is_lost: bool = False) -> None:
+        """Wait `wait_s` seconds for another process that has the lock; not at all, but take over, if it is lost."""
+        self._wait_s = 0.0 if holder_is_lost else wait_s
+        self._holder_is_lost = holder_is_lost
         self._path = Path()
         self._descriptor: int | None = None
 
@@ -20,11 +23,19 @@ class FolderLock:
         """Whether this process has the lock."""
         return self._descriptor is not None
 
-    def take(self, log_path: Path) -> None:
-        """Take the lock, and keep it until this process ends; raises UserError if another job has it."""
-        self._path, folder = log_path, log_path.parent
+    def take(self, log_path: Path) -> bool:
+        """Take the lock, and keep it until this process ends; returns whether it was taken over from a lost process.
+
+        Raises UserError if another job has it.
+        """
+        self._path, folder, is_taken_over = log_path, log_path.parent, False
         try:
-            self._descriptor = open_locked(self._path)
+            try:
+                self._descriptor = open_locked(log_path, wait_s=self._wait_s)
+            except BlockingIOError:
+                if not self._holder_is_lost:
+                    raise
+                self._descriptor, is_taken_over = replace_locked(log_path), True
         except BlockingIOError as error:
             raise UserError(
                 f"run_dir={folder}: another job is training here (it holds the lock on {self._path.name}); stop "
@@ -35,7 +46,13 @@ class FolderLock:
             raise EnvironmentProblem(f"run_dir={folder}: {reason}") from error
         # When the process ends the kernel closes it, after everything else.
         weakref.finalize(self, os.close, self._descriptor).atexit = False
+        return is_taken_over
 
     def is_still_there(self) -> bool:
         """Whether the file is still the one that was locked; True where none was (`evaluate`)."""
         return self._descriptor is None or is_open_as(self._descriptor, self._path)
+
+    def check(self) -> None:
+        """Raise FileNotFoundError unless `is_still_there`."""
+        if not self.is_still_there():
+            raise FileNotFoundError(self._path)

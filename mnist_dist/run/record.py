@@ -14,6 +14,7 @@ from mnist_dist.results.predictions import PREDICTIONS, Predictions
 from mnist_dist.run.early_end import early_end
 from mnist_dist.run.events import Event, read_events, with_loss
 from mnist_dist.run.folder import RunFolder
+from mnist_dist.run.incidents import Incident, list_incidents
 from mnist_dist.run.inspection import Inspection
 from mnist_dist.run.summary import Summary
 
@@ -72,6 +73,11 @@ class RunRecord:
     def results(self) -> Summary | None:
         """The results, if they are those of the run as it is now: a finished one may have been trained further."""
         return self.summary if self.state == "finished" else None
+
+    @cached_property
+    def incidents(self) -> tuple[Incident, ...]:
+        """What was lost while it trained."""
+        return list_incidents(self.events, self.history)
 
     @cached_property
     def reason(self) -> str:

@@ -18,6 +18,7 @@ from mnist_dist.results.predictions import PREDICTIONS
 from mnist_dist.results.sums import EvaluationSums, SplitMetrics
 from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.early_end import early_end
+from mnist_dist.run.incidents import Incident
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ class Summary:
     weights_sha256: str
     timing: Timing
     resumed_from_epochs: tuple[int, ...]
+    incidents: tuple[Incident, ...] = ()
+    """What was lost while it trained."""
     versions: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of `RESULT_FILES`."""
@@ -126,7 +129,7 @@ def build_summary(
     weights_sha256: str,
     timing: Timing,
 ) -> Summary:
-    """The summary of a run that is finished; `files` is filled in by `RunFolder.write_summary`."""
+    """The summary of a run that is finished; without what only the run folder knows: `incidents` and `files`."""
     splits: dict[str, Any] = {name: sums.metrics() for name, sums in results.items()}
     return Summary(
         status="finished",

@@ -109,8 +109,8 @@ def start(*words, printed_to: Path, env=None, cwd=None, prefix=(), fresh=False) 
 
 
 def start_job(
-    kind, *args, printed_to: Path, launcher=None, script=TRAIN, env=None, per_rank=None, delays_s=None, ports=None,
-    **options,
+    kind, *args, printed_to: Path, launcher=None, nodes=("127.0.0.1",), script=TRAIN, env=None, per_rank=None,
+    delays_s=None, ports=None, **options,
 ) -> Job:  # fmt: skip
     """Start a training job of a kind, (strategy, processes or replicas), as a user does.
 
@@ -119,6 +119,7 @@ def start_job(
         args: keys and values.
         printed_to: a folder for the files that take what it prints.
         launcher: "srun" for Horovod and multiworker; by default horovodrun, and TF_CONFIG.
+        nodes: under "srun" the names of this machine that are taken for its nodes.
         script: what replaces `-m mnist_dist.train`.
         env: environment variables for all processes.
         per_rank: more arguments for individual ranks (not under horovodrun).
@@ -135,7 +136,7 @@ def start_job(
     environments = [{}]
     if launcher == "srun":
         horovodrun() if strategy == "horovod" else None
-        environments = launchers.srun(size)
+        environments = launchers.srun(size, nodes)
     elif strategy == "multiworker":
         environments = tf_config(launchers.local_addresses(size, ports))
     job = Job([], [])

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,14 @@ def tf_config(addresses: list[str]) -> list[dict[str, str]]:
     return [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})} for task in tasks]
 
 
-def srun(size: int) -> list[dict[str, str]]:
-    """The environment of each task of a job step on this machine."""
+def srun(size: int, nodes: Sequence[str] = ("127.0.0.1",)) -> list[dict[str, str]]:
+    """The environment of each task of a job step, with as many on each node; all are names of this machine."""
+    per_node = size // len(nodes)
     step = {
         "SLURM_JOB_ID": str(1 + secrets.randbelow(10**8)),
         "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NODELIST": ",".join(nodes),
         "SLURM_STEP_NUM_TASKS": str(size),
-        "SLURM_STEP_TASKS_PER_NODE": str(size),
+        "SLURM_STEP_TASKS_PER_NODE": f"{per_node}(x{len(nodes)})" if len(nodes) > 1 else str(size),
     }
-    return [{**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(size)]
+    return [{**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % per_node)} for rank in range(size)]

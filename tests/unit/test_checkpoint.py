@@ -200,8 +200,8 @@ def test_killed_at_any_moment_of_a_save(folder):
 
 
 def test_the_folder_is_moved_away_while_it_is_written(folder, monkeypatch):
-    def write_and_move(path, content):
-        write_atomically(path, content)
+    def write_and_move(path, content, **options):
+        write_atomically(path, content, **options)
         folder.path.rename(folder.path.with_name("elsewhere"))
 
     monkeypatch.setattr(checkpoint, "write_atomically", write_and_move)

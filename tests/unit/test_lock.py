@@ -1,9 +1,17 @@
 """Two jobs and one run folder: who gets the lock."""
 
+import functools
+import gc
+
+import numpy as np
 import pytest
 
-from mnist_dist.base.errors import UserError
+from mnist_dist.base.errors import TrainingFailed, UserError
+from mnist_dist.base.files import write_atomically
 from mnist_dist.config.compose import compose_config
+from mnist_dist.results.history import EpochMetrics, History
+from mnist_dist.run import checkpoint
+from mnist_dist.run.checkpoint import Checkpoint, ResumePoint
 from mnist_dist.run.folder import RunFolder
 
 
@@ -42,3 +50,83 @@ def test_two_new_runs_of_the_same_second(tmp_path, monkeypatch):
         other = RunFolder(folder.path)
         with pytest.raises(UserError, match="another job is training here"):
             other.claim()
+
+
+def checkpoint_of(epoch: int) -> Checkpoint:
+    rows = tuple(EpochMetrics(i, 1.0, 0.5, 1.0, i / 100, 1e-3, 1.0, 100.0) for i in range(1, epoch + 1))
+    return Checkpoint(ResumePoint(History(rows), {"seed": "0"}, 1, 64), {"weights": np.zeros(3)})
+
+
+@pytest.fixture
+def frozen(tmp_path) -> RunFolder:
+    """A run folder with two checkpoints, of a process that will be taken for lost."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create(compose_config())
+    for epoch in (1, 2):
+        folder.save_checkpoint(functools.partial(checkpoint_of, epoch), keep=2)
+    return folder
+
+
+def take_over(path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.claim(holder_is_lost=True)
+    return folder
+
+
+def test_only_a_lost_holder_is_replaced(frozen, logged):
+    with pytest.raises(UserError, match="another job is training here"):
+        RunFolder(frozen.path).claim(wait_s=0.3)
+    frozen.log_path.write_bytes(b"a line\n")
+    before = contents(frozen.path)
+    folder = take_over(frozen.path)
+    assert contents(frozen.path) == before
+    assert logged() == [f"{frozen.path}: taken over from a process on a machine that was lost"]
+    with pytest.raises(UserError, match="another job is training here"):
+        RunFolder(frozen.path).claim()
+    folder.write_text("history.csv", "new")
+    with pytest.raises(TrainingFailed, match="is not this run's folder any more"):
+        frozen.write_text("history.csv", "old")
+    assert (frozen.path / "history.csv").read_text() == "new"
+
+
+def test_a_lost_holder_that_has_ended_is_not_replaced(tmp_path, logged):
+    folder = RunFolder(tmp_path)
+    folder.create(compose_config())
+    number = folder.log_path.stat().st_ino
+    del folder
+    gc.collect()
+    assert take_over(tmp_path).log_path.stat().st_ino == number
+    assert logged() == []
+
+
+def test_frozen_before_its_file_is_there(frozen):
+    """While it prepares the content."""
+    taken = []
+
+    def create() -> Checkpoint:
+        taken.append(take_over(frozen.path))
+        return checkpoint_of(3)
+
+    with pytest.raises(TrainingFailed, match="is not this run's folder any more"):
+        frozen.save_checkpoint(create, keep=2)
+    assert names(frozen) == ["epoch-00001.ckpt", "epoch-00002.ckpt"]
+
+
+def test_frozen_before_it_removes_old_checkpoints(frozen, monkeypatch):
+    """It must not remove those of its successor, which it does not know."""
+    taken = []
+
+    def write_and_freeze(path, content, **options):
+        write_atomically(path, content, **options)
+        if not taken:
+            taken.append(take_over(frozen.path))
+            taken[0].save_checkpoint(lambda: checkpoint_of(4), keep=3)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", write_and_freeze)
+    with pytest.raises(TrainingFailed, match="is not this run's folder any more"):
+        frozen.save_checkpoint(lambda: checkpoint_of(3), keep=2)
+    assert names(frozen) == ["epoch-00002.ckpt", "epoch-00003.ckpt", "epoch-00004.ckpt"]
+
+
+def names(folder: RunFolder) -> list[str]:
+    return sorted(path.name for path in folder.checkpoints.path.iterdir())

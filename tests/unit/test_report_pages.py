@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from mnist_dist.launch.losses import Loss
 from mnist_dist.report.comparison import Comparison
 from mnist_dist.report.comparison_page import build_comparison_page
 from mnist_dist.report.run_page import _defaults, build_run_page
@@ -18,6 +19,7 @@ from mnist_dist.results.page import printable
 from mnist_dist.results.predictions import Mistakes, Predictions, SplitPredictions
 from mnist_dist.results.sums import SplitMetrics
 from mnist_dist.run.events import Event
+from mnist_dist.run.incidents import Incident
 from mnist_dist.run.record import RunRecord
 from mnist_dist.run.summary import DatasetSummary, Summary, Timing
 
@@ -151,7 +153,10 @@ def test_mistakes_of_any_data(shape, num_classes, monkeypatch):
 def test_hostile_texts_are_text(monkeypatch):
     events = tuple(
         dataclasses.replace(
-            event, reason=HOSTILE, facts={"hosts": [HOSTILE], "devices": [HOSTILE], "strategy": HOSTILE}
+            event,
+            reason=HOSTILE,
+            facts={"hosts": [HOSTILE], "devices": [HOSTILE], "strategy": HOSTILE},
+            losses=(Loss(1.8e9, (HOSTILE,), HOSTILE),),
         )
         for event in create_record().events
     )
@@ -169,6 +174,28 @@ def test_hostile_texts_are_text(monkeypatch):
     assert shown in " ".join("".join(root.itertext()).split())
     monkeypatch.setattr(RunRecord, "results", SUMMARY)
     check_page(build_run_page(record))
+
+
+def test_incidents():
+    root = check_page(build_run_page(create_record()))
+    (table,) = [table for table in root.iter("table") if "Epochs computed again" in "".join(table.itertext())]
+    row = [" ".join("".join(cell.itertext()).split()) for cell in table.iter("td")]
+    assert row[1:] == ["here (rank 0)", "the run ended without a word", "7", "1", "3 min 20 s"]
+    assert "Incidents" not in build_run_page(create_record(events=create_record().events[2:]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "shown"),
+    [
+        ((2, 3), ("b", "c"), "b, c (ranks 2, 3)"),
+        ((2,), (), "rank 2"),
+        ((), ("b",), "b"),
+        ((), (), "unknown"),
+    ],
+)
+def test_what_was_lost(ranks, hosts, shown, monkeypatch):
+    monkeypatch.setattr(RunRecord, "incidents", [Incident(1.8e9, 7, ranks, hosts, "silent", 1, 30.0)])
+    assert f">{shown}</td>" in build_run_page(create_record())
 
 
 def test_a_run_that_was_trained_further_shows_no_old_results():

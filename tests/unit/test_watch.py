@@ -105,6 +105,18 @@ def test_damage_is_named(look):
     assert "history.csv is damaged" in " ".join(" ".join(lines).split())
 
 
+def test_incidents_are_counted(look):
+    events = tuple(
+        Event(kind=kind, time=time, epoch=epoch)
+        for kind, time, epoch in [("started", 0.0, 0), ("lost", 9.0, 3), ("started", 29.0, 1), ("lost", 30.0, 1)]
+    )
+    assert "1 incident: 2 epochs computed again, 21 s lost" in shown(look(12, events=events), width=100)
+    events += (Event(kind="started", time=34.0, epoch=1),)
+    assert "2 incidents: 2 epochs computed again, 25 s lost" in shown(look(12, events=events), width=100)
+    lines = shown(look(12, events=events[:2]), width=100)[1:]  # the first one has the folder's name
+    assert not any("incident" in line for line in lines)
+
+
 def test_a_terminal_without_unicode(look):
     text = "\n".join(shown(look(12), width=80, encoding="ascii"))
     assert "*" in text
