@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mnist_dist.base.wire import MAX_GREETING, Garbled
+from mnist_dist.base.wire import MAX_GREETING, MAX_MESSAGE, Garbled
 from mnist_dist.launch import gate
 from mnist_dist.launch.gate import Gate, Refused, enter
 from mnist_dist.launch.ports import listen
@@ -74,7 +74,9 @@ def test_one_of_ours_comes_through_with_all_that_it_says(open_gate):
 def test_a_long_first_message(open_gate):
     address, came = open_gate()
     knock(address, message={"text": "x" * 10**6})
-    assert len(came.get(timeout=20)[1]["text"]) == 10**6
+    theirs, message = came.get(timeout=20)
+    assert len(message["text"]) == 10**6
+    assert theirs.max_bytes == MAX_MESSAGE  # the bound of first messages is theirs alone
 
 
 GARBAGE = [

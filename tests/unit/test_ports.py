@@ -64,6 +64,22 @@ def test_a_held_port_does_not_answer():
                 listen(host, port)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_held_where_it_does_not_answer(host):
+    """Until it is handed over, nobody else may take it at another address."""
+    (port,) = free_ports(1)
+    held, server = hold_and_listen(host, port)
+    with held, server:
+        for other in ("127.0.0.1", "127.0.0.9", "0.0.0.0", "::1", "::"):
+            assert reaches(other, port) == (other == host or (other, host) in ANY)
+            with pytest.raises(OSError, match="in use"):
+                listen(other, port)
+
+
+# To connect to "any" address is to connect to the loopback.
+ANY = {("0.0.0.0", "127.0.0.1"), ("::", "::1")}
+
+
 def test_a_port_whose_connections_linger():
     """Of the last run, a moment ago: the side that ends a connection first keeps its port for a minute."""
     (port,) = free_ports(1)
