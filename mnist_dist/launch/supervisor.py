@@ -22,13 +22,12 @@ from mnist_dist.launch.ends import End, Outcome, judge
 from mnist_dist.launch.hosts import format_hosts, is_here
 from mnist_dist.launch.losses import LOSSES_VARIABLE, Loss
 from mnist_dist.launch.remote import signal_line
+from mnist_dist.launch.secret import SECRET_VARIABLE
 from mnist_dist.launch.ssh import Ssh, tell
 from mnist_dist.launch.supervised import describe_rank
 
 log = logging.getLogger("mnist_dist.launch")
 
-SECRET_VARIABLE = "MNIST_DIST_SECRET"
-"""The environment variable that only the processes of one start have in common."""
 _NOTES = (".losses", ".suspects.txt")
 _NO_CHECKPOINT = "no checkpoint"
 _ANSWER_S = 20.0
