@@ -1,8 +1,8 @@
-"""Measures the table of docs/faults.md on a Slurm cluster of three nodes on this machine.
+"""Measures the tables of docs/faults.md: on this machine, and on a Slurm cluster of three nodes on it.
 
     PYTHONPATH=. python docs/make_faults.py [REPEATS]
 
-Prints the rows in Markdown, each with the median of REPEATS (3) measurements and their range.
+Prints the rows in Markdown, each with the median of REPEATS (3) measurements and their range, in seconds.
 """
 
 import contextlib
@@ -14,15 +14,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
+import psutil
 from support import soak_nodes
-from support.batch import Job, environment_of_user, submitter, wait_until
+from support.batch import Job as BatchJob
+from support.batch import environment_of_user, submitter, wait_until
 from support.data import create_small_arrays
+from support.job import Job, start_job, wait_for_epoch
+from support.processes import is_alive, send
+from support.runs import history_of
 from support.slurm_cluster import THREE_NODES, lost_node, revive, set_slurmd_timeout
 
 FIRST, SECOND, _ = THREE_NODES
@@ -34,11 +40,11 @@ PARTS = {
     "trace": r"^Epoch ",
 }
 
-Fault = Callable[[Job, dict[str, str]], contextlib.AbstractContextManager[object]]
+Fault = Callable[[BatchJob, dict[str, str]], contextlib.AbstractContextManager[object]]
 
 
 @contextlib.contextmanager
-def kill_rank(job: Job, _: dict[str, str]) -> Iterator[None]:
+def kill_rank(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
     """Kill the process of the last rank."""
     os.kill(job.processes()[-1], signal.SIGKILL)
     yield
@@ -48,7 +54,7 @@ def lose(node: str, number: signal.Signals, *, slurmd_timeout_s: int = 300) -> F
     """A fault that hits all that runs on a node."""
 
     @contextlib.contextmanager
-    def fault(_: Job, environment: dict[str, str]) -> Iterator[None]:
+    def fault(_: BatchJob, environment: dict[str, str]) -> Iterator[None]:
         set_slurmd_timeout(environment, slurmd_timeout_s)
         with lost_node(environment, node, number):
             yield
@@ -69,11 +75,12 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
 }
 
 
-def measure(fault: Fault, options: list[str], environment: dict[str, str], desk: Path) -> dict[str, float]:
+def measure(fault: Fault, words: list[str], environment: dict[str, str], desk: Path) -> dict[str, float]:
     """Seconds of each part, from the fault to the first new epoch."""
+    options = [word for word in words if word.startswith("--")]
     for node in THREE_NODES:
         revive(environment, node)
-    words = ["data=npz", f"data.path={desk / 'small.npz'}", "trainer.epochs=400", "strategy=horovod"]
+    words = [word for word in words if word not in options]
     job = submitter(environment_of_user(environment), desk)(*words, options=[*options, "--cpus-per-task=1"])
     wait_until(lambda: "\nEpoch 60/" in job.text(), job)
     began, before = time.monotonic(), len(job.text())
@@ -99,23 +106,102 @@ def measure(fault: Fault, options: list[str], environment: dict[str, str], desk:
     return found
 
 
+# Without Slurm: from the fault to the end of all that is left, and from the same command to its first new epoch
+
+
+def kill_one(job: Job, _: Path) -> None:
+    """Kill the last rank."""
+    send([job.ranks()[max(job.ranks())]], signal.SIGKILL)
+
+
+def freeze_one(job: Job, _: Path) -> None:
+    """Stop the last rank."""
+    send([job.ranks()[max(job.ranks())]], signal.SIGSTOP)
+
+
+def kill_all(job: Job, _: Path) -> None:
+    """Kill all ranks at once."""
+    send(job.freeze(), signal.SIGKILL)
+
+
+def ask_to_stop(job: Job, _: Path) -> None:
+    """Signal one rank."""
+    send([job.ranks()[0]], signal.SIGUSR2)
+
+
+def damage(job: Job, folder: Path) -> None:
+    """Kill all ranks, and flip a byte of the newest checkpoint."""
+    kill_all(job, folder)
+    newest = max((folder / "checkpoints").glob("epoch-*.ckpt"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+
+
+PLAIN = {
+    "a rank is killed": kill_one,
+    "a rank freezes": freeze_one,
+    "all ranks are killed": kill_all,
+    "a signal to one rank": ask_to_stop,
+    "the newest checkpoint is damaged": damage,
+}
+KIND = ("horovod", 3)
+
+
+def measure_plain(act: Callable[[Job, Path], None], root: Path, words: list[str]) -> dict[str, float]:
+    """Seconds to the end of the processes that still run, and of the next command to its first new epoch."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    run = folder / "run"
+    words = [*words, f"run_dir={run}"]
+    job = start_job(KIND, *words, printed_to=folder, fresh=True, launcher="srun")
+    wait_for_epoch(job, run, 60)
+    began = time.monotonic()
+    act(job, run)
+    while any(is_alive(one) and one.status() != psutil.STATUS_STOPPED for one in job.processes):
+        time.sleep(0.005)
+    ended = time.monotonic()
+    job.kill()
+    reached = len(history_of(run).epochs)
+    again = start_job(KIND, *words, printed_to=folder, fresh=True, launcher="srun")
+    begun = time.monotonic()
+    wait_for_epoch(again, run, reached + 1)
+    found = {"to the end": ended - began, "the same command again, to a new epoch": time.monotonic() - begun}
+    again.kill()
+    return found
+
+
+def print_rows(faults: Mapping[str, Callable[[], dict[str, float]]], repeats: int) -> None:
+    """Measure, and print a table."""
+    has_head = False
+    for name, once in faults.items():
+        rows = [once() for _ in range(repeats)]
+        print(f"{name}: {json.dumps(rows)}", file=sys.stderr)
+        if not has_head:
+            print("| fault | " + " | ".join(rows[0]) + " | in all |\n|---|" + "---|" * (len(rows[0]) + 1))
+            has_head = True
+        totals = [sum(row.values()) for row in rows]
+        cells = [f"{statistics.median(row[part] for row in rows):.1f}" for part in rows[0]]
+        whole = f"**{statistics.median(totals):.0f}** ({min(totals):.0f} to {max(totals):.0f})"
+        print("| " + " | ".join([name, *cells, whole]) + " |", flush=True)
+
+
 def main() -> None:
     """Measure everything."""
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print("| fault | " + " | ".join(PARTS) + " | to the first new epoch |")
-    print("|---|" + "---|" * (len(PARTS) + 1))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        soak_nodes.cluster_with_desk(Path(folder)) as (environment, desk),
-    ):
-        np.savez(desk / "small.npz", **create_small_arrays())
-        for name, (fault, options) in FAULTS.items():
-            rows = [measure(fault, options, environment, desk) for _ in range(repeats)]
-            print(f"{name}: {json.dumps(rows)}", file=sys.stderr)
-            totals = [sum(row.values()) for row in rows]
-            cells = [f"{statistics.median(row[part] for row in rows):.1f}" for part in PARTS]
-            whole = f"**{statistics.median(totals):.0f} s** ({min(totals):.0f} to {max(totals):.0f})"
-            print("| " + " | ".join([name, *cells, whole]) + " |", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        np.savez(root / "small.npz", **create_small_arrays())
+        words = ["data=npz", f"data.path={root / 'small.npz'}", "trainer.epochs=400"]
+        print_rows({fault: partial(measure_plain, act, root, words) for fault, act in PLAIN.items()}, repeats)
+        with soak_nodes.cluster_with_desk(root) as (environment, desk):
+            words = [*words, "strategy=horovod"]
+            print_rows(
+                {
+                    fault: partial(measure, act, [*words, *options], environment, desk)
+                    for fault, (act, options) in FAULTS.items()
+                },
+                repeats,
+            )
 
 
 if __name__ == "__main__":

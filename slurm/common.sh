@@ -132,7 +132,7 @@ run_step() {
         wait "$!" || true # a signal ends the waiting
         if [[ -z $first ]]; then
             first=$(ends_of_tasks | head --lines=1)
-            ended_at=$(date +%s) due_s=$((SECONDS + settle_s))
+            ended_at=$(date +%s.%1N) due_s=$((SECONDS + settle_s))
             [[ $first != *" exit code 76" && $first != *": Killed" ]] || due_s=$((SECONDS + settle_lost_s))
         elif ((SECONDS >= due_s)); then
             end_step

@@ -83,7 +83,7 @@ guard() {
     # Has the script ended, and Slurm is just ending the job?
     [[ -z $(answering "$own") && $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]] || return 0
     find_checkpoint
-    note_loss "$(date +%s)" "$own" "the node of the batch script does not answer"
+    note_loss "$(date +%s.%1N)" "$own" "the node of the batch script does not answer"
     put_back "$checkpoint" "resume from $checkpoint" || scancel "$SLURM_JOB_ID"
 }
 

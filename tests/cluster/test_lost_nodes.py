@@ -89,6 +89,11 @@ def check(cluster, job: Job, expected: Result, *, restarts: int = 0, nodes: int,
     found = result_of(batch.folder)
     assert found == expected, batch.log
     assert batch.summary["world_size"] == nodes
+    incidents = batch.summary["incidents"]
+    assert all(incident["how"] and incident["seconds_lost"] > 0 for incident in incidents)
+    if batch.summary["resumed_from_epochs"]:  # not lost before anything was noted
+        assert {host for incident in incidents for host in incident["hosts"]} >= {*lost}
+        assert len(incidents) == len(batch.summary["resumed_from_epochs"])
     assert not list(batch.folder.rglob(".*.tmp"))
     beside = {path.name for path in batch.folder.parent.glob(f"*{batch.job_id}*")} - {batch.folder.name}
     suspects = Path(f"{batch.folder}.suspects.txt")
