@@ -56,11 +56,11 @@ test: $(VENV)/.installed-dev ## Run all tests; for example: make test ARGS="-k h
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(ARGS)
 
-slurm-test: $(VENV)/.installed-dev ## Train on a cluster of two nodes on this machine; needs Debian's slurm-wlm and munge
+slurm-test: $(VENV)/.installed-dev ## Train on clusters of two and three nodes on this machine; needs Debian's slurm-wlm and munge
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
 	CI=true $(BIN)/python -m pytest -m slurm $(ARGS)
 
-soak: $(VENV)/.installed-dev ## Kill runs at random moments and compare; for example: make soak MINUTES=60 or N=10 SEED=7
+soak: $(VENV)/.installed-dev ## Kill, freeze and starve runs at random moments, lose nodes, and compare; for example: make soak MINUTES=60 or N=10 SEED=7
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory horovod; fi
 	$(BIN)/python tests/support/soak.py --rounds $(or $(N),0) --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 

@@ -33,7 +33,6 @@ for argument in "$@"; do
     case $argument in
         min_nodes=* | spare_nodes=*)
             if [[ -v ${argument%%=*} ]]; then
-                [[ $argument =~ ^[a-z_]+=[0-9]{1,6}$ ]] || fail "$argument: must be a whole number"
                 options+=("$argument")
                 printf -v "${argument%%=*}" %s "${argument#*=}"
                 continue
@@ -45,11 +44,16 @@ for argument in "$@"; do
     arguments+=("$argument")
 done
 
+for argument in min_nodes spare_nodes; do
+    [[ ${!argument:-0} =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "$argument=${!argument}: must be a whole number"
+done
+
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 nodes=$((${#hosts[@]} - ${spare_nodes:-0}))
 ((nodes >= 1 && nodes >= ${min_nodes:-1})) || fail "the job has ${#hosts[@]} node(s), with" \
     "spare_nodes=${spare_nodes:-0} and min_nodes=${min_nodes:-1}; give sbatch --nodes=N, the spare nodes included"
 gpus=${SLURM_GPUS_ON_NODE:-0}
+unset SLURM_GPUS # sbatch --gpus: srun would want so many for each step, on however few nodes
 per_node=${SLURM_NTASKS_PER_NODE:-1}
 case $strategy in
     single | mirrored)
@@ -109,8 +113,8 @@ ends_of_tasks() {
 # --- one step of the job, and what its end means ------------------------------
 
 # srun ends the other processes when one fails, but waits long for those on a node that does not answer. Seconds.
-settle_s=60     # from the first end of a process to the end of the step
-settle_lost_s=5 # the same, if that process was killed, or has lost another one
+end_s=60     # from the first end of a process to the end of the step
+end_lost_s=5 # the same, once a process was killed, or has lost another one
 
 asked= # to stop, by a signal to this script
 srun=  # the process of the step
@@ -120,38 +124,52 @@ trap 'asked=yes; kill -USR2 "$srun" 2>/dev/null || true' TERM USR2
 
 # Start `python ARGUMENTS` in all processes, and wait for them; sets `code`, and when the first one ended in `ended_at`.
 run_step() {
-    local first='' due_s=0
+    local size seen due_s='' recent
     log_size=$(stat --dereference --format=%s "$log")
+    seen=$log_size ended_at=
     # No MPI, no ssh: the processes find each other by what srun tells them (mnist_dist/launch/slurm.py). When one fails,
     # srun ends the others.
     srun "${layout[@]}" --job-name=training --kill-on-bad-exit=1 ${srun_options[@]+"${srun_options[@]}"} \
         ${launcher[@]+"${launcher[@]}"} "$python" "$@" &
     srun=$!
+    [[ -z $asked ]] || kill -USR2 "$srun"
     while kill -0 "$srun" 2>/dev/null; do
         sleep 1 &
         wait "$!" || true # a signal ends the waiting
-        if [[ -z $first ]]; then
-            first=$(ends_of_tasks | head --lines=1)
-            ended_at=$(date +%s.%1N) due_s=$((SECONDS + settle_s))
-            [[ $first != *" exit code 76" && $first != *": Killed" ]] || due_s=$((SECONDS + settle_lost_s))
-        elif ((SECONDS >= due_s)); then
+        size=$(stat --dereference --format=%s "$log")
+        if ((size > seen)); then
+            recent=$(tail --bytes="+$((seen + 1))" "$log" | grep -E 'srun: error: [^ ]+: tasks? [-0-9,]+: ' || true)
+            seen=$((size - 1000 > log_size ? size - 1000 : log_size)) # a line may not be complete yet
+            if [[ -n $recent ]]; then
+                ended_at=${ended_at:-$(date +%s.%1N)} due_s=${due_s:-$((SECONDS + end_s))}
+                if ((due_s > SECONDS + end_lost_s)) && grep -qE 'code 76$|: (Killed|Aborted|Segm|Bus)' <<<"$recent"; then
+                    due_s=$((SECONDS + end_lost_s))
+                fi
+            fi
+        fi
+        if [[ -n $due_s ]] && ((SECONDS >= due_s)); then
             end_step
             break
         fi
     done
     code=0
     wait "$srun" 2>/dev/null || code=$? # bash would report a KILL
-    srun=
+    srun='' ended_at=${ended_at:-$(date +%s.%1N)}
 }
 
 # End the processes on the nodes that answer, and srun.
 end_step() {
-    local step name
-    while read -r step name; do
-        [[ $name != training ]] || scancel "$SLURM_JOB_ID.${step##*.}" 2>/dev/null || true
-    done < <(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' 2>/dev/null || true)
+    cancel_step training
     sleep 1
     kill -KILL "$srun" 2>/dev/null || true
+}
+
+# Cancel the steps of this NAME, on this NODE if one is given.
+cancel_step() {
+    local step name nodes
+    while read -r step name nodes; do
+        [[ $name != "$1" || $nodes != "${2:-$nodes}" ]] || scancel "$id.${step##*.}" 2>/dev/null || true
+    done < <(squeue --noheader --steps --jobs="$id" --format='%i %j %N' 2>/dev/null || true)
 }
 
 # What the end of the step means, in `fate` and `reason`; ends this script if the job is not running any more.
@@ -171,7 +189,9 @@ judge() {
     if ((code < 128)) && failed=$(grep -oE ' exit code [12]$' <<<"$ends"); then
         code=${failed##* }
     fi
-    if [[ -n $asked ]] || ((code == 75 || code == 130 || code == 140 || code == 143)); then
+    if [[ -z $asked ]] && logged | grep -q '^srun: error: Node failure on '; then
+        fate=lost reason="a node was lost"
+    elif [[ -n $asked ]] || ((code == 75 || code == 130 || code == 140 || code == 143)); then
         fate=stopped reason="stopped on request" # the signals: before the processes listened to them
     elif ((code == 76 || code > 128)) && [[ $ends != *"Out Of Memory"* ]]; then
         fate=lost reason="a process of the job was lost"
@@ -179,16 +199,22 @@ judge() {
         fate=failed reason= # wrong input, a failed training or too little memory: it would only fail again
     fi
     # Cancelled by the user, or already requeued by Slurm itself (preemption, a lost node)?
-    state=$(scontrol --oneliner show job "$id" | grep -oE 'JobState=[A-Z_]+' || true)
-    [[ ${state:-JobState=RUNNING} == JobState=RUNNING ]] || exit "$code"
+    state=$(job_state)
+    [[ ${state:-RUNNING} == RUNNING ]] || exit "$code"
 }
+
+# Slurm's word for it; empty if Slurm cannot be asked now.
+job_state() {
+    scontrol --oneliner show job "$id" 2>/dev/null | sed -nE 's/.* JobState=([A-Z_]+) .*/\1/p'
+}
+
+requeues=runs/job-$id.requeues # a line for each
+((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$requeues"
 
 # Put the job back into the queue; at most `max_requeues` times from the same PLACE. It will RESUME.
 put_back() {
-    local place=$1 resume=$2 requeues count why_not
+    local place=$1 resume=$2 count why_not
     trap '' TERM USR2 # a job that is being requeued gets these; the lines below must reach the log
-    requeues=runs/job-$id.requeues # a line for each
-    ((${SLURM_RESTART_COUNT:-0} > 0)) || [[ -n ${is_guard:-} ]] || rm -f "$requeues"
     count=$(grep -c ", $place\$" "$requeues" 2>/dev/null || true)
     if ((${count:-0} >= max_requeues)); then
         why_not="it was ${count:-0} time(s) already, with $place; max_requeues=$max_requeues in $script"
@@ -209,7 +235,7 @@ answering() {
     local node
     for node; do
         (! timeout 20 srun --mpi=none --overlap --immediate=10 --nodes=1 --ntasks=1 --cpus-per-task=1 \
-            --nodelist="$node" --job-name=probe true &>/dev/null || echo "$node") &
+            --nodelist="$node" --job-name=probe bash -c 'trap "" TERM USR2' &>/dev/null || echo "$node") &
     done
     wait
 }

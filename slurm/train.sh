@@ -34,6 +34,8 @@ source slurm/common.sh # the site, how many processes, and the number of the job
 [[ -n $run_dir ]] || arguments+=("run_dir=${run_dir:=runs/job-$id}")
 folder=${run_dir//[\"\']/}
 export MNIST_DIST_LOSSES=$folder.losses # for the training: what was lost, a line each
+suspects=$folder.suspects.txt           # nodes, for sbatch --exclude=./FILE
+((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$suspects"
 
 find_checkpoint() {
     local files=("$folder"/checkpoints/epoch-*.ckpt)
@@ -45,9 +47,11 @@ find_checkpoint() {
 
 # Note a loss: when, which nodes do not answer any more, and how that was noticed.
 note_loss() {
-    mkdir -p "$(dirname "$folder")"
-    printf '%s\t%s\t%s\n' "$1" "${2// /,}" "$3" >>"$MNIST_DIST_LOSSES"
-    [[ -z $2 ]] || tr ' ' '\n' <<<"$2" >>"$folder.suspects.txt" # for sbatch --exclude=./FILE
+    {
+        mkdir -p "$(dirname "$folder")"
+        printf '%s\t%s\t%s\n' "$1" "${2// /,}" "$3" >>"$MNIST_DIST_LOSSES"
+        [[ -z $2 ]] || tr ' ' '\n' <<<"$2" >>"$suspects"
+    } || echo "warning: this loss could not be noted beside $folder" >&2
 }
 
 # Take the nodes that do not answer out of `hosts`, for all time; they are in `lost`.
@@ -56,13 +60,21 @@ drop_lost_nodes() {
     ((${#hosts[@]} > 1)) || return 0
     # This script's own node is there: if it does not answer, it is Slurm that cannot be asked now.
     until live=" $(answering "${hosts[@]}" | tr '\n' ' ')" && [[ $live == *" $SLURMD_NODENAME "* ]]; do
-        ((++tries < 30)) || return 0
+        ((++tries < 6)) || return 0
         sleep 10
     done
     for host in "${hosts[@]}"; do
         [[ $live == *" $host "* ]] || lost+="${lost:+ }$host"
     done
     mapfile -t hosts < <(printf '%s\n' "${hosts[@]}" | grep --invert-match --fixed-strings --line-regexp "${lost// /$'\n'}")
+}
+
+# Whether the job has some minutes left. Else it would not be warned any more: the signal was for the last step.
+has_time() {
+    local end
+    end=$(scontrol --oneliner show job "$id" 2>/dev/null | sed -nE 's/.* EndTime=([^ ]+) .*/\1/p')
+    [[ -n $end ]] && end=$(date --date="$end" +%s 2>/dev/null) || return 0 # there is no limit
+    ((end - $(date +%s) > 150))
 }
 
 # How the loss was noticed, in words, from the log.
@@ -75,37 +87,55 @@ describe_loss() {
 
 # --- the node of this script --------------------------------------------------
 
-# It may be lost like any other, and with --no-kill the job would then live on with nobody to lead it. So a process on
-# another node waits for signs of life; without one for 30 s it puts the job back into the queue, or ends it.
+# It may be lost like any other, and with --no-kill the job would then live on with nobody to lead it. So processes on
+# two other nodes wait for signs of life; without any for a minute one puts the job back into the queue, or ends it.
 guard() {
-    is_guard=yes code=1 reason="node $own, with the batch script, does not answer"
-    while read -r -t 30 _; do :; done
-    # Has the script ended, and Slurm is just ending the job?
-    [[ -z $(answering "$own") && $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]] || return 0
+    local patience_s=$1
+    trap '' TERM USR2
+    code=1 reason="node $own, with the batch script, does not answer"
+    while :; do
+        while read -r -t "$patience_s" _; do :; done
+        if [[ -z $(answering "$own") ]]; then
+            case $(job_state) in
+                RUNNING) break ;;
+                ?*) return ;; # the script has ended, and Slurm ends the job
+            esac
+        fi
+        sleep 10
+    done
     find_checkpoint
     note_loss "$(date +%s.%1N)" "$own" "the node of the batch script does not answer"
-    put_back "$checkpoint" "resume from $checkpoint" || scancel "$SLURM_JOB_ID"
+    put_back "$checkpoint" "resume from $checkpoint" || scancel "$id"
 }
 
-guard_node=""
-sruns=()
+declare -A guards=() # the srun of each, by node
 stand_guard() {
-    local own=$SLURMD_NODENAME host
-    for host in "${hosts[@]}"; do
-        [[ $host == "$own" ]] || break
+    local own=$SLURMD_NODENAME host patience_s=60 log_file
+    log_file=$(readlink -f "$log")
+    for host in "${!guards[@]}"; do
+        if [[ " ${hosts[*]} " != *" $host "* ]]; then # it may only be cut off from here
+            cancel_step guard "$host"
+            kill -KILL "${guards[$host]}" 2>/dev/null || true
+            unset "guards[$host]"
+        fi
     done
-    [[ $host != "$own" && $host != "$guard_node" ]] || return 0
-    guard_node=$host
-    {
-        exec {quiet}<> <(:) # nothing ever comes from there
-        while ! read -r -t 5 -u "$quiet"; do echo alive; done
-    } 2>/dev/null |
-        srun --mpi=none --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --nodelist="$host" --job-name=guard bash -c "
-            $(declare -p own id script folder options arguments max_requeues MNIST_DIST_LOSSES)
-            $(declare -f find_checkpoint note_loss put_back answering guard)
-            guard
-        " &>/dev/null &
-    sruns+=("$!")
+    for host in "${hosts[@]}"; do
+        [[ $host != "$own" ]] || continue
+        ((patience_s <= 120)) || break
+        if [[ -z ${guards[$host]:-} ]] || ! kill -0 "${guards[$host]}" 2>/dev/null; then
+            {
+                exec {quiet}<> <(:) # nothing ever comes from there
+                while ! read -r -t 5 -u "$quiet"; do echo alive; done
+            } 2>/dev/null |
+                srun --mpi=none --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --nodelist="$host" --job-name=guard bash -c "
+                    $(declare -p own id script folder options arguments max_requeues requeues suspects MNIST_DIST_LOSSES)
+                    $(declare -f find_checkpoint note_loss put_back answering job_state guard)
+                    guard $patience_s >>'$log_file' 2>&1
+                " &>/dev/null &
+            guards[$host]=$!
+        fi
+        patience_s=$((patience_s + 60))
+    done
 }
 
 # --- go -----------------------------------------------------------------------
@@ -113,9 +143,8 @@ stand_guard() {
 echo "Job $id on $SLURM_JOB_NODELIST: $nodes node(s), $per_node process(es) on each with $per_task core(s)," \
     "$gpus GPU(s) on each, restarted ${SLURM_RESTART_COUNT:-0} time(s)"
 
-# The signs of life, and sruns that wait for a lost node.
 # shellcheck disable=SC2046  # a number each
-trap 'kill -KILL $(jobs -p) ${sruns[@]+"${sruns[@]}"} 2>/dev/null || true' EXIT
+trap 'kill -KILL $(jobs -p) ${guards[@]+"${guards[@]}"} 2>/dev/null || true' EXIT
 last= # the checkpoint at the last loss
 while :; do
     stand_guard
@@ -134,7 +163,7 @@ while :; do
     if [[ $fate == lost ]]; then
         note_loss "$ended_at" "$lost" "$(describe_loss)"
         ((nodes <= ${#hosts[@]})) || nodes=${#hosts[@]}
-        if ((nodes >= min_nodes)) && [[ $checkpoint != "$last" && -z $asked ]]; then
+        if ((nodes >= min_nodes)) && [[ $checkpoint != "$last" && -z $asked ]] && has_time; then
             echo "Job $id goes on with $nodes node(s): $reason; it resumes from $checkpoint"
             last=$checkpoint
             continue

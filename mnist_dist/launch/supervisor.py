@@ -243,12 +243,12 @@ class Supervisor:
         return [host for host, knock in knocks.items() if knock.wait() != 0]
 
     def _forget(self) -> None:
-        """Remove the notes of an earlier command."""
-        for path in map(self._path, _NOTES):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"run_dir={self._plan.run_dir}: {path} cannot be removed: {error.strerror}") from error
+        """Remove the suspects of an earlier command; what it has lost may still hold the run, and stays noted."""
+        path = self._path(_NOTES[1])
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir={self._plan.run_dir}: {path} cannot be removed: {error.strerror}") from error
 
     def _note(self, loss: Loss) -> None:
         """Write the loss down, for the processes of the next start and for the user; a lost host is not used again."""

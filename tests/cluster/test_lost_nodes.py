@@ -54,8 +54,8 @@ def start(submit, long):
     """Start a training on all three nodes."""
     horovodrun()
 
-    def submitted(*words, options=ON_ALL, strategy="horovod", site="") -> Job:
-        return submit(*long, f"strategy={strategy}", *words, options=options, site=site)
+    def submitted(*words, options=ON_ALL, strategy="horovod", **log) -> Job:
+        return submit(*long, f"strategy={strategy}", *words, options=options, **log)
 
     return submitted
 
@@ -82,13 +82,13 @@ def wait_for_restart(job: Job, times: int = 1) -> None:
     wait_until(lambda: job.text().count(" goes on with ") == times, job)
 
 
-def check(cluster, job: Job, expected: Result, *, restarts: int = 0, nodes: int, lost=()) -> Batch:
-    """Check that the job has ended as if nothing had happened, on so many nodes in the end."""
+def check(cluster, job: Job, expected: Result, *, restarts: int = 0, processes: int, lost=()) -> Batch:
+    """Check that the job has ended as if nothing had happened, with so many processes in the end."""
     batch = job()
     assert (batch.state, batch.returncode, batch.num_restarts) == ("COMPLETED", 0, restarts), batch.log
     found = result_of(batch.folder)
     assert found == expected, batch.log
-    assert batch.summary["world_size"] == nodes
+    assert batch.summary["world_size"] == processes
     incidents = batch.summary["incidents"]
     assert all(incident["how"] and incident["seconds_lost"] > 0 for incident in incidents)
     if batch.summary["resumed_from_epochs"]:  # not lost before anything was noted
@@ -120,7 +120,7 @@ def test_at_a_random_moment(seed, cluster, start, expected):
             stack.enter_context(lost_node(cluster, node, signal.SIGSTOP))
             wait_until(lambda: state_of(cluster, node).startswith("down"), job)
         stack.enter_context(lost_node(cluster, node, signal.SIGKILL))
-        batch = check(cluster, job, expected, nodes=2, lost=[node])
+        batch = check(cluster, job, expected, processes=2, lost=[node])
     assert batch.log.count(f"goes on with 2 node(s): lost node(s) {node}; it resumes from ") == 1
 
 
@@ -130,7 +130,7 @@ def test_the_step_on_the_first_node(cluster, start, expected):
     wait_for_epochs(job, 20)
     with lost_node(cluster, FIRST, signal.SIGKILL, spares_script=True):
         pass
-    batch = check(cluster, job, expected, nodes=3)
+    batch = check(cluster, job, expected, processes=3)
     assert batch.log.count("goes on with 3 node(s): a process of the job was lost; it resumes from ") == 1
 
 
@@ -140,7 +140,7 @@ def test_the_node_of_the_batch_script(number, cluster, start, expected):
     job = start(options=["--nodes=2", "--cpus-per-task=1"])
     wait_for_epochs(job, 20)
     with lost_node(cluster, FIRST, number):
-        batch = check(cluster, job, expected, restarts=1, nodes=2, lost=[FIRST])
+        batch = check(cluster, job, expected, restarts=1, processes=2, lost=[FIRST])
     assert "the node of the batch script does not answer" in Path(f"{batch.folder}.losses").read_text()
 
 
@@ -154,7 +154,7 @@ def test_a_frozen_node(slurm_notices, cluster, start, expected):
         wait_until(lambda: "\nResults: " in job.text(), job)
     set_slurmd_timeout(cluster, SLURMD_TIMEOUT_S)
     revive(cluster, SECOND)
-    batch = check(cluster, job, expected, nodes=2, lost=[SECOND])
+    batch = check(cluster, job, expected, processes=2, lost=[SECOND])
     how = f"Node failure on {SECOND}" if slurm_notices else f"rank 1 ({SECOND}) is gone (silent for 30 s)"
     assert how in Path(f"{batch.folder}.losses").read_text()
 
@@ -166,7 +166,7 @@ def test_two_nodes_one_after_the_other(cluster, start, expected):
         wait_for_restart(job)
         wait_for_epochs(job, 20)
         with lost_node(cluster, SECOND, signal.SIGKILL):
-            batch = check(cluster, job, expected, nodes=1, lost=[THIRD, SECOND])
+            batch = check(cluster, job, expected, processes=1, lost=[THIRD, SECOND])
     assert [line for line in batch.log.splitlines() if " goes on with 1 node(s)" in line]
 
 
@@ -174,7 +174,7 @@ def test_a_spare_node_takes_over(cluster, start, expected):
     job = start("spare_nodes=1")
     wait_for_epochs(job, 20)
     with lost_node(cluster, SECOND, signal.SIGKILL):
-        batch = check(cluster, job, expected, nodes=2, lost=[SECOND])
+        batch = check(cluster, job, expected, processes=2, lost=[SECOND])
     assert f"Job {batch.job_id} on 127.0.0.[1-3]: 2 node(s), 1 process(es) on each" in batch.log
     assert f"Slurm: job {batch.job_id} on 127.0.0.[1-2], restarted 0 time(s)" in batch.log
     assert f"Slurm: job {batch.job_id} on 127.0.0.[1,3], restarted 0 time(s)" in batch.log
@@ -188,7 +188,7 @@ def test_a_node_that_comes_back_is_not_used(cluster, start, expected):
     revive(cluster, SECOND)
     wait_for_epochs(job, 20)
     os.kill(job.processes()[1], signal.SIGKILL)
-    batch = check(cluster, job, expected, nodes=2, lost=[SECOND])
+    batch = check(cluster, job, expected, processes=2, lost=[SECOND])
     assert batch.log.count(f"Slurm: job {batch.job_id} on 127.0.0.[1,3], restarted 0 time(s)") == 2
 
 
@@ -199,7 +199,7 @@ def test_fewer_than_min_nodes(cluster, start, expected):
     with lost_node(cluster, SECOND, signal.SIGKILL):
         wait_until(lambda: "goes back into the queue" in job.text(), job)
     revive(cluster, SECOND)
-    batch = check(cluster, job, expected, restarts=1, nodes=3, lost=[SECOND])
+    batch = check(cluster, job, expected, restarts=1, processes=3, lost=[SECOND])
     assert f"goes back into the queue: lost node(s) {SECOND}; it will resume from epoch-" in batch.log
 
 
@@ -216,3 +216,13 @@ def test_more_than_the_job_has(words, fragment, submit, small):
     assert (batch.state, batch.returncode) == ("FAILED", 2), batch.log
     (line,) = [line for line in batch.log.splitlines() if line.startswith("error: ")]
     assert fragment in line
+
+
+def test_several_processes_on_each_node(cluster, start, expected):
+    """With (fake) GPUs, one for each process, and as a task of an array."""
+    options = ["--nodes=3", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--array=0-0"]
+    job = start(options=[*options, "--output=runs/job-%A_%a.log"], log="job-{}_0.log", task="_0")
+    wait_for_epochs(job, 20)
+    with lost_node(cluster, SECOND, signal.SIGKILL):
+        batch = check(cluster, job, expected, processes=4, lost=[SECOND])
+    assert "goes on with 2 node(s)" in batch.log

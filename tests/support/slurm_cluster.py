@@ -131,11 +131,7 @@ def run_cluster(nodes: Sequence[str] = NODES, *, slurmd_timeout_s: int = 300) ->
 
 def daemon_of(environment: dict[str, str], node: str) -> int:
     """The PID of a node's slurmd."""
-    (pid,) = [
-        pid
-        for pid in _users_of(environment["SLURM_CONF"])
-        if _command_of(pid)[-3:] == ["-D", "-N", node] and _command_of(pid)[0].endswith("slurmd")
-    ]
+    (pid,) = _daemons_of(environment, node)
     return pid
 
 
@@ -162,7 +158,7 @@ def lost_node(environment: dict[str, str], node: str, number: signal.Signals, *,
 
 def revive(environment: dict[str, str], node: str) -> None:
     """Start the slurmd of a node if it was lost, and wait until Slurm uses the node again."""
-    if _processes_of(environment, node, with_script=True)[:1] and node in _nodes_in(environment, "idle,mixed"):
+    if _daemons_of(environment, node) and node in _nodes_in(environment, "idle,mixed"):
         return
     log = (Path(environment["SLURM_CONF"]).parent / "slurmd.out").open("ab")
     subprocess.Popen(
@@ -184,9 +180,17 @@ def set_slurmd_timeout(environment: dict[str, str], seconds: int) -> None:
 
 
 def leftovers(environment: dict[str, str], node: str) -> list[str]:
-    """The commands that still run on a node, besides its slurmd."""
+    """The commands that still run on a node, besides its slurmd, and its zombies."""
     found = _processes_of(environment, node, with_script=True)
-    return [" ".join(_command_of(pid)) for pid in found if not _command_of(pid)[0].endswith("slurmd")]
+    commands = [" ".join(_command_of(pid)) for pid in found if not _command_of(pid)[0].endswith("slurmd")]
+    zombies = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text().rpartition(")")
+            state, parent = rest.split()[:2]
+            if state == "Z" and int(parent) in found:
+                zombies.append(f"zombie {name}")
+    return [*commands, *zombies]
 
 
 def _processes_of(environment: dict[str, str], node: str, *, with_script: bool) -> list[int]:
@@ -197,8 +201,15 @@ def _processes_of(environment: dict[str, str], node: str, *, with_script: bool) 
         tasks = [pid for pid in tasks if any(one.startswith(b"SLURM_STEP_NODELIST=") for one in variables[pid])]
     steps = {_parent_of(pid) for pid in tasks}
     steps = {pid for pid in steps if pid and _command_of(pid)[0].startswith("slurmstepd")}
-    daemons = [pid for pid in variables if _command_of(pid)[-3:] == ["-D", "-N", node]] if with_script else []
-    return [*daemons, *steps, *tasks]
+    return [*(_daemons_of(environment, node) if with_script else []), *steps, *tasks]
+
+
+def _daemons_of(environment: dict[str, str], node: str) -> list[int]:
+    """The PID of a node's slurmd; none if it does not run."""
+    pids = _users_of(environment["SLURM_CONF"])
+    return [
+        pid for pid in pids if _command_of(pid)[-3:] == ["-D", "-N", node] and _command_of(pid)[0].endswith("slurmd")
+    ]
 
 
 def _parent_of(pid: int) -> int:

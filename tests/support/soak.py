@@ -8,6 +8,7 @@ All processes of a run or one of them are killed, one is frozen, the disk is ful
 import argparse
 import contextlib
 import itertools
+import os
 import random
 import re
 import shutil
@@ -36,6 +37,7 @@ from support.hooks import WRITE_HOOK, WriteHook
 from support.job import HOROVOD, MIRRORED, NUM_EPOCHS, SINGLE, TRAIN, job_name, start_job
 from support.processes import is_alive, send
 from support.runs import Result, result_of, summary_of
+from support.slurm_cluster import missing_programs
 from support.soak_nodes import Loss
 
 MULTIWORKER = ("multiworker", 2)
@@ -339,16 +341,20 @@ def no_room(folder: Path) -> Iterator[None]:
     with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
         while stream.write(bytes(4096)):
             pass
-    yield
-    filler.unlink()
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
     """While the block runs the folder is a small file system in memory, which only root can mount."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=True)
-    yield
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def wait_for(attempt: Attempt, target: Target, *, epoch: int) -> float:
@@ -465,7 +471,9 @@ class Soak:
         with contextlib.ExitStack() as stack:
             play = partial(self._disturb, args=args, expected=expected)
             rounds: list[Callable[[int], None]] = [partial(play, scenario) for scenario in SCENARIOS]
-            if "slurm" not in options.without:
+            if missing := missing_programs():
+                print(f"Without lost nodes: not installed: {', '.join(missing)}")
+            elif "slurm" not in options.without:
                 rounds += [self._prepare_nodes(stack, words)] * 3
             for seed in itertools.count(options.seed):
                 if time.monotonic() > end or (options.rounds and seed == options.seed + options.rounds):
@@ -474,8 +482,11 @@ class Soak:
                 folder.mkdir()
                 try:
                     rounds[seed % len(rounds)](seed)
-                except (AssertionError, pytest.fail.Exception) as difference:
-                    print(f"DIFFERENCE: {difference}\nOnce more: make soak SEED={seed} N=1", flush=True)
+                except (Exception, pytest.fail.Exception) as difference:  # whatever it is, the counts are printed
+                    print(
+                        f"DIFFERENCE: {type(difference).__name__}: {difference}\nOnce more: make soak SEED={seed} N=1",
+                        flush=True,
+                    )
                     return folder
                 shutil.rmtree(folder)
         return None
@@ -483,6 +494,9 @@ class Soak:
     def _disturb(self, scenario: Scenario, seed: int, *, args, expected: Result) -> None:
         folder = self._root / f"seed-{seed}"
         if any(job[0] in self._options.without for job in scenario.jobs):
+            return
+        if scenario.fault == "full disk" and os.geteuid() != 0:
+            print("Without a full disk: only root can mount one")
             return
         print(f"seed {seed}, {scenario}:", end=" ", flush=True)
         stages = draw_stages(seed, self._options.kills)

@@ -430,7 +430,6 @@ def test_slurm_as_it_should_be():
         ("KillWait", {"kill": 5}, "5 s to finish the epoch", "--signal=SIGUSR2@90"),
         ("SlurmdTimeout", {"slurmd": 0}, "never gives up a dead node", "SlurmdTimeout=300"),
         ("SlurmdTimeout", {"slurmd": 3600}, "waits so long for the node", "SlurmdTimeout=300"),
-        ("SlurmdTimeout", {"slurmd": 30}, "if the first node of a job freezes", "SlurmdTimeout=300"),
         ("RequeueExit", {"requeue": "1-5"}, "exit code 1 and 2", "take the codes out of RequeueExit="),
         (
             "RequeueExit",
