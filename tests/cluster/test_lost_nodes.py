@@ -140,13 +140,16 @@ def test_the_node_of_the_batch_script(number, cluster, start, expected):
     job = start(options=["--nodes=2", "--cpus-per-task=1"])
     wait_for_epochs(job, 20)
     with lost_node(cluster, FIRST, number):
-        batch = check(cluster, job, expected, restarts=1, processes=2, lost=[FIRST])
+        wait_until(lambda: "\nResults: " in job.text(), job)
+    batch = check(cluster, job, expected, restarts=1, processes=2, lost=[FIRST])
+    if number is signal.SIGSTOP:  # the old rank 0 has its lock on the run folder to the end
+        assert "taken over from a process on a machine that was lost" in batch.log
     assert "the node of the batch script does not answer" in Path(f"{batch.folder}.losses").read_text()
 
 
 @pytest.mark.parametrize("slurm_notices", [True, False])
 def test_a_frozen_node(slurm_notices, cluster, start, expected):
-    """The other processes notice after 30 s; Slurm, if it is set to less."""
+    """The other processes notice after 30 s; Slurm may be faster, if it is set to less."""
     set_slurmd_timeout(cluster, SLURMD_TIMEOUT_S if slurm_notices else 300)
     job = start()
     wait_for_epochs(job, 20)
@@ -155,8 +158,9 @@ def test_a_frozen_node(slurm_notices, cluster, start, expected):
     set_slurmd_timeout(cluster, SLURMD_TIMEOUT_S)
     revive(cluster, SECOND)
     batch = check(cluster, job, expected, processes=2, lost=[SECOND])
-    how = f"Node failure on {SECOND}" if slurm_notices else f"rank 1 ({SECOND}) is gone (silent for 30 s)"
-    assert how in Path(f"{batch.folder}.losses").read_text()
+    losses = Path(f"{batch.folder}.losses").read_text()
+    by_ranks = f"rank 1 ({SECOND}) is gone (silent for 30 s)"
+    assert by_ranks in losses or (slurm_notices and f"Node failure on {SECOND}" in losses)
 
 
 def test_two_nodes_one_after_the_other(cluster, start, expected):
