@@ -157,7 +157,7 @@ def measure_plain(act: Callable[[Job, Path], None], root: Path, words: list[str]
     wait_for_epoch(job, run, 60)
     began = time.monotonic()
     act(job, run)
-    while any(is_alive(one) and one.status() != psutil.STATUS_STOPPED for one in job.processes):
+    while any(map(runs, job.processes)):
         time.sleep(0.005)
     ended = time.monotonic()
     job.kill()
@@ -168,6 +168,13 @@ def measure_plain(act: Callable[[Job, Path], None], root: Path, words: list[str]
     found = {"to the end": ended - began, "the same command again, to a new epoch": time.monotonic() - begun}
     again.kill()
     return found
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it is neither stopped nor at its end."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return is_alive(process) and process.status() != psutil.STATUS_STOPPED
+    return False
 
 
 def print_rows(faults: Mapping[str, Callable[[], dict[str, float]]], repeats: int) -> None:

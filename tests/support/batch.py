@@ -72,7 +72,8 @@ class Job:
     def processes(self) -> list[int]:
         """The PID of each rank's process."""
         steps = self.ask("squeue", "--noheader", "--steps", f"--jobs={self.told('JobId')}", "--format=%i %j")
-        (number,) = re.findall(r"\.(\d+) training$", steps, re.MULTILINE)
+        # An earlier step may still be listed, as long as Slurm waits for a lost node.
+        number = max(map(int, re.findall(r"\.(\d+) training$", steps, re.MULTILINE)))
         step = f"{self.told('JobId')}.{number}"
         found = {}
         for node in NODES:
