@@ -11,6 +11,7 @@ listen on another port, where ranks knock too, and pass on what he is asked.
 """
 
 import contextlib
+import errno
 import hmac
 import secrets
 import selectors
@@ -25,7 +26,7 @@ from mnist_dist.base.wire import MAX_GREETING, MAX_MESSAGE, Garbled, Message, Wi
 NEWCOMER_S = 5.0
 """How long a newcomer may take for its proof and its first message."""
 MAX_NEWCOMERS = 256
-"""How many may be about that at once, in addition to as many as are expected; then the oldest has to go."""
+"""How many may be about that at once, in addition to as many as are expected; then the oldest that has not proved itself has to go."""
 _MAGIC = b"mnist\0\r\n"
 _NONCE, _PROOF = 32, 32
 _GREETING, _ANSWER = len(_MAGIC) + _NONCE, len(_MAGIC) + _NONCE + _PROOF
@@ -104,7 +105,9 @@ class Gate:
                 connection, _ = self._server.accept()
             except BlockingIOError:
                 return
-            except OSError:  # too many open files, for example
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._make_room()
                 time.sleep(_LOOK_S / 10)
                 return
             connection.setblocking(False)
@@ -116,7 +119,12 @@ class Gate:
             except OSError:
                 self._drop(newcomer)
             if len(self._newcomers) > self._limit:
-                self._drop(next(iter(self._newcomers)))
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop the oldest of those that have proved nothing: of ours, each is tried again until it is let in."""
+        if (oldest := next((one for one in self._newcomers if one.wire is None), None)) is not None:
+            self._drop(oldest)
 
     def _serve(self, newcomer: _Newcomer) -> None:
         """Read what a newcomer has sent, and let it in once it is known and has said what it wants."""

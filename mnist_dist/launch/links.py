@@ -90,7 +90,9 @@ class Links(ABC):
         self._gate = Gate(server, key, admit=self._admit, expected=self._topology.world_size)
 
     def _admit(self, wire: Wire, hello: Message) -> None:
-        """Called in the gate's thread."""
+        """Acknowledge one that has come: until then it may be gone, and tries again. Called in the gate's thread."""
+        wire.connection.settimeout(FAREWELL_S)
+        wire.send({})
         self._newcomers.put((wire, hello))
         self._bell.send(b"!")
 
@@ -109,6 +111,8 @@ class Links(ABC):
             try:
                 # Its process may be busy with loading a library.
                 wire = enter(connection, key, timeout_s=_JOIN_S)
+                wire.send({"rank": self._topology.rank, "host": socket.gethostname()})
+                wire.receive(timeout_s=_JOIN_S)
                 break
             except (OSError, Garbled) as error:
                 connection.close()
@@ -117,12 +121,13 @@ class Links(ABC):
                     raise EnvironmentProblem(f"{name} does not let this process in at {address}: {reason}") from error
             time.sleep(_RETRY_S)
         self._add(Link(0, name, wire))
-        self._send({"rank": self._topology.rank, "host": socket.gethostname()})
 
     def _add(self, link: Link) -> None:
+        """Listen to it; more messages may have come with its first."""
         link.wire.connection.settimeout(FAREWELL_S)
         self._links.append(link)
         self._selector.register(link.wire.connection, selectors.EVENT_READ, link)
+        self._listen(link, link.wire.arrived)
 
     def _part(self, link: Link) -> None:
         """Listen to a process no more; its connection stays open until this process ends too."""
@@ -167,9 +172,7 @@ class Links(ABC):
         except (KeyError, TypeError):
             wire.close()
             return
-        link = Link(hello["rank"], name, wire)
-        self._add(link)
-        self._listen(link, wire.arrived)  # more messages may have come with its first
+        self._add(Link(hello["rank"], name, wire))
         if not self._missing and self._gate is not None:
             self._gate.close()
 

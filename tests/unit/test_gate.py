@@ -1,6 +1,7 @@
 """Who gets through a gate, and who does not, whatever else knocks at it."""
 
 import contextlib
+import errno
 import queue
 import socket
 import threading
@@ -137,6 +138,57 @@ def test_many_silent_ones(number, open_gate, monkeypatch):
         assert number <= gate.MAX_NEWCOMERS or number - gate.MAX_NEWCOMERS - 2 <= ended < number
         assert number > gate.MAX_NEWCOMERS or ended == 0
     assert came.empty()
+
+
+def test_one_that_has_proved_itself_does_not_have_to_go(open_gate, monkeypatch):
+    """Whatever comes between its proof and its first message."""
+    monkeypatch.setattr(gate, "NEWCOMER_S", 1000.0)
+    monkeypatch.setattr(gate, "MAX_NEWCOMERS", 4)
+    address, came = open_gate()
+    ours = enter(socket.create_connection(address), KEY, timeout_s=20)
+    with silent_ones(address, 8) as silent:
+        assert is_ended_now(silent[0]) and not is_ended_now(silent[-1])
+        ours.send({"rank": 1})
+        assert came.get(timeout=20)[1] == {"rank": 1}
+
+
+@contextlib.contextmanager
+def silent_ones(address, number):
+    """Connections that a gate has greeted, one after the other."""
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(number)]
+        for one in silent:
+            assert one.recv(100).startswith(b"mnist")
+        yield silent
+
+
+class ShortOfFiles(socket.socket):
+    """A server whose process may open no more files, once."""
+
+    has_files = True
+
+    def accept(self):
+        if self.has_files:
+            return super().accept()
+        self.has_files = True
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_no_more_files(monkeypatch):
+    """Then the oldest of those that have proved nothing has to go, too."""
+    monkeypatch.setattr(gate, "NEWCOMER_S", 1000.0)
+    came, server = queue.Queue(), ShortOfFiles(fileno=listen("127.0.0.1", 0).detach())
+    address = server.getsockname()
+    own = Gate(server, KEY, admit=lambda wire, message: came.put(message), expected=2)
+    ours = enter(socket.create_connection(address), KEY, timeout_s=20)
+    with silent_ones(address, 2) as silent:
+        server.has_files = False
+        ours_too = enter(socket.create_connection(address), KEY, timeout_s=20)
+        assert is_ended_now(silent[0]) and not is_ended_now(silent[1])
+        for wire in (ours, ours_too):
+            wire.send({"rank": 1})
+            assert came.get(timeout=20) == {"rank": 1}
+    own.close()
 
 
 def is_ended_now(connection) -> bool:
