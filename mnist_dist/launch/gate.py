@@ -3,11 +3,11 @@
 Both sides prove it, over nonces that are new for each connection, so that nothing that was recorded is of any use:
 
     gate      _MAGIC, its nonce
-    visitor   _MAGIC, its nonce, HMAC-SHA256(key, "visitor", port, both nonces)
-    gate      HMAC-SHA256(key, "gate", port, both nonces); to a visitor with another key nothing: the connection ends
+    visitor   _MAGIC, its nonce, HMAC-SHA256(key, "visitor", both nonces)
+    gate      HMAC-SHA256(key, "gate", both nonces); to a visitor with another key nothing: the connection ends
 
-All sizes are fixed. Then come messages (`base.wire`). The gate's port is part of what is proved, so that nobody can
-listen on another port, where ranks knock too, and pass on what he is asked.
+All sizes are fixed. Then come messages (`base.wire`). Each gate of a job has a key of its own (`secret`), so that nobody
+can listen where ranks knock, and pass on what he is asked to another gate.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from mnist_dist.base.wire import MAX_GREETING, MAX_MESSAGE, Garbled, Message, Wi
 NEWCOMER_S = 5.0
 """How long a newcomer may take for its proof and its first message."""
 MAX_NEWCOMERS = 256
-"""How many may be about that at once, in addition to as many as are expected; then the oldest that has not proved itself has to go."""
+"""How many may be about that at once, in addition to as many as are expected; then the oldest without a proof has to go."""
 _MAGIC = b"mnist\0\r\n"
 _NONCE, _PROOF = 32, 32
 _GREETING, _ANSWER = len(_MAGIC) + _NONCE, len(_MAGIC) + _NONCE + _PROOF
@@ -156,11 +156,11 @@ class Gate:
             raise ConnectionError
         if len(newcomer.answer) < _ANSWER:
             return
-        port, nonces = self._server.getsockname()[1], newcomer.nonce + newcomer.answer[len(_MAGIC) : _GREETING]
-        if not hmac.compare_digest(newcomer.answer[_GREETING:], _prove(self._key, b"visitor", port, nonces)):
+        nonces = newcomer.nonce + newcomer.answer[len(_MAGIC) : _GREETING]
+        if not hmac.compare_digest(newcomer.answer[_GREETING:], _prove(self._key, b"visitor", nonces)):
             self.num_refused += 1
             raise ConnectionError
-        newcomer.connection.send(_prove(self._key, b"gate", port, nonces))
+        newcomer.connection.send(_prove(self._key, b"gate", nonces))
         newcomer.wire = Wire(newcomer.connection, max_bytes=MAX_GREETING)
 
     def _forget(self, newcomer: _Newcomer) -> None:
@@ -183,23 +183,23 @@ def enter(connection: socket.socket, key: bytes, *, timeout_s: float) -> Wire:
     deadline = time.monotonic() + timeout_s
     timeout_of_send = connection.gettimeout()
     greeting = _receive(connection, _GREETING, deadline, begins=_MAGIC)
-    nonce, port = secrets.token_bytes(_NONCE), connection.getpeername()[1]
+    nonce = secrets.token_bytes(_NONCE)
     nonces = greeting[len(_MAGIC) :] + nonce
-    connection.sendall(_MAGIC + nonce + _prove(key, b"visitor", port, nonces))
+    connection.sendall(_MAGIC + nonce + _prove(key, b"visitor", nonces))
     try:
         proof = _receive(connection, _PROOF, deadline)
     except ConnectionResetError:  # a gate that refuses has read everything, and ends the connection properly
         raise
     except ConnectionError as error:
         raise Refused(*error.args) from error
-    if not hmac.compare_digest(proof, _prove(key, b"gate", port, nonces)):
+    if not hmac.compare_digest(proof, _prove(key, b"gate", nonces)):
         raise Garbled(proof)
     connection.settimeout(timeout_of_send)
     return Wire(connection)
 
 
-def _prove(key: bytes, role: bytes, port: int, nonces: bytes) -> bytes:
-    return hmac.digest(key, b"%s %d " % (role, port) + nonces, "sha256")
+def _prove(key: bytes, role: bytes, nonces: bytes) -> bytes:
+    return hmac.digest(key, role + b" " + nonces, "sha256")
 
 
 def _receive(connection: socket.socket, size: int, deadline: float, *, begins: bytes = b"") -> bytes:

@@ -58,7 +58,8 @@ class Rendezvous:
         launcher = self.topology.launcher
         if self.topology.world_size == 1 or not isinstance(launcher, TFConfig) or self._at_own_port:
             return
-        address, key = launcher.addresses[self.topology.rank], meeting_key(self.topology)
+        address = launcher.addresses[self.topology.rank]
+        key = meeting_key(self.topology, address)
         host, port = split_address(address)
         try:
             self._held, server = hold_and_listen(meeting_point(host, self.topology), port)
@@ -172,9 +173,8 @@ class Rendezvous:
 
     def _receive_at_first(self, addresses: Sequence[str], *, topic: str) -> Reception:
         """A reception at the first address that is free."""
-        key = meeting_key(self.topology)
         for address in addresses:
-            host, port = split_address(address)
+            host, port, key = *split_address(address), meeting_key(self.topology, address)
             try:
                 server = listen(meeting_point(host, self.topology), port)
             except OSError as error:

@@ -25,9 +25,9 @@ _MIN_LENGTH = 16
 _MAX_BYTES = 4096
 
 
-def meeting_key(topology: Topology) -> bytes:
-    """The key of the meeting; raises UserError if there is no usable secret."""
-    return _derive(_read_secret(topology), "meeting")
+def meeting_key(topology: Topology, address: str) -> bytes:
+    """The key of a meeting at an address, as all ranks spell it; raises UserError if there is no usable secret."""
+    return _derive(_read_secret(topology), f"meeting {address}")
 
 
 def watch_key(topology: Topology, token: str) -> bytes:

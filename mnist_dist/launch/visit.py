@@ -44,10 +44,10 @@ def visit(
         RankTaken: another process has this one's rank.
         UserError: the job has started without this process, rank 0 has ended, or the two have different secrets.
     """
-    key, failures = meeting_key(topology), _Failures(topology, deadline)
+    keys, failures = {one: meeting_key(topology, one) for one in addresses}, _Failures(topology, deadline)
     for address in itertools.cycle(addresses):
         try:
-            wire = knock(address, text, topology, key=key, topic=topic)
+            wire = knock(address, text, topology, key=keys[address], topic=topic)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -138,7 +138,7 @@ def knock(
 
 def describe_listener(address: str, topology: Topology, *, reason: str) -> str:
     """Why this process cannot listen at its address; raises RankTaken if a waiting process has its rank."""
-    who, key = "another program has this port", meeting_key(topology)
+    who, key = "another program has this port", meeting_key(topology, address)
     try:
         knock(address, "", topology, key=key, topic=FIRST_TOPIC, patience_s=_PATIENCE_S).close()
     except Started:

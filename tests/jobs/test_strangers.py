@@ -206,7 +206,7 @@ for _ in range(20):
     if os.fork() == 0:
         while time.monotonic() < at:
             pass
-        os.write(1, meeting_key(Topology(TFConfig(("127.0.0.1:1",)))).hex().encode() + b"\\n")
+        os.write(1, meeting_key(Topology(TFConfig(("127.0.0.1:1",))), "127.0.0.1:1").hex().encode() + b"\\n")
         os._exit(0)
 for _ in range(20):
     os.wait()

@@ -349,38 +349,6 @@ def test_what_was_recorded_is_worth_nothing(open_gate, refused_by):
     assert came.empty()
 
 
-def test_nobody_can_pass_on_what_he_is_asked(open_gate):
-    """One who listens at another port, and lets gate and visitor talk over him, is not let in."""
-    address, came = open_gate()
-    with passing_on(address) as between, pytest.raises(Refused):
-        knock(between)
-    assert came.empty()
-
-
-@contextlib.contextmanager
-def passing_on(address):
-    """A stranger between a visitor and a gate, who passes on what both say; yields his own address."""
-
-    def pass_on(source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(4096):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-
-    def serve():
-        with server.accept()[0] as visitor, socket.create_connection(address) as behind:
-            back = threading.Thread(target=pass_on, args=[behind, visitor])
-            back.start()
-            pass_on(visitor, behind)
-            back.join(20)
-
-    with listen("127.0.0.1", 0) as server:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield server.getsockname()
-        thread.join(30)
-
-
 @pytest.mark.parametrize(
     "answer",
     [
