@@ -6,8 +6,8 @@ Both sides prove it, over nonces that are new for each connection, so that nothi
     visitor   _MAGIC, its nonce, HMAC-SHA256(key, "visitor", both nonces)
     gate      HMAC-SHA256(key, "gate", both nonces); to a visitor with another key nothing: the connection ends
 
-All sizes are fixed. Then come messages (`base.wire`). Each gate of a job has a key of its own (`secret`), so that nobody
-can listen where ranks knock, and pass on what he is asked to another gate.
+All sizes are fixed. Then come messages (`base.wire`). Each gate of a job has a key of its own (`secret`), so that
+nobody can listen where ranks knock, and pass on what he is asked to another gate.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from mnist_dist.base.wire import MAX_GREETING, MAX_MESSAGE, Garbled, Message, Wi
 NEWCOMER_S = 5.0
 """How long a newcomer may take for its proof and its first message."""
 MAX_NEWCOMERS = 256
-"""How many may be about that at once, in addition to as many as are expected; then the oldest without a proof has to go."""
+"""How many may be about that at once, and as many as are expected; then the oldest without a proof has to go."""
 _MAGIC = b"mnist\0\r\n"
 _NONCE, _PROOF = 32, 32
 _GREETING, _ANSWER = len(_MAGIC) + _NONCE, len(_MAGIC) + _NONCE + _PROOF
@@ -172,8 +172,10 @@ class Gate:
         newcomer.connection.close()
 
 
-def enter(connection: socket.socket, key: bytes, *, timeout_s: float) -> Wire:
+def enter(connection: socket.socket, key: bytes, *, timeout_s: float, greeting_s: float | None = None) -> Wire:
     """Go through the gate at the other end, once both have proved that they have the key.
+
+    A gate greets at once, unless its process is held up: `greeting_s` is how long to wait for that.
 
     Raises:
         Garbled: something else than a gate is there; or it does not have the key.
@@ -182,7 +184,8 @@ def enter(connection: socket.socket, key: bytes, *, timeout_s: float) -> Wire:
     """
     deadline = time.monotonic() + timeout_s
     timeout_of_send = connection.gettimeout()
-    greeting = _receive(connection, _GREETING, deadline, begins=_MAGIC)
+    due_s = deadline if greeting_s is None else min(deadline, time.monotonic() + greeting_s)
+    greeting = _receive(connection, _GREETING, due_s, begins=_MAGIC)
     nonce = secrets.token_bytes(_NONCE)
     nonces = greeting[len(_MAGIC) :] + nonce
     connection.sendall(_MAGIC + nonce + _prove(key, b"visitor", nonces))

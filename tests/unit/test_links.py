@@ -1,10 +1,14 @@
 """How the ranks come to rank 0, to watch each other."""
 
+import contextlib
 import queue
 import secrets
+import threading
+import time
 
 import pytest
 
+from mnist_dist.launch import links
 from mnist_dist.launch.gate import Gate
 from mnist_dist.launch.links import Links
 from mnist_dist.launch.ports import listen
@@ -83,3 +87,49 @@ def test_what_is_said_at_once_arrives(watch):
     assert chief.events.get(timeout=20) == (1, {"here": 1})
     chief.tell({"all": "here"})
     assert rank_1.events.get(timeout=20) == (0, {"all": "here"})
+
+
+def test_a_rank_that_comes_while_rank_0_is_stopped(watch, monkeypatch):
+    """Longer than ranks may take: rank 0 looks who has come before it misses anybody."""
+    monkeypatch.setattr(links, "SILENCE_S", 0.5)
+    monkeypatch.setattr(links, "_JOIN_S", 0.5)
+    monkeypatch.setattr(links, "ALIVE_EVERY_S", 0.2)
+    chief, rank_1, is_stopped = watch(0), watch(1), threading.Event()
+    select = chief._selector.select
+
+    def stop(timeout):
+        chief._selector.select = select
+        is_stopped.wait(20)
+        return []
+
+    chief._selector.select = stop
+    chief.begin(chief.address)
+    time.sleep(1)
+    rank_1.begin(chief.address)
+    rank_1.tell({"here": 1})
+    is_stopped.set()
+    assert chief.events.get(timeout=20) == (1, {"here": 1})
+
+
+def test_ranks_may_take_as_long_as_rank_0_may_be_silent(watch, monkeypatch):
+    """It is while it loads a library."""
+    monkeypatch.setattr(links, "_JOIN_S", 0.1)
+    chief, rank_1 = watch(0), watch(1)
+    chief.begin(chief.address)
+    time.sleep(1)
+    rank_1.begin(chief.address)
+    rank_1.tell({"here": 1})
+    assert chief.events.get(timeout=20) == (1, {"here": 1})
+
+
+def test_the_gate_does_not_wait_for_the_watch(watch):
+    """Nor does it drop a rank when the watch does not look for a while."""
+    chief, rank_1 = watch(0), watch(1)
+    chief._bell.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            chief._bell.send(b"!")
+    rank_1.begin(chief.address)
+    rank_1.tell({"here": 1})
+    chief.begin(chief.address)
+    assert chief.events.get(timeout=20) == (1, {"here": 1})

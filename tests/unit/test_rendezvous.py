@@ -288,7 +288,7 @@ def test_a_process_with_another_secret(addresses, monkeypatch, visitors_have_ano
     outcomes = start([0, 1], addresses[:2], 4)
     assert re.fullmatch(rf"{re.escape(addresses[0])}: {OTHER_SECRET}", outcomes[1])
     assert outcomes[0].startswith(
-        f"rank 1 ({addresses[1]}) did not come within 4 s (somebody with another secret knock"
+        f"rank 1 ({addresses[1]}) did not come within 4 s (rank 0 listened at {addresses[0]}; somebody with another "
     )
 
 
@@ -314,7 +314,10 @@ def test_a_task_with_another_secret(visitors_have_another_secret):
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert re.fullmatch(rf"{addresses[0]}: {OTHER_SECRET}", outcomes[1])
+    assert outcomes[1].startswith(
+        f"rank 0 (127.0.0.1) did not come within 1 s (at {addresses[0]} is a process with another secret: it is "
+        "another job's, or set MNIST_DIST_SECRET to the same value for all processes of the job); start all 2 processes, "
+    )
     assert "somebody with another secret knocked" in outcomes[0]
 
 
@@ -429,10 +432,32 @@ def test_two_jobs_with_the_same_meeting_addresses_do_not_mix():
     check_outcomes(*other, job="2")
 
 
+def test_a_task_whose_rank_0_is_missing_gets_what_there_is(visitors_have_another_secret):
+    """Even if another user's job is at one of its addresses."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    other = rendezvous_under_slurm(0, ["127.0.0.1"] * 2, addresses[:1]).topology
+    at_first = Reception(listen(*split_address(addresses[0])), other, key=meeting_key(other, addresses[0]))
+    own = rendezvous_under_slurm(1, ["127.0.0.1"] * 2, addresses)
+    assert own.collect("I am 1", topic="names", timeout_s=0.6) == {1: "I am 1"}
+    assert at_first.num_refused
+    at_first.end()
+
+
+def test_programs_that_say_nothing_are_left_alone(addresses):
+    """Even at several addresses, they do not use up the time: 15 s for each would be too long."""
+    with socket.create_server(("", 0)) as one, socket.create_server(("", 0)) as other:
+        places = [*(f"127.0.0.1:{mute.getsockname()[1]}" for mute in (one, other)), addresses[0]]
+        chief, own = (rendezvous_under_slurm(rank, ["127.0.0.1"] * 2, places) for rank in range(2))
+        waiting = threading.Thread(target=chief.exchange, args=["I am 0"])
+        waiting.start()
+        assert own.exchange("I am 1") == ["I am 0", "I am 1"]
+        waiting.join(30)
+
+
 def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
     # Short, but long enough for threads of ours that a busy machine holds up.
     monkeypatch.setattr(visit, "READ_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(visit, "_ANSWER_S", 2.0)
+    monkeypatch.setattr(visit, "_GREETING_S", 2.0)
     with socket.create_server(("", 0)) as mute:
         meeting_addresses = [f"127.0.0.1:{mute.getsockname()[1]}", addresses[0]]
         check_outcomes(*start_under_slurm(2, meeting_addresses), job="7")
