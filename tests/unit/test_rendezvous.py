@@ -316,7 +316,7 @@ def test_a_task_with_another_secret(visitors_have_another_secret):
         thread.join(30)
     assert outcomes[1].startswith(
         f"rank 0 (127.0.0.1) did not come within 1 s (at {addresses[0]} is a process with another secret: it is "
-        "another job's, or set MNIST_DIST_SECRET to the same value for all processes of the job); start all 2 processes, "
+        "another job's, or set MNIST_DIST_SECRET to the same value for all processes of the job); start all 2 "
     )
     assert "somebody with another secret knocked" in outcomes[0]
 

@@ -1,5 +1,7 @@
 """Where the secret of a job comes from, and what is refused."""
 
+import errno
+import os
 import re
 import stat
 import tempfile
@@ -135,6 +137,34 @@ def test_a_home_that_cannot_be_written(home, tmp_path, monkeypatch):
     folder.chmod(0o777)
     with pytest.raises(UserError, match=r"mnist_dist-\d+: no place for a secret, others can open it"):
         meeting_key(WORKER, PLACE)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENOSPC])
+def test_a_failure_that_may_pass_does_not_lead_to_another_secret(number, secret, tmp_path, monkeypatch):
+    """The other processes of the job have the one at home."""
+    meeting_key(WORKER, PLACE)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", fail)
+        with pytest.raises(
+            UserError, match=r"^the secret in ~/.cache cannot be read \(.*\); start again, or set MNIST_D"
+        ):
+            meeting_key(WORKER, PLACE)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_the_second_place_is_told_once(tmp_path, monkeypatch, logged):
+    """Machines do not share it."""
+    monkeypatch.setenv("HOME", "/dev/null")
+    meeting_key(WORKER, PLACE)
+    meeting_key(WORKER, PLACE)
+    (text,) = logged()
+    assert text.startswith(
+        f"The secret of jobs is in {tmp_path}/tmp/mnist_dist-{os.geteuid()} on each machine: set MNIST_"
+    )
 
 
 @pytest.mark.parametrize("is_dangling", [True, False])
