@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.data import create_small_arrays
+from support.processes import cache_folder
 
 from mnist_dist.config.devices import ThreadsConfig
 from mnist_dist.launch.topology import Topology
@@ -14,6 +15,7 @@ from mnist_dist.launch.topology import Topology
 
 def pytest_configure(config):
     """Configure TensorFlow in the processes that run tests; it cannot be done later."""
+    os.environ["XDG_CACHE_HOME"] = cache_folder().name
     if config.getoption("numprocesses", None):
         return
     import tensorflow as tf

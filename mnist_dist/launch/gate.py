@@ -3,14 +3,15 @@
 Both sides prove it, over nonces that are new for each connection, so that nothing that was recorded is of any use:
 
     gate      _MAGIC, its nonce
-    visitor   _MAGIC, its nonce, HMAC-SHA256(key, "visitor", port, both nonces)
-    gate      HMAC-SHA256(key, "gate", port, both nonces); to a visitor with another key nothing: the connection ends
+    visitor   _MAGIC, its nonce, HMAC-SHA256(key, "visitor", both nonces)
+    gate      HMAC-SHA256(key, "gate", both nonces); to a visitor with another key nothing: the connection ends
 
-All sizes are fixed. Then come messages (`base.wire`). The gate's port is part of what is proved, so that nobody can
-listen on another port, where ranks knock too, and pass on what he is asked.
+All sizes are fixed. Then come messages (`base.wire`). Each gate of a job has a key of its own (`secret`), so that
+nobody can listen where ranks knock, and pass on what he is asked to another gate.
 """
 
 import contextlib
+import errno
 import hmac
 import secrets
 import selectors
@@ -25,7 +26,7 @@ from mnist_dist.base.wire import MAX_GREETING, MAX_MESSAGE, Garbled, Message, Wi
 NEWCOMER_S = 5.0
 """How long a newcomer may take for its proof and its first message."""
 MAX_NEWCOMERS = 256
-"""How many may be about that at once, in addition to as many as are expected; then the oldest has to go."""
+"""How many may be about that at once, and as many as are expected; then the oldest without a proof has to go."""
 _MAGIC = b"mnist\0\r\n"
 _NONCE, _PROOF = 32, 32
 _GREETING, _ANSWER = len(_MAGIC) + _NONCE, len(_MAGIC) + _NONCE + _PROOF
@@ -104,7 +105,9 @@ class Gate:
                 connection, _ = self._server.accept()
             except BlockingIOError:
                 return
-            except OSError:  # too many open files, for example
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._make_room()
                 time.sleep(_LOOK_S / 10)
                 return
             connection.setblocking(False)
@@ -116,7 +119,12 @@ class Gate:
             except OSError:
                 self._drop(newcomer)
             if len(self._newcomers) > self._limit:
-                self._drop(next(iter(self._newcomers)))
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop the oldest of those that have proved nothing: of ours, each is tried again until it is let in."""
+        if (oldest := next((one for one in self._newcomers if one.wire is None), None)) is not None:
+            self._drop(oldest)
 
     def _serve(self, newcomer: _Newcomer) -> None:
         """Read what a newcomer has sent, and let it in once it is known and has said what it wants."""
@@ -148,11 +156,11 @@ class Gate:
             raise ConnectionError
         if len(newcomer.answer) < _ANSWER:
             return
-        port, nonces = self._server.getsockname()[1], newcomer.nonce + newcomer.answer[len(_MAGIC) : _GREETING]
-        if not hmac.compare_digest(newcomer.answer[_GREETING:], _prove(self._key, b"visitor", port, nonces)):
+        nonces = newcomer.nonce + newcomer.answer[len(_MAGIC) : _GREETING]
+        if not hmac.compare_digest(newcomer.answer[_GREETING:], _prove(self._key, b"visitor", nonces)):
             self.num_refused += 1
             raise ConnectionError
-        newcomer.connection.send(_prove(self._key, b"gate", port, nonces))
+        newcomer.connection.send(_prove(self._key, b"gate", nonces))
         newcomer.wire = Wire(newcomer.connection, max_bytes=MAX_GREETING)
 
     def _forget(self, newcomer: _Newcomer) -> None:
@@ -164,8 +172,10 @@ class Gate:
         newcomer.connection.close()
 
 
-def enter(connection: socket.socket, key: bytes, *, timeout_s: float) -> Wire:
+def enter(connection: socket.socket, key: bytes, *, timeout_s: float, greeting_s: float | None = None) -> Wire:
     """Go through the gate at the other end, once both have proved that they have the key.
+
+    A gate greets at once, unless its process is held up: `greeting_s` is how long to wait for that.
 
     Raises:
         Garbled: something else than a gate is there; or it does not have the key.
@@ -174,24 +184,25 @@ def enter(connection: socket.socket, key: bytes, *, timeout_s: float) -> Wire:
     """
     deadline = time.monotonic() + timeout_s
     timeout_of_send = connection.gettimeout()
-    greeting = _receive(connection, _GREETING, deadline, begins=_MAGIC)
-    nonce, port = secrets.token_bytes(_NONCE), connection.getpeername()[1]
+    due_s = deadline if greeting_s is None else min(deadline, time.monotonic() + greeting_s)
+    greeting = _receive(connection, _GREETING, due_s, begins=_MAGIC)
+    nonce = secrets.token_bytes(_NONCE)
     nonces = greeting[len(_MAGIC) :] + nonce
-    connection.sendall(_MAGIC + nonce + _prove(key, b"visitor", port, nonces))
+    connection.sendall(_MAGIC + nonce + _prove(key, b"visitor", nonces))
     try:
         proof = _receive(connection, _PROOF, deadline)
     except ConnectionResetError:  # a gate that refuses has read everything, and ends the connection properly
         raise
     except ConnectionError as error:
         raise Refused(*error.args) from error
-    if not hmac.compare_digest(proof, _prove(key, b"gate", port, nonces)):
+    if not hmac.compare_digest(proof, _prove(key, b"gate", nonces)):
         raise Garbled(proof)
     connection.settimeout(timeout_of_send)
     return Wire(connection)
 
 
-def _prove(key: bytes, role: bytes, port: int, nonces: bytes) -> bytes:
-    return hmac.digest(key, b"%s %d " % (role, port) + nonces, "sha256")
+def _prove(key: bytes, role: bytes, nonces: bytes) -> bytes:
+    return hmac.digest(key, role + b" " + nonces, "sha256")
 
 
 def _receive(connection: socket.socket, size: int, deadline: float, *, begins: bytes = b"") -> bytes:

@@ -86,21 +86,30 @@ class Links(ABC):
         server, host, port = listen_anywhere(_own_host(self._topology))
         self.address = f"{join_address(host, port)}:{token}"
         reader, self._bell = socket.socketpair()
+        self._bell.setblocking(False)
         self._selector.register(reader, selectors.EVENT_READ)
         self._gate = Gate(server, key, admit=self._admit, expected=self._topology.world_size)
 
+    @property
+    def _join_s(self) -> float:
+        """How long ranks may take to connect: rank 0 lets nobody in while it loads a library."""
+        return max(_JOIN_S, self._silence_s)
+
     def _admit(self, wire: Wire, hello: Message) -> None:
-        """Called in the gate's thread."""
+        """Acknowledge one that has come: until then it may be gone, and tries again. Called in the gate's thread."""
+        wire.connection.settimeout(FAREWELL_S)
+        wire.send({})
         self._newcomers.put((wire, hello))
-        self._bell.send(b"!")
+        with contextlib.suppress(BlockingIOError):  # then it rings already
+            self._bell.send(b"!")
 
     def _connect(self, address: str) -> None:
         address, _, token = address.rpartition(":")
         name = self._topology.describe_rank(0, host=split_address(address)[0])
-        key, deadline = watch_key(self._topology, token), time.monotonic() + _JOIN_S
+        key, deadline = watch_key(self._topology, token), time.monotonic() + self._join_s
         while True:
             try:
-                connection = socket.create_connection(split_address(address), timeout=_JOIN_S)
+                connection = socket.create_connection(split_address(address), timeout=self._join_s)
             except OSError as error:
                 raise EnvironmentProblem(
                     f"{name} cannot be reached at {address} ({describe_os_error(error)}): it has ended, or a firewall "
@@ -108,7 +117,9 @@ class Links(ABC):
                 ) from error
             try:
                 # Its process may be busy with loading a library.
-                wire = enter(connection, key, timeout_s=_JOIN_S)
+                wire = enter(connection, key, timeout_s=self._join_s)
+                wire.send({"rank": self._topology.rank, "host": socket.gethostname()})
+                wire.receive(timeout_s=self._join_s)
                 break
             except (OSError, Garbled) as error:
                 connection.close()
@@ -117,12 +128,13 @@ class Links(ABC):
                     raise EnvironmentProblem(f"{name} does not let this process in at {address}: {reason}") from error
             time.sleep(_RETRY_S)
         self._add(Link(0, name, wire))
-        self._send({"rank": self._topology.rank, "host": socket.gethostname()})
 
     def _add(self, link: Link) -> None:
+        """Listen to it; more messages may have come with its first."""
         link.wire.connection.settimeout(FAREWELL_S)
         self._links.append(link)
         self._selector.register(link.wire.connection, selectors.EVENT_READ, link)
+        self._listen(link, link.wire.arrived)
 
     def _part(self, link: Link) -> None:
         """Listen to a process no more; its connection stays open until this process ends too."""
@@ -146,30 +158,30 @@ class Links(ABC):
                 # nothing.
                 for link in self._links:
                     link.heard_s = now
+                started_s += now - before
             if now - said_s >= ALIVE_EVERY_S:
                 self._send({})
                 said_s = now
             for link in tuple(self._links):
                 if now - link.heard_s > self._silence_s:
                     self._lost(link.rank, link.name, f"silent for {self._silence_s:.0f} s")
-            if self._missing and now - started_s > _JOIN_S:
+            if self._missing and now - started_s > self._join_s:
                 rank = min(self._missing)
                 self._lost(rank, self._topology.describe_rank(rank), "it came, and ended before all had come")
             self._look()
 
     def _welcome(self, bell: socket.socket) -> None:
         """Add those that have come through the gate; close it once all have."""
-        bell.recv(1)
-        wire, hello = self._newcomers.get()
-        try:
-            self._missing.remove(hello["rank"])
-            name = self._topology.describe_rank(hello["rank"], host=str(hello["host"]))
-        except (KeyError, TypeError):
-            wire.close()
-            return
-        link = Link(hello["rank"], name, wire)
-        self._add(link)
-        self._listen(link, wire.arrived)  # more messages may have come with its first
+        bell.recv(4096)
+        while not self._newcomers.empty():
+            wire, hello = self._newcomers.get()
+            try:
+                self._missing.remove(hello["rank"])
+                name = self._topology.describe_rank(hello["rank"], host=str(hello["host"]))
+            except (KeyError, TypeError):
+                wire.close()
+                continue
+            self._add(Link(hello["rank"], name, wire))
         if not self._missing and self._gate is not None:
             self._gate.close()
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mnist_dist.base.errors import UserError
 from mnist_dist.base.wire import Message, Wire
+from mnist_dist.launch.address import join_address
 from mnist_dist.launch.gate import Gate
 from mnist_dist.launch.topology import Step, TFConfig, Topology
 
@@ -45,6 +46,8 @@ class Reception:
         The server is closed at the end. `key` is that of the gate.
         """
         self._topology = topology
+        self.address = join_address(*server.getsockname()[:2])
+        """At which it listens."""
         self._job, self._topic = job_id(topology), topic
         self._guests: dict[int, Guest] = {}
         self._holders: dict[int, str] = {}

@@ -25,6 +25,8 @@ from mnist_dist.launch.store import exchange_over_store
 from mnist_dist.launch.topology import Alone, HorovodRun, Step, TFConfig, Topology
 from mnist_dist.launch.visit import describe_listener, visit
 
+_OTHER_SECRET = f"it is another job's, or {SAME_FOR_ALL}"
+
 
 class Rendezvous:
     """How this process exchanges texts with the others of its job; a context manager, which releases its port."""
@@ -35,7 +37,7 @@ class Rendezvous:
         self._timeout_s = timeout_s
         self._at_own_port: Reception | None = None
         self._held: socket.socket | None = None  # reserves the own port on all interfaces
-        self._num_refused = 0
+        self._hint = ""  # why ranks may be missing
 
     def __enter__(self) -> "Rendezvous":
         return self
@@ -58,7 +60,8 @@ class Rendezvous:
         launcher = self.topology.launcher
         if self.topology.world_size == 1 or not isinstance(launcher, TFConfig) or self._at_own_port:
             return
-        address, key = launcher.addresses[self.topology.rank], meeting_key(self.topology)
+        address = launcher.addresses[self.topology.rank]
+        key = meeting_key(self.topology, address)
         host, port = split_address(address)
         try:
             self._held, server = hold_and_listen(meeting_point(host, self.topology), port)
@@ -141,7 +144,9 @@ class Rendezvous:
             return self._receive_all(text, addresses, topic=topic, ranks=ranks, deadline=deadline)
         # Rank 0 may have started up to `timeout_s` later than this process, and then waits longer.
         answer_s = 2 * timeout_s + READ_TIMEOUT_S
-        return visit(text, addresses, topology, topic=topic, deadline=deadline, answer_s=answer_s)
+        texts, refused = visit(text, addresses, topology, topic=topic, deadline=deadline, answer_s=answer_s)
+        self._hint = f" (at {', '.join(refused)} is a process with another secret: {_OTHER_SECRET})" if refused else ""
+        return texts
 
     def _receive_all(
         self, text: str, addresses: Sequence[str], *, topic: str, ranks: Collection[int], deadline: float
@@ -151,7 +156,8 @@ class Rendezvous:
         guests = reception.wait_for_all(topic, deadline, ranks)
         if reception is not self._at_own_port:
             reception.end()
-        self._num_refused = reception.num_refused
+        refused = f"; somebody with another secret knocked: {_OTHER_SECRET}" if reception.num_refused else ""
+        self._hint = f" (rank 0 listened at {reception.address}{refused})"
         texts = {0: text, **{rank: guest.text for rank, guest in guests.items()}}
         answer = {"texts": {str(rank): text for rank, text in texts.items()}}
         for guest in guests.values():
@@ -163,18 +169,16 @@ class Rendezvous:
     def _check_complete(self, texts: dict[int, str]) -> None:
         size = self.topology.world_size
         if missing := [rank for rank in range(size) if rank not in texts]:
-            refused = f" (somebody with another secret knocked: {SAME_FOR_ALL})" if self._num_refused else ""
             raise EnvironmentProblem(
-                f"{self.topology.describe_ranks(missing)} did not come within {self._timeout_s:.0f} s{refused}; "
+                f"{self.topology.describe_ranks(missing)} did not come within {self._timeout_s:.0f} s{self._hint}; "
                 f"start all {size} processes, check that they can reach each other, or allow more time with "
                 "strategy.start_timeout_s"
             )
 
     def _receive_at_first(self, addresses: Sequence[str], *, topic: str) -> Reception:
         """A reception at the first address that is free."""
-        key = meeting_key(self.topology)
         for address in addresses:
-            host, port = split_address(address)
+            host, port, key = *split_address(address), meeting_key(self.topology, address)
             try:
                 server = listen(meeting_point(host, self.topology), port)
             except OSError as error:

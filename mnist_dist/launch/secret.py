@@ -6,7 +6,10 @@ several processes have to meet, and is part of no configuration, message or repo
 """
 
 import contextlib
+import errno
+import functools
 import hmac
+import logging
 import os
 import secrets
 import stat
@@ -18,16 +21,20 @@ from mnist_dist.base.errors import EnvironmentProblem, UserError
 from mnist_dist.base.files import describe_os_error
 from mnist_dist.launch.topology import HorovodRun, Topology
 
+log = logging.getLogger(__name__)
+
 SECRET_VARIABLE = "MNIST_DIST_SECRET"
 """The environment variable with the secret, the same for all processes of a job."""
 SAME_FOR_ALL = f"set {SECRET_VARIABLE} to the same value for all processes of the job"
 _MIN_LENGTH = 16
 _MAX_BYTES = 4096
+# No home, or none that can be written: the same whenever a process of the job looks. Others may pass.
+_NO_PLACE = (errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM)
 
 
-def meeting_key(topology: Topology) -> bytes:
-    """The key of the meeting; raises UserError if there is no usable secret."""
-    return _derive(_read_secret(topology), "meeting")
+def meeting_key(topology: Topology, address: str) -> bytes:
+    """The key of a meeting at an address, as all ranks spell it; raises UserError if there is no usable secret."""
+    return _derive(_read_secret(topology), f"meeting {address}")
 
 
 def watch_key(topology: Topology, token: str) -> bytes:
@@ -56,15 +63,29 @@ def _read_secret(topology: Topology, environ: Mapping[str, str] = os.environ) ->
 def _read_own_secret(environ: Mapping[str, str]) -> bytes:
     """This user's secret, which the first process that needs it creates."""
     home = environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or none that can be written
-        return _read_or_create(Path(home).expanduser().absolute() / "mnist_dist" / "private")
     try:
-        return _read_or_create(Path(tempfile.gettempdir()) / f"mnist_dist-{os.geteuid()}")
+        return _read_or_create(Path(home).expanduser().absolute() / "mnist_dist" / "private")
+    except RuntimeError:  # no home
+        pass
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise EnvironmentProblem(
+                f"the secret in {home} cannot be read ({describe_os_error(error)}); start again, or {SAME_FOR_ALL}"
+            ) from error
+    folder = Path(tempfile.gettempdir()) / f"mnist_dist-{os.geteuid()}"
+    _tell_place(folder)
+    try:
+        return _read_or_create(folder)
     except OSError as error:
         raise EnvironmentProblem(
             f"a secret can be kept neither in {home} nor in the folder for temporary files "
             f"({describe_os_error(error)}); {SAME_FOR_ALL}"
         ) from error
+
+
+@functools.cache
+def _tell_place(folder: Path) -> None:
+    log.warning("The secret of jobs is in %s on each machine: %s if it has several", folder, SAME_FOR_ALL)
 
 
 def _read_or_create(folder: Path) -> bytes:

@@ -16,6 +16,7 @@ from mnist_dist.launch.topology import TFConfig, Topology
 
 _RETRY_S = 0.2
 _ANSWER_S = 15.0
+_GREETING_S = 3.0  # one silent listener must not use up the time for the addresses after it
 _ENDING_S = 3.0  # the server of a job that ends may still answer, or refuse, for this long
 _PATIENCE_S = 3.0
 
@@ -26,7 +27,7 @@ class Started(ValueError):
 
 def visit(
     text: str, addresses: Sequence[str], topology: Topology, *, topic: str, deadline: float, answer_s: float
-) -> dict[int, str]:
+) -> tuple[dict[int, str], list[str]]:
     """Knock at rank 0's addresses until it answers, then wait for the texts of all ranks.
 
     Args:
@@ -38,16 +39,17 @@ def visit(
         answer_s: seconds that rank 0 may wait for the other ranks once it has answered.
 
     Returns:
-        The texts of all ranks; if rank 0 has not answered by the deadline, empty texts of all ranks but 0.
+        The texts of all ranks, and an empty list; if rank 0 has not answered by the deadline, empty texts of all ranks
+        but 0, and the addresses at which a process with another secret is.
 
     Raises:
         RankTaken: another process has this one's rank.
-        UserError: the job has started without this process, rank 0 has ended, or the two have different secrets.
+        UserError: the job has started without this process, rank 0 has ended, or, with TF_CONFIG, has another secret.
     """
-    key, failures = meeting_key(topology), _Failures(topology, deadline)
+    keys, failures = {one: meeting_key(topology, one) for one in addresses}, _Failures(topology)
     for address in itertools.cycle(addresses):
         try:
-            wire = knock(address, text, topology, key=key, topic=topic)
+            wire = knock(address, text, topology, key=keys[address], topic=topic)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -64,15 +66,15 @@ def visit(
             raise UserError(f"{topology.describe_rank(0)} is gone: it ended before all had come") from error
         finally:
             wire.close()
-        return {int(rank): str(text) for rank, text in answer["texts"].items()}
-    return dict.fromkeys(range(1, topology.world_size), "")
+        return {int(rank): str(text) for rank, text in answer["texts"].items()}, []
+    return dict.fromkeys(range(1, topology.world_size), ""), failures.refused()
 
 
 class _Failures:
     """What has become of the visits to each address: the kind of error, and since when it is the same."""
 
-    def __init__(self, topology: Topology, deadline: float) -> None:
-        self._topology, self._deadline = topology, deadline
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
         self._seen: dict[str, tuple[type[Exception], float]] = {}
 
     def note(self, error: Exception, address: str) -> None:
@@ -87,15 +89,15 @@ class _Failures:
                 f"rank {self._topology.rank} is taken: the job of {self._topology.describe_rank(0)} has already "
                 "started with all its processes; wait until it ends, or give this process's job other addresses"
             ) from error
-        if (kind is Refused and is_final) or now > self._deadline:
-            self._check_refused()
-
-    def _check_refused(self) -> None:
-        if refused := [address for address, (kind, _) in self._seen.items() if kind is Refused]:
+        if kind is Refused and is_final:
             raise UserError(
-                f"{', '.join(refused)}: a process of mnist_dist is there, with another secret than rank "
-                f"{self._topology.rank}: it is another job's, or {SAME_FOR_ALL}"
-            )
+                f"{address}: a process of mnist_dist is there, with another secret than rank {self._topology.rank}: it "
+                f"is another job's, or {SAME_FOR_ALL}"
+            ) from error
+
+    def refused(self) -> list[str]:
+        """Where a process with another secret is."""
+        return [address for address, (kind, _) in self._seen.items() if kind is Refused]
 
 
 def knock(
@@ -112,7 +114,7 @@ def knock(
     connection = socket.create_connection((meeting_point(host, topology), port), timeout=READ_TIMEOUT_S)
     try:
         try:
-            wire = enter(connection, key, timeout_s=patience_s or _ANSWER_S)
+            wire = enter(connection, key, timeout_s=patience_s or _ANSWER_S, greeting_s=_GREETING_S)
         except Garbled as error:
             if error.start.startswith(b"\0"):  # the HTTP/2 greeting of TensorFlow's server
                 raise Started from error
@@ -138,7 +140,7 @@ def knock(
 
 def describe_listener(address: str, topology: Topology, *, reason: str) -> str:
     """Why this process cannot listen at its address; raises RankTaken if a waiting process has its rank."""
-    who, key = "another program has this port", meeting_key(topology)
+    who, key = "another program has this port", meeting_key(topology, address)
     try:
         knock(address, "", topology, key=key, topic=FIRST_TOPIC, patience_s=_PATIENCE_S).close()
     except Started:

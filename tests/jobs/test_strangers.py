@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
+import psutil
 import pytest
 from support.launchers import local_addresses, tf_config
+from support.processes import family
 from support.runs import summary_of
 
 from mnist_dist.base.errors import EXIT_USER_ERROR
@@ -22,13 +23,12 @@ GREETING = b"mnist\0\r\n"
 WORDS = (b"", b"\0" * 100, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", GREETING + b"x" * 100, b'{"rank": 1}\n', b"{")
 
 
-def listeners() -> set[int]:
-    """The ports of our range at which any program of this machine listens."""
+def listeners(processes) -> set[int]:
+    """The ports of our range at which these or their descendants listen: other tests have jobs of their own."""
     found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-            _, local, _, state, *_ = line.split()
-            found.add(int(local.rpartition(":")[2], 16) if state == "0A" else 0)
+    for process in (one for top in processes for one in family(top)):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):  # it is just ending
+            found |= {one.laddr.port for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
     return found & set(OWN_PORTS)
 
 
@@ -36,12 +36,17 @@ class Scanner:
     """Connects to all of them, again and again, in threads; says nothing, or anything, and stays, leaves, or resets."""
 
     def __init__(self):
+        self.processes: list[psutil.Process] = []
+        """Those whose ports it visits."""
+        self.failures: list[Exception] = []
+        self._ports: set[int] = set()
         self.greeted: Counter[int] = Counter()
         """How often a gate has greeted it, by port."""
         self.elsewhere: set[int] = set()
         """Ports of gates that answer at another address of this machine than that of the ranks."""
         self._is_over = threading.Event()
-        self._threads = [threading.Thread(target=self._scan, args=[words]) for words in WORDS]
+        self._threads = [threading.Thread(target=self._guard, args=[self._scan, words]) for words in WORDS]
+        self._threads.append(threading.Thread(target=self._guard, args=[self._look]))
 
     def __enter__(self):
         for thread in self._threads:
@@ -52,11 +57,22 @@ class Scanner:
         self._is_over.set()
         for thread in self._threads:
             thread.join(60)
+        assert not self.failures
+
+    def _guard(self, act, *args):
+        try:
+            act(*args)
+        except Exception as error:  # reported at the end
+            self.failures.append(error)
+
+    def _look(self):
+        while not self._is_over.wait(0.02):
+            self._ports = listeners(tuple(self.processes))
 
     def _scan(self, words):
         held = []
         for round_number in range(10**9):
-            for port in listeners():
+            for port in self._ports:
                 with contextlib.suppress(OSError):
                     held.append(self._visit(port, words, resets=round_number % 3 == 0))
             while len(held) > 50:
@@ -104,6 +120,7 @@ def test_a_port_scanner_during_a_job(strategy, launcher, own_ports, uninterrupte
     folder = tmp_path / "run"
     with Scanner() as scanner:
         options = {"launcher": launcher, "ports": None if launcher else own_ports, "delays_s": {1: 2}}
+        options["started"] = scanner.processes
         job = start((strategy, 2), *args, f"run_dir={folder}", **options)
         codes = job.codes(300)
     assert codes == [0, 0], job.output()
@@ -206,7 +223,7 @@ for _ in range(20):
     if os.fork() == 0:
         while time.monotonic() < at:
             pass
-        os.write(1, meeting_key(Topology(TFConfig(("127.0.0.1:1",)))).hex().encode() + b"\\n")
+        os.write(1, meeting_key(Topology(TFConfig(("127.0.0.1:1",))), "127.0.0.1:1").hex().encode() + b"\\n")
         os._exit(0)
 for _ in range(20):
     os.wait()

@@ -206,7 +206,7 @@ def test_any_umask(umask, args, undisturbed, as_a_user, python_environment, tmp_
 def test_a_home_folder_and_caches_that_cannot_be_written(args, undisturbed, as_a_user, python_environment, tmp_path):
     (tmp_path / "home").mkdir(mode=0o555)
     command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
-    variables = f"HOME={tmp_path}/home KERAS_HOME={tmp_path}/keras"
+    variables = f"HOME={tmp_path}/home KERAS_HOME={tmp_path}/keras XDG_CACHE_HOME="
     result = shell(f"{variables} {as_a_user}{command}", python_environment, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert not (tmp_path / "keras").exists()  # Keras would write its settings there
@@ -217,7 +217,7 @@ def test_a_home_folder_and_caches_that_cannot_be_written(args, undisturbed, as_a
 def test_a_user_whom_the_machine_does_not_know(args, undisturbed, python_environment, tmp_path):
     """As in a container that runs as a numeric user ID."""
     command = shlex.join([sys.executable, *TRAIN, *args, f"run_dir={tmp_path / 'run'}"])
-    unknown = "unshare --user --map-user=54321 --map-group=54321 env -u HOME"
+    unknown = "unshare --user --map-user=54321 --map-group=54321 env -u HOME -u XDG_CACHE_HOME"
     result = shell(f"{unknown} {command}", python_environment, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert outcome(tmp_path / "run") == outcome(undisturbed)

@@ -110,7 +110,7 @@ def start(*words, printed_to: Path, env=None, cwd=None, prefix=(), fresh=False) 
 
 def start_job(
     kind, *args, printed_to: Path, launcher=None, nodes=("127.0.0.1",), script=TRAIN, env=None, per_rank=None,
-    delays_s=None, ports=None, **options,
+    delays_s=None, ports=None, started=None, **options,
 ) -> Job:  # fmt: skip
     """Start a training job of a kind, (strategy, processes or replicas), as a user does.
 
@@ -125,6 +125,7 @@ def start_job(
         per_rank: more arguments for individual ranks (not under horovodrun).
         delays_s: how long after the previous rank individual ranks start.
         ports: of individual ranks of multiworker.
+        started: a list that gets each process as soon as it is started.
         options: as for `start`.
     """
     strategy, size = kind
@@ -139,7 +140,7 @@ def start_job(
         environments = launchers.srun(size, nodes)
     elif strategy == "multiworker":
         environments = tf_config(launchers.local_addresses(size, ports))
-    job = Job([], [])
+    job = Job([] if started is None else started, [])
     for rank, variables in enumerate(environments):
         time.sleep((delays_s or {}).get(rank, 0))
         more = (per_rank or {}).get(rank, [])

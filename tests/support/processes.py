@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,11 +32,17 @@ LIBRARIES = (
 _PR_SET_CHILD_SUBREAPER = 36
 
 
+@functools.cache
+def cache_folder() -> tempfile.TemporaryDirectory[str]:
+    """What tests cache, and the secret of their jobs: not in the user's home. Removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="mnist_dist-caches-")
+
+
 def python_environment() -> dict[str, str]:
     """The environment in which `python -m mnist_dist...` runs from any folder, installed or not."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join(filter(None, [str(CHECKOUT), str(CHECKOUT / "tests"), os.environ.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path}
+    return {**kept, "PYTHONPATH": path, "XDG_CACHE_HOME": cache_folder().name}
 
 
 class ForkServer:

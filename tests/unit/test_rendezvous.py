@@ -13,7 +13,7 @@ from mnist_dist.launch import gate, rendezvous, visit
 from mnist_dist.launch.address import split_address
 from mnist_dist.launch.gate import Gate
 from mnist_dist.launch.ports import hold_free_port, listen
-from mnist_dist.launch.reception import RankTaken
+from mnist_dist.launch.reception import RankTaken, Reception
 from mnist_dist.launch.rendezvous import Rendezvous
 from mnist_dist.launch.secret import meeting_key
 from mnist_dist.launch.topology import HorovodRun, Step, TFConfig, Topology
@@ -279,7 +279,7 @@ OTHER_SECRET = (
 
 @pytest.fixture
 def visitors_have_another_secret(monkeypatch):
-    monkeypatch.setattr(visit, "meeting_key", lambda topology: b"another")
+    monkeypatch.setattr(visit, "meeting_key", lambda topology, address: b"another")
 
 
 def test_a_process_with_another_secret(addresses, monkeypatch, visitors_have_another_secret):
@@ -288,7 +288,7 @@ def test_a_process_with_another_secret(addresses, monkeypatch, visitors_have_ano
     outcomes = start([0, 1], addresses[:2], 4)
     assert re.fullmatch(rf"{re.escape(addresses[0])}: {OTHER_SECRET}", outcomes[1])
     assert outcomes[0].startswith(
-        f"rank 1 ({addresses[1]}) did not come within 4 s (somebody with another secret knock"
+        f"rank 1 ({addresses[1]}) did not come within 4 s (rank 0 listened at {addresses[0]}; somebody with another "
     )
 
 
@@ -314,8 +314,56 @@ def test_a_task_with_another_secret(visitors_have_another_secret):
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert re.fullmatch(rf"{addresses[0]}: {OTHER_SECRET}", outcomes[1])
+    assert outcomes[1].startswith(
+        f"rank 0 (127.0.0.1) did not come within 1 s (at {addresses[0]} is a process with another secret: it is "
+        "another job's, or set MNIST_DIST_SECRET to the same value for all processes of the job); start all 2 "
+    )
     assert "somebody with another secret knocked" in outcomes[0]
+
+
+def test_nobody_can_pass_on_what_he_is_asked(monkeypatch):
+    """Who is first at rank 0's address cannot let rank 1 talk to rank 2, which listens at the same port of its host."""
+    monkeypatch.setattr(visit, "_ENDING_S", 0.5)
+    (port,) = free_ports(1)
+    addresses = [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}", f"127.0.0.9:{port}"]
+    own = topology_of(2, addresses)
+    rank_2 = Reception(listen("127.0.0.9", port), own, key=meeting_key(own, addresses[2]))
+    with passing_on(addresses[0], to=addresses[2]) as said:
+        assert OTHER_SECRET in start([1], addresses, 20)[1]
+    rank_2.end()
+    assert said and not any(b"I am 1" in words for words in said)
+
+
+@contextlib.contextmanager
+def passing_on(address, *, to):
+    """A stranger between a visitor and a gate, who passes on what both say; yields what that is."""
+    said, threads = [], []
+
+    def pass_on(source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(4096):
+                said.append(data)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                visitor, behind = server.accept()[0], socket.create_connection(split_address(to))
+                pairs = (visitor, behind), (behind, visitor)
+                threads.extend(threading.Thread(target=pass_on, args=pair) for pair in pairs)
+                for thread in threads[-2:]:
+                    thread.start()
+
+    with listen(*split_address(address)) as server:
+        threads.append(threading.Thread(target=serve))
+        threads[0].start()
+        try:
+            yield said
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+    for thread in threads:
+        thread.join(20)
 
 
 def test_the_meeting_is_at_no_other_address(addresses, hold):
@@ -332,7 +380,7 @@ def test_a_process_that_is_started_again_while_the_others_wait(last, addresses, 
     """Whether it returns before or after the last of the others: a process that has gone is not counted."""
     chief = hold(0, addresses)
     own = topology_of(1, addresses)
-    wire = visit.knock(addresses[0], "I was 1", own, key=meeting_key(own), topic="start")
+    wire = visit.knock(addresses[0], "I was 1", own, key=meeting_key(own, addresses[0]), topic="start")
     assert "is taken" in start([1], addresses, 20)[1]
     wire.close()
     assert start([0, 1, 2], addresses, 20, {last: 0.6}, chief=chief) == ALL
@@ -384,10 +432,32 @@ def test_two_jobs_with_the_same_meeting_addresses_do_not_mix():
     check_outcomes(*other, job="2")
 
 
+def test_a_task_whose_rank_0_is_missing_gets_what_there_is(visitors_have_another_secret):
+    """Even if another user's job is at one of its addresses."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    other = rendezvous_under_slurm(0, ["127.0.0.1"] * 2, addresses[:1]).topology
+    at_first = Reception(listen(*split_address(addresses[0])), other, key=meeting_key(other, addresses[0]))
+    own = rendezvous_under_slurm(1, ["127.0.0.1"] * 2, addresses)
+    assert own.collect("I am 1", topic="names", timeout_s=0.6) == {1: "I am 1"}
+    assert at_first.num_refused
+    at_first.end()
+
+
+def test_programs_that_say_nothing_are_left_alone(addresses):
+    """Even at several addresses, they do not use up the time: 15 s for each would be too long."""
+    with socket.create_server(("", 0)) as one, socket.create_server(("", 0)) as other:
+        places = [*(f"127.0.0.1:{mute.getsockname()[1]}" for mute in (one, other)), addresses[0]]
+        chief, own = (rendezvous_under_slurm(rank, ["127.0.0.1"] * 2, places) for rank in range(2))
+        waiting = threading.Thread(target=chief.exchange, args=["I am 0"])
+        waiting.start()
+        assert own.exchange("I am 1") == ["I am 0", "I am 1"]
+        waiting.join(30)
+
+
 def test_a_program_that_says_nothing_is_left_alone(monkeypatch, addresses):
     # Short, but long enough for threads of ours that a busy machine holds up.
     monkeypatch.setattr(visit, "READ_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(visit, "_ANSWER_S", 2.0)
+    monkeypatch.setattr(visit, "_GREETING_S", 2.0)
     with socket.create_server(("", 0)) as mute:
         meeting_addresses = [f"127.0.0.1:{mute.getsockname()[1]}", addresses[0]]
         check_outcomes(*start_under_slurm(2, meeting_addresses), job="7")
@@ -418,7 +488,7 @@ def greeting_and_ending(addresses, *answers):
             connection.sendall(b"".join(json.dumps(answer).encode() + b"\n" for answer in (greeting, *answers)))
 
     server = listen(*split_address(addresses[0]))
-    own = Gate(server, meeting_key(topology_of(0, addresses)), admit=admit, expected=1)
+    own = Gate(server, meeting_key(topology_of(0, addresses), addresses[0]), admit=admit, expected=1)
     yield
     own.close()
 
