@@ -28,14 +28,18 @@ class FolderLock:
 
         Raises UserError if another job has it.
         """
-        self._path, folder, is_taken_over = log_path, log_path.parent, False
+        self._path, folder = log_path, log_path.parent
         try:
             try:
                 self._descriptor = open_locked(log_path, wait_s=self._wait_s)
             except BlockingIOError:
                 if not self._holder_is_lost:
                     raise
-                self._descriptor, is_taken_over = replace_locked(log_path), True
+            if self._holder_is_lost:
+                # Even if its lock is free: on some file systems it ends before the process, or is not seen elsewhere.
+                old, self._descriptor = self._descriptor, replace_locked(log_path)
+                if old is not None:
+                    os.close(old)
         except BlockingIOError as error:
             raise UserError(
                 f"run_dir={folder}: another job is training here (it holds the lock on {self._path.name}); stop "
@@ -46,7 +50,7 @@ class FolderLock:
             raise EnvironmentProblem(f"run_dir={folder}: {reason}") from error
         # When the process ends the kernel closes it, after everything else.
         weakref.finalize(self, os.close, self._descriptor).atexit = False
-        return is_taken_over
+        return self._holder_is_lost
 
     def is_still_there(self) -> bool:
         """Whether the file is still the one that was locked; True where none was (`evaluate`)."""

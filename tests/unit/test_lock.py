@@ -1,11 +1,12 @@
 """Two jobs and one run folder: who gets the lock."""
 
+import errno
 import functools
-import gc
 
 import numpy as np
 import pytest
 
+from mnist_dist.base import files
 from mnist_dist.base.errors import TrainingFailed, UserError
 from mnist_dist.base.files import write_atomically
 from mnist_dist.config.compose import compose_config
@@ -89,14 +90,31 @@ def test_only_a_lost_holder_is_replaced(frozen, logged):
     assert (frozen.path / "history.csv").read_text() == "new"
 
 
-def test_a_lost_holder_that_has_ended_is_not_replaced(tmp_path, logged):
-    folder = RunFolder(tmp_path)
+@pytest.mark.parametrize("locks", ["of each machine", "unsupported"])
+def test_a_lost_holder_is_replaced_whatever_the_locks_say(locks, frozen, monkeypatch):
+    """They may be those of one machine only, or have ended with a lease, or there are none."""
+    number = errno.ENOTSUP if locks == "unsupported" else 0
+
+    def lock(*_):
+        if number:
+            raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(files.fcntl, "flock", lock)
+    folder = take_over(frozen.path)
+    folder.write_text("history.csv", "new")
+    with pytest.raises(TrainingFailed, match="is not this run's folder any more"):
+        frozen.write_text("history.csv", "old")
+    assert (frozen.path / "history.csv").read_text() == "new"
+
+
+def test_a_lost_holder_before_there_is_a_run(tmp_path):
+    """It had the lock, but not written `config.yaml` yet."""
+    lost = RunFolder(tmp_path)
+    lost._lock.take(lost.log_path)
+    folder = take_over(tmp_path)
     folder.create(compose_config())
-    number = folder.log_path.stat().st_ino
-    del folder
-    gc.collect()
-    assert take_over(tmp_path).log_path.stat().st_ino == number
-    assert logged() == []
+    assert not lost._lock.is_still_there()
+    assert folder._lock.is_still_there()
 
 
 def test_frozen_before_its_file_is_there(frozen):
