@@ -244,5 +244,21 @@ def test_frozen_before_it_removes_old_checkpoints(frozen, monkeypatch):
     assert names(frozen) == ["epoch-00002.ckpt", "epoch-00003.ckpt", "epoch-00004.ckpt"]
 
 
+def test_frozen_when_it_has_removed_old_checkpoints(frozen, monkeypatch):
+    """Its successor is just writing one."""
+    unlink, taken = Path.unlink, []
+
+    def unlink_and_freeze(path, **options):
+        unlink(path, **options)
+        if not taken:
+            taken.append(take_over(frozen.path))
+            (path.parent / ".epoch-00004.ckpt.12345678.tmp").touch()
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_freeze)
+    frozen.save_checkpoint(lambda: checkpoint_of(3), keep=2)
+    assert taken
+    assert names(frozen) == [".epoch-00004.ckpt.12345678.tmp", "epoch-00002.ckpt", "epoch-00003.ckpt"]
+
+
 def names(folder: RunFolder) -> list[str]:
     return sorted(path.name for path in folder.checkpoints.path.iterdir())
