@@ -118,9 +118,11 @@ def prepare_folder(
     console.log_to(run_folder.log_path)
     log.info("Run folder: %s", run_folder.path)
     engine.log_description()
+    events.note_loss()
+    if (run_folder.path / "history.csv").exists() or start.epoch:
+        # It may be ahead of the checkpoint. Not after the start is noted: what is in it is that start's.
+        run_folder.write_history(start.history)
     events.started(start.epoch, {**engine.facts(), "hosts": run_input.hosts}, run_input.losses)
-    if start.epoch:
-        run_folder.write_history(start.history)  # the file may be ahead of the checkpoint
     return start
 
 

@@ -194,6 +194,30 @@ def test_started_again_by_hand(start, train, args, folder):
     assert "the run ended without a word" in (folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "hook",
+    [
+        WriteHook("history.csv", 0, number=2),
+        WriteHook("events.jsonl", 0.5, number=2),
+        WriteHook("events.jsonl", "renamed"),
+    ],
+    ids=["before its first epoch ends", "before its start is noted", "before its history is cut"],
+)
+def test_epochs_without_a_checkpoint_are_lost_once(hook, uninterrupted, start, train, args, folder):
+    """The run is killed, started again from the beginning, and killed before it has finished an epoch."""
+    rarely = "checkpoint.every_epochs=1000"
+    job = start(SINGLE, *args, rarely, f"run_dir={folder}")
+    wait_for_epoch(job, folder, 3)
+    job.kill()
+    reached = len(history_of(folder).epochs)
+    killed = train(folder, rarely, script=WRITE_HOOK, env=hook.environment())
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert train(folder, rarely).returncode == EXIT_OK
+    again = [incident["epochs_computed_again"] for incident in summary_of(folder)["incidents"]]
+    assert [number for number in again if number] == [reached]
+    assert result_of(folder) == result_of(uninterrupted)
+
+
 def test_a_job_that_did_not_lose_anything(uninterrupted):
     assert summary_of(uninterrupted)["incidents"] == []
     assert "Incidents" not in (uninterrupted / "report.html").read_text()
