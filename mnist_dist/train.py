@@ -24,7 +24,7 @@ from mnist_dist.run.checkpoint import ResumePoint
 from mnist_dist.run.early_end import early_end
 from mnist_dist.run.events import EventLog, LostRank
 from mnist_dist.run.folder import REPORT_PAGE, TENSORBOARD, RunFolder
-from mnist_dist.run.input import RunInput, agree_on_input, read_input
+from mnist_dist.run.input import RunInput, agree_on_input, read_input, start_timeout_s
 from mnist_dist.run.record import read_record
 from mnist_dist.run.resume import start_point
 from mnist_dist.run.saving import PeriodicCheckpoints
@@ -40,7 +40,7 @@ log = logging.getLogger("mnist_dist.train")  # __name__ is __main__ when run wit
 def train(config: TrainConfig, topology: Topology, console: Console) -> int:
     """Train, evaluate, save and plot one run; returns the exit code."""
     clock = RunClock()
-    with Job(topology, timeout_s=config.strategy.start_timeout_s) as job:
+    with Job(topology, timeout_s=start_timeout_s(config, topology)) as job:
         run_folder = RunFolder.from_config(config.run_dir, is_writer=topology.is_chief)
         with job.telling_errors():
             own_input = read_input(config, job, run_folder)
@@ -118,9 +118,11 @@ def prepare_folder(
     console.log_to(run_folder.log_path)
     log.info("Run folder: %s", run_folder.path)
     engine.log_description()
+    events.note_loss()
+    if (run_folder.path / "history.csv").exists() or start.epoch:
+        # It may be ahead of the checkpoint. Not after the start is noted: what is in it is that start's.
+        run_folder.write_history(start.history)
     events.started(start.epoch, {**engine.facts(), "hosts": run_input.hosts}, run_input.losses)
-    if start.epoch:
-        run_folder.write_history(start.history)  # the file may be ahead of the checkpoint
     return start
 
 

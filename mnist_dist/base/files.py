@@ -159,20 +159,28 @@ def open_locked(path: Path, *, wait_s: float = 0.0) -> int:
     way. On a file system without locks the file is opened without one. Raises BlockingIOError if another process still
     holds the lock after `wait_s` seconds, and OSError.
     """
-    descriptor = _open_lock(path)
     deadline = time.monotonic() + max(wait_s, _LOOKING_S)  # `is_locked` may just be looking
-    try:
-        while time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while True:
+        descriptor = _open_lock(path)  # anew each time: the file may have been replaced
+        try:
+            _lock_if_possible(descriptor)
+            if is_open_as(descriptor, path):
                 return descriptor
-            time.sleep(_LOOK_S)
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+        except OSError as error:
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
+                raise
+        time.sleep(_LOOK_S)
+
+
+def _lock_if_possible(descriptor: int) -> None:
+    """Lock an open file, if its file system has locks; raises BlockingIOError if another process has, and OSError."""
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _HAS_NO_LOCKS:
-            os.close(descriptor)
             raise
-    return descriptor
 
 
 def replace_locked(path: Path) -> int:
@@ -183,7 +191,7 @@ def replace_locked(path: Path) -> int:
     copy = path.with_name(_temporary_name(path))
     descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anybody else can open it by its name
+        _lock_if_possible(descriptor)  # before anybody else can open it by its name
         with os.fdopen(descriptor, "wb", closefd=False) as stream:
             stream.write(read_regular(path))
         os.fsync(descriptor)
@@ -220,7 +228,12 @@ def is_locked(path: Path) -> bool:
 def is_open_as(descriptor: int, path: Path) -> bool:
     """Whether `path` is still the open file, not removed, moved or replaced since."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        # Opening asks the server of a network file system, where `stat` may answer from a cache.
+        found = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.fstat(found))
+        finally:
+            os.close(found)
     except OSError as error:
         # Other errors prove nothing; the next write will meet them.
         return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)

@@ -55,7 +55,8 @@ def read_slurm_job(env: Variables) -> SlurmJob | None:
     if job < 0:
         return None
     nodes = printable(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
-    return SlurmJob(f"{array}_{task}" if array >= 0 and task >= 0 else str(job), nodes, restarts)
+    name = f"{array}_{task}" if array >= 0 and task >= 0 else str(job)
+    return SlurmJob(name, nodes, restarts, printable(env.get("SLURMD_NODENAME", "")))
 
 
 def expand_node_list(text: str) -> list[str]:

@@ -72,6 +72,8 @@ class SlurmJob:
     """In Slurm's compressed form."""
     restart_count: int = 0
     """How often the job was requeued."""
+    node: str = ""
+    """This machine as Slurm calls it; empty outside of batch scripts and steps."""
 
 
 @dataclass(frozen=True)
@@ -129,4 +131,5 @@ class Topology:
 
     def node_name(self) -> str:
         """This machine as its launcher calls it: the name that `sbatch --exclude` wants may differ from its own."""
-        return self.host_of(self.rank) if isinstance(self.launcher, Step) else socket.gethostname()
+        node = self.slurm.node if self.slurm is not None and isinstance(self.launcher, Alone) else ""
+        return self.host_of(self.rank) if isinstance(self.launcher, Step) else node or socket.gethostname()

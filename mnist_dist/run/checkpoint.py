@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist_dist.base.array import Array
-from mnist_dist.base.files import describe_os_error, make_folder, read_regular, remove_temporaries, write_atomically
+from mnist_dist.base.files import describe_os_error, make_folder, read_regular, write_atomically
 from mnist_dist.results.history import History, best_of, from_csv, to_csv
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,6 @@ class CheckpointFolder:
         kept = {row.epoch for row in rows[-keep:]} | {best_of(rows).epoch}
         for epoch in set(epochs) - kept:
             self._file(epoch).unlink(missing_ok=True)
-        remove_temporaries(self.path)
 
     def has_any(self) -> bool:
         """Whether there are checkpoints, whole or not; raises OSError."""

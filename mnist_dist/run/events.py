@@ -97,8 +97,18 @@ class EventLog:
         self._at_end = at_end
         self._is_running = False
 
+    def note_loss(self) -> None:
+        """Note the end of a run that could not note it itself; to be called before its `history.csv` is changed.
+
+        Raises:
+            TrainingFailed: the file cannot be read or written.
+        """
+        before = self._read()
+        if before != (events := with_loss(self._run_folder.path, before)):
+            self._write(events)
+
     def started(self, epoch: int, facts: Mapping[str, Any], losses: Sequence[Loss] = ()) -> None:
-        """Note a start after `epoch`, and before it the end of a run that could not note it itself.
+        """Note a start after `epoch`, and before it what `note_loss` does.
 
         Of `losses`, all that the job has lost so far, those are noted that have not been.
 
@@ -106,6 +116,7 @@ class EventLog:
             TrainingFailed: the file cannot be read or written.
         """
         self._is_running = True
+        self.note_loss()
         noted = {loss for event in self._read() for loss in event.losses}
         new = tuple(loss for loss in losses if loss not in noted)
         self._add(Event(kind="started", time=time.time(), epoch=epoch, facts=facts, losses=new))
@@ -162,8 +173,8 @@ class EventLog:
             raise EnvironmentFailed(f"{path} cannot be read: {describe_os_error(error)}") from error
 
     def _add(self, event: Event) -> None:
-        events = self._read()
-        if event.kind == "started":
-            events = with_loss(self._run_folder.path, events)
-        lines = (json.dumps(asdict(one)) + "\n" for one in (*events, event))
+        self._write((*self._read(), event))
+
+    def _write(self, events: Sequence[Event]) -> None:
+        lines = (json.dumps(asdict(one)) + "\n" for one in events)
         self._run_folder.write_lazily(EVENTS, lambda: "".join(lines))

@@ -31,7 +31,7 @@ from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History, to_csv
 from mnist_dist.results.predictions import PREDICTIONS, Predictions
 from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder
-from mnist_dist.run.lock import FolderLock
+from mnist_dist.run.lock import HOLDER, FolderLock, Holder
 from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ log = logging.getLogger(__name__)
 
 REPORT_PAGE = "report.html"
 """All of it for readers; also the name of the page of a sweep, or of a folder of runs."""
-RUN_FILES = ("config.yaml", "train.log", "history.csv", "summary.json", "events.jsonl", REPORT_PAGE, *RESULT_FILES)
+RUN_FILES = (
+    *("config.yaml", "train.log", "history.csv", "summary.json", "events.jsonl", REPORT_PAGE, HOLDER),
+    *RESULT_FILES,
+)
 """The files of a training run except its checkpoints."""
 RUN_FOLDERS = ("checkpoints", "plots")
 """The folders in a training run's folder."""
@@ -58,6 +61,7 @@ class RunFolder:
         self._is_new = is_new
         self._found_run = False
         self._lock = FolderLock()
+        self._holder = Holder()
         self._digests: dict[str, str] = {}  # SHA-256 of the files that this object has written
 
     @classmethod
@@ -107,23 +111,29 @@ class RunFolder:
                 f"run_dir={self.path}: {place}{' ' if place else ''}cannot be written: {error.strerror or error}"
             ) from error
 
-    def claim(self, *, wait_s: float = 0.0, holder_is_lost: bool = False) -> None:
+    def claim(self, holder: Holder = Holder(), *, wait_s: float = 0.0, holder_is_lost: bool = False) -> None:  # noqa: B008 (a frozen value)
         """Keep other jobs out of a folder that holds a run until this process ends; to be called before it is read.
 
-        A folder without a run is left as it is until `create`. Raises UserError if another job is training there.
+        A folder without a run is left as it is until `create`. Raises UserError if another job is training there;
+        LostTouch if it has been waited for.
 
         Args:
+            holder: this process, which notes that it has the folder.
             wait_s: how long to wait for a process that is training there.
             holder_is_lost: whether such a process is on a machine that does not answer. Then the run is taken over
                 from it, and should it wake up, it finds that and writes nothing more.
         """
         self._lock = FolderLock(wait_s=wait_s, holder_is_lost=holder_is_lost)
+        self._holder = holder
         self._found_run = self.is_started
         # A command that is refused must not make the file.
-        if self._found_run and self.log_path.exists() and self._lock.take(self.log_path):
-            log.warning("%s: taken over from a process on a machine that was lost", self.path)
-            with self._failing_in_words():
-                self._remove_temporaries()  # files that it has written, but not renamed yet
+        if self._found_run and self.log_path.exists():
+            is_taken_over = self._lock.take(self.log_path)
+            self.write_text(HOLDER, holder.to_json())
+            if is_taken_over:
+                log.warning("%s: taken over from a process on a machine that was lost", self.path)
+                with self._failing_in_words():
+                    self._remove_temporaries()  # files that it has written, but not renamed yet
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`, which composes to the same run with `--config-name`.
@@ -141,6 +151,7 @@ class RunFolder:
                     f"run_dir={self.path}: another job has started a run here; run the same command again to "
                     "resume it, or name another run_dir"
                 )
+            self.write_text(HOLDER, self._holder.to_json())
         with self._failing_in_words():
             self._remove_temporaries()  # of a run that was killed
         # The choices first, for their schemas; then every value.
@@ -234,7 +245,7 @@ class RunFolder:
     def _holds_other_things(self) -> bool:
         """Whether there is more here than what a run leaves that was killed before it wrote `config.yaml`."""
         return any(
-            not is_temporary(path) and not (path == self.log_path and path.stat().st_size == 0)
+            not is_temporary(path) and path.name != HOLDER and not (path == self.log_path and path.stat().st_size == 0)
             for path in self.path.iterdir()
         )
 

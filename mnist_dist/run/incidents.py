@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mnist_dist.base.errors import LostTouch
-from mnist_dist.launch.losses import Loss
 from mnist_dist.results.history import History
 
 if TYPE_CHECKING:
@@ -46,14 +45,6 @@ def list_incidents(events: Sequence["Event"], history: History) -> tuple[Inciden
         _describe(events[first], events[second - 1], events[second], history)
         for first, second in itertools.pairwise(starts)
         if _was_lost(events[second - 1]) or events[second].losses
-    )
-
-
-def chief_is_lost(events: Sequence["Event"], losses: Sequence[Loss]) -> bool:
-    """Whether the machine of the process that noted the last start was lost since."""
-    last = next((event for event in reversed(events) if event.kind == "started"), None)
-    return last is not None and any(
-        host in last.hosts[:1] and loss.time >= last.time for loss in losses for host in loss.hosts
     )
 
 

@@ -1,5 +1,6 @@
 """What a run reads before any process starts TensorFlow: its folder, its data, the reference curves."""
 
+import os
 from dataclasses import asdict, dataclass, replace
 
 from mnist_dist.base.errors import EnvironmentProblem, UserError
@@ -16,12 +17,13 @@ from mnist_dist.launch.losses import LOSSES_VARIABLE, Loss, read_losses
 from mnist_dist.launch.topology import Topology
 from mnist_dist.results.reference import Reference, load_reference
 from mnist_dist.run.checkpoint import DATA_DIGEST, ResumePoint
-from mnist_dist.run.events import read_events
 from mnist_dist.run.folder import RUN_FOLDERS, TENSORBOARD, RunFolder
-from mnist_dist.run.incidents import chief_is_lost
+from mnist_dist.run.lock import Holder, read_holder
 from mnist_dist.run.resume import FoundRun, inspect, settle
 
-_ENDING_S = 15.0  # how long a process may take to end whose job has lost another one
+# How long a process may take to end whose job has lost another one: Slurm kills it after KillWait (30 s by default),
+# but one that waits for a file system ends later, and so may its lock.
+_ENDING_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,19 @@ def claim(run_folder: RunFolder, topology: Topology) -> tuple[Loss, ...]:
         reason = describe_os_error(error)
         raise EnvironmentProblem(f"{LOSSES_VARIABLE}={topology.losses}: cannot be read: {reason}") from error
     try:
-        is_lost = chief_is_lost(read_events(run_folder.path), losses)
+        is_lost = read_holder(run_folder.path).is_lost(topology.losses, losses)
     except OSError as error:
         raise EnvironmentProblem(f"run_dir={run_folder.path}: cannot be read: {describe_os_error(error)}") from error
-    run_folder.claim(wait_s=_ENDING_S if losses else 0.0, holder_is_lost=is_lost)
+    holder = Holder(topology.node_name(), str(topology.losses or ""), len(losses))
+    run_folder.claim(holder, wait_s=_ENDING_S if losses else 0.0, holder_is_lost=is_lost)
     return losses
+
+
+def start_timeout_s(config: TrainConfig, topology: Topology) -> float:
+    """How long this process waits for the others: also while rank 0 waits in `claim`."""
+    if topology.is_chief or topology.losses is None or not os.path.exists(topology.losses):  # noqa: PTH110 (raises not)
+        return config.strategy.start_timeout_s
+    return config.strategy.start_timeout_s + _ENDING_S
 
 
 def _check_pretrained(name: str | None) -> None:

@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    return list(folder.rglob(".*"))
+    return list(folder.rglob(".*.tmp"))
 
 
 def failure_of(job: Job) -> str:

@@ -26,19 +26,34 @@ train.main()
 """
 
 
+# Waits 1 s for a process of an earlier start to end.
+HASTY = """
+from mnist_dist import train
+from mnist_dist.run import input
+input._ENDING_S = 1.0
+train.main()
+"""
+
+
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "run"
 
 
 @pytest.fixture
-def note(tmp_path):
+def launched(tmp_path):
+    """The environment of each start by a launcher."""
+    return {LOSSES_VARIABLE: str(tmp_path / "losses")}
+
+
+@pytest.fixture
+def note(tmp_path, launched):
     """Notes a loss as a launcher does; returns the environment of the next start."""
 
     def note(*hosts, how="node does not answer") -> dict[str, str]:
         with (tmp_path / "losses").open("a") as stream:
             stream.write(Loss(time.time(), hosts, how).to_line())
-        return {LOSSES_VARIABLE: str(tmp_path / "losses")}
+        return launched
 
     return note
 
@@ -51,18 +66,22 @@ def events_of(folder):
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
-def test_a_frozen_chief_is_replaced(uninterrupted, start, train, note, args, folder):
+def test_a_frozen_chief_is_replaced(uninterrupted, start, train, note, launched, args, folder):
     """Its whole machine is frozen; when it wakes up, it finds that others have gone on, and touches nothing."""
     arguments = [*args, f"run_dir={folder}"]
-    job = start(HOROVOD, *arguments, launcher="srun", nodes=NODES, script=("-c", IMPATIENT))
+    job = start(HOROVOD, *arguments, launcher="srun", nodes=NODES, script=("-c", IMPATIENT), env=launched)
     wait_for_epoch(job, folder, 3)
     chief, other = job.processes
     chief.suspend()
     assert other.wait(60) == EXIT_LOST_PEER
     # Nobody else gets its lock, nor does a job that has lost another machine.
-    for env in ({}, note("127.0.0.9")):
-        refused = train(folder, env=env)
-        assert refused.returncode == 2 and "another job is training here" in refused.stderr
+    refused = train(folder)
+    assert refused.returncode == EXIT_USER_ERROR and "another job is training here" in refused.stderr
+    refused = train(folder, env=note("127.0.0.9"), script=("-c", HASTY))
+    expected = (
+        f"a process on {NODES[0]} that trained here before has not ended within 1 s (it holds the lock on train.log)"
+    )
+    assert refused.returncode == EXIT_LOST_PEER and expected in refused.stderr
     result = train(folder, env=note(NODES[0]))
     assert result.returncode == EXIT_OK, result.stderr
     assert f"{folder}: taken over from a process on a machine that was lost\n" in result.stdout
@@ -88,9 +107,9 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda hook: f"{hook.file} {hook.moment}")
-def test_frozen_in_the_middle_of_a_write(moment, uninterrupted, start, train, note, args, folder, tmp_path):
+def test_frozen_in_the_middle_of_a_write(moment, uninterrupted, start, train, note, launched, args, folder, tmp_path):
     hook = WriteHook(moment.file, moment.moment, moment.number, signs=tmp_path)
-    job = start(SINGLE, *args, f"run_dir={folder}", script=WRITE_HOOK, env=hook.environment())
+    job = start(SINGLE, *args, f"run_dir={folder}", script=WRITE_HOOK, env={**launched, **hook.environment()})
     wait_until(lambda: hook.is_held or not job.is_running())
     result = train(folder, env=note(socket.gethostname()))
     assert result.returncode == EXIT_OK, result.stderr
@@ -101,6 +120,20 @@ def test_frozen_in_the_middle_of_a_write(moment, uninterrupted, start, train, no
     (end,) = job.wait(60)
     assert end.returncode == EXIT_FAILURE and GONE in end.stderr, end.stderr
     assert contents(folder) == before
+
+
+def test_a_chief_that_starts_is_not_taken_for_the_one_before(uninterrupted, start, train, note, args, folder, tmp_path):
+    """The run was lost on this machine, which is back: of two that start again, the first one trains."""
+    job = start(SINGLE, *args, f"run_dir={folder}")
+    wait_for_epoch(job, folder, 3)
+    job.kill()
+    env, hook = note(socket.gethostname()), WriteHook("config.yaml", "flushed", signs=tmp_path)
+    first = start(SINGLE, *args, f"run_dir={folder}", script=WRITE_HOOK, env={**env, **hook.environment()})
+    wait_until(lambda: hook.is_held or not first.is_running())
+    assert train(folder, env=env, script=("-c", HASTY)).returncode == EXIT_LOST_PEER
+    hook.release()
+    assert first.codes() == [EXIT_OK], first.output()
+    assert result_of(folder) == result_of(uninterrupted)
 
 
 def test_a_chief_that_is_just_ending_is_waited_for(uninterrupted, start, train, note, args, folder, tmp_path):
@@ -159,6 +192,30 @@ def test_started_again_by_hand(start, train, args, folder):
     (incident,) = summary_of(folder)["incidents"]
     assert (incident["ranks"], incident["how"]) == ([0], "the run ended without a word")
     assert "the run ended without a word" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        WriteHook("history.csv", 0, number=2),
+        WriteHook("events.jsonl", 0.5, number=2),
+        WriteHook("events.jsonl", "renamed"),
+    ],
+    ids=["before its first epoch ends", "before its start is noted", "before its history is cut"],
+)
+def test_epochs_without_a_checkpoint_are_lost_once(hook, uninterrupted, start, train, args, folder):
+    """The run is killed, started again from the beginning, and killed before it has finished an epoch."""
+    rarely = "checkpoint.every_epochs=1000"
+    job = start(SINGLE, *args, rarely, f"run_dir={folder}")
+    wait_for_epoch(job, folder, 3)
+    job.kill()
+    reached = len(history_of(folder).epochs)
+    killed = train(folder, rarely, script=WRITE_HOOK, env=hook.environment())
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert train(folder, rarely).returncode == EXIT_OK
+    again = [incident["epochs_computed_again"] for incident in summary_of(folder)["incidents"]]
+    assert [number for number in again if number] == [reached]
+    assert result_of(folder) == result_of(uninterrupted)
 
 
 def test_a_job_that_did_not_lose_anything(uninterrupted):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("train")
 
 FILES = {
     *("config.yaml", "history.csv", "summary.json", "model.keras", "plots", "train.log", "checkpoints"),
-    *("events.jsonl", "predictions.npz", "report.html"),
+    *("events.jsonl", "predictions.npz", "report.html", ".holder.json"),
 }
 EPOCH_LINE = (
     r"Epoch (\d+)/3 - \d+\.\ds - loss: \d\.\d{4} - accuracy: \d\.\d{4} - val_loss: \d\.\d{4} - val_accuracy: \d\.\d{4}"

@@ -200,6 +200,38 @@ def test_other_errors_of_a_lock_are_raised(tmp_path, monkeypatch):
         open_locked(tmp_path / "log")
 
 
+def test_a_lock_is_that_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """Whoever waits for a lock while the file is replaced, as by a take-over, waits for that of the new file."""
+    path, new = tmp_path / "log", tmp_path / "new"
+    holders = [open_locked(path)]
+
+    def replace_it(_):
+        if len(holders) == 1:
+            holders.append(open_locked(new))
+            new.rename(path)
+            os.close(holders[0])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.time, "sleep", replace_it)
+        with pytest.raises(BlockingIOError):
+            open_locked(path)
+    os.close(holders[1])
+    descriptor = open_locked(path)
+    assert is_open_as(descriptor, path)
+    os.close(descriptor)
+
+
+def test_what_the_client_of_a_file_system_has_cached_does_not_count(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    descriptor = open_locked(path)
+    cached = path.stat()
+    path.rename(tmp_path / "old")
+    path.touch()
+    monkeypatch.setattr(files.Path, "stat", lambda *_, **__: cached)
+    assert not is_open_as(descriptor, path)
+    os.close(descriptor)
+
+
 def test_whether_a_file_is_still_in_its_place(tmp_path):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir()

@@ -9,7 +9,7 @@ from mnist_dist.launch.losses import Loss
 from mnist_dist.results.history import EpochMetrics, History
 from mnist_dist.run.events import EVENTS, Event, EventLog, LostRank, read_events
 from mnist_dist.run.folder import RunFolder
-from mnist_dist.run.incidents import Incident, chief_is_lost, list_incidents
+from mnist_dist.run.incidents import Incident, list_incidents
 
 HOSTS = ["a", "a", "b", "b"]
 
@@ -123,16 +123,6 @@ def test_strange_facts(hosts):
     events = (started(100, 0, hosts=hosts), lost(150, 7), started(50, 0, Loss(1, ("b",), "no answer")))
     (found,) = list_incidents(events, History())
     assert (found.hosts, found.seconds_lost, found.epochs_computed_again) == (("b",), 0, 7)
-
-
-def test_whose_machine_was_lost():
-    assert not chief_is_lost((), [Loss(200, ("a",), "")])
-    events = [started(100, 0), lost(150, 7)]
-    assert chief_is_lost(events, [Loss(160, ("c", "a"), "")])
-    assert not chief_is_lost(events, [])
-    assert not chief_is_lost(events, [Loss(160, ("b",), ""), Loss(170, (), "")])
-    assert not chief_is_lost(events, [Loss(90, ("a",), "")])  # it is back since
-    assert not chief_is_lost([*events, started(170, 7, hosts=["b"])], [Loss(180, ("a",), "")])
 
 
 @pytest.fixture

@@ -112,6 +112,16 @@ def test_one_slurm_task_is_one_process():
     assert one == Topology(slurm=SlurmJob("77", "n[1-2],login"))
 
 
+def test_a_machine_has_the_name_that_its_launcher_knows(monkeypatch):
+    """By which it tells what was lost."""
+    monkeypatch.setattr("socket.gethostname", lambda: "n2.cluster.example")
+    step = {**SLURM, "SLURMD_NODENAME": "n2"}
+    assert read_topology({**step, "SLURM_STEP_NUM_TASKS": "1"}).node_name() == "n2"
+    assert read_topology(step).node_name() == "login"
+    assert read_topology({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}).node_name() == "n2.cluster.example"
+    assert read_topology({}).node_name() == "n2.cluster.example"
+
+
 @pytest.mark.parametrize(
     ("environ", "fragments"),
     [
