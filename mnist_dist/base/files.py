@@ -50,8 +50,9 @@ def read_regular(path: Path) -> bytes:
 def write_atomically(path: Path, content: bytes, *, check: Callable[[], None] = lambda: None) -> None:
     """Replace `path` by `content` atomically, flushed to disk, in a folder that exists; raises OSError.
 
-    `check` is called right before `path` is replaced, and may raise to prevent it.
+    `check` is called first, and right before `path` is replaced, and may raise to prevent it.
     """
+    check()  # a process that is ended meanwhile would leave its temporary file
     # Relative to the folder opened here: if it is moved meanwhile, nothing is written to what takes its place.
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -247,3 +247,13 @@ def test_whether_a_file_is_still_in_its_place(tmp_path):
     (elsewhere / "log").write_bytes(b"")
     assert not is_open_as(descriptor, elsewhere / "log")
     os.close(descriptor)
+
+
+def test_a_write_that_may_not_be_makes_no_temporary_file(tmp_path):
+    """Its process may be ended before it could remove the file."""
+
+    def refuse():
+        raise FileNotFoundError(list(tmp_path.iterdir()))
+
+    with pytest.raises(FileNotFoundError, match=r"\[\]"):
+        write_atomically(tmp_path / "a.txt", b"", check=refuse)
