@@ -34,7 +34,7 @@ from support.slurm_cluster import THREE_NODES, lost_node, revive, set_slurmd_tim
 FIRST, SECOND, _ = THREE_NODES
 # What each part of the time ends with: a line of the log.
 PARTS = {
-    "detect": r" is gone \(|^srun: error: ",
+    "detect": r" is gone \(|^srun: error: |^Job \S+ goes back into the queue",
     "end and probe": r"^Job \S+ goes on with |^Job \S+ on \S+: .* restarted 1 time",
     "start": r"^Resuming after epoch ",
     "trace": r"^Epoch ",
