@@ -127,6 +127,7 @@ def _serve_store(topology: Topology, hosts: tuple[str, ...]) -> tuple[Any, str, 
 
     # Horovod's own RendezvousServer would listen on all interfaces.
     server = RendezvousHTTPServer((LOOPBACK, 0), RendezvousHandler, 0)
+    server.daemon_threads = True  # strangers who keep connecting do not keep this process from ending
     server.handle_error = lambda request, address: None  # a stranger's connection broke
     server.socket.close()
     server.socket, host, port = listen_anywhere(meeting_point(hosts[0], topology))
