@@ -31,7 +31,7 @@ from mnist_dist.config.train import TrainConfig
 from mnist_dist.results.history import History, to_csv
 from mnist_dist.results.predictions import PREDICTIONS, Predictions
 from mnist_dist.run.checkpoint import Checkpoint, CheckpointFolder
-from mnist_dist.run.lock import HOLDER, FolderLock, Holder
+from mnist_dist.run.lock import HOLDER, FolderLock, Holder, read_holder
 from mnist_dist.run.summary import MODEL, RESULT_FILES, Summary
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ class RunFolder:
         # A command that is refused must not make the file.
         if self._found_run and self.log_path.exists():
             is_taken_over = self._lock.take(self.log_path)
-            self.write_text(HOLDER, holder.to_json())
+            if read_holder(self.path) != holder:  # a command that has nothing to do changes nothing
+                self.write_text(HOLDER, holder.to_json())
             if is_taken_over:
                 log.warning("%s: taken over from a process on a machine that was lost", self.path)
                 with self._failing_in_words():
