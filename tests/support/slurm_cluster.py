@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -141,19 +141,25 @@ def lost_node(environment: dict[str, str], node: str, number: signal.Signals, *,
 
     `spares_script`: but the batch script, what it has started itself, and slurmd.
     """
-    lost = _processes_of(environment, node, with_script=not spares_script)
+    lost: set[int] = set()
     try:
-        while lost:
-            for pid in lost:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            # Some may have been started meanwhile, or are just ending.
-            lost = [pid for pid in _processes_of(environment, node, with_script=not spares_script) if pid not in lost]
+        # A node fails at once: none of its processes may see another one end, such as the second process of an srun,
+        # which cancels the step when the first one is killed.
+        while new := set(_processes_of(environment, node, with_script=not spares_script)) - lost:
+            _signal(new, signal.SIGSTOP)
+            lost |= new
+        if number != signal.SIGSTOP:
+            _signal(lost, number)
         yield
     finally:
-        for pid in _processes_of(environment, node, with_script=True) if not spares_script else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if not spares_script:
+            _signal(_processes_of(environment, node, with_script=True), signal.SIGKILL)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def revive(environment: dict[str, str], node: str) -> None:
