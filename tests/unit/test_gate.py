@@ -35,22 +35,17 @@ def open_gate():
         one.close()
 
 
-@pytest.fixture
-def refused_by(open_gate):
-    """What becomes of a connection: whether the gate has ended it, after the greeting."""
-
-    def is_ended(connection, *, timeout_s=20) -> bool:
-        connection.settimeout(timeout_s)
-        try:
-            while connection.recv(4096):
-                pass
-        except TimeoutError:
-            return False
-        except ConnectionError:
+def is_ended(connection, *, timeout_s=20) -> bool:
+    """Whether the gate ends a connection in time, after the greeting."""
+    connection.settimeout(timeout_s)
+    try:
+        while connection.recv(4096):
             pass
-        return True
-
-    return is_ended
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
 
 
 def knock(address, *, key=KEY, message=None, timeout_s=20):
@@ -106,13 +101,13 @@ def test_a_stranger_who_comes_first(words, is_patient, open_gate):
 
 
 @pytest.mark.parametrize("words", GARBAGE[1:], ids=lambda words: repr(words[:12]))
-def test_garbage_ends_the_connection_at_once(words, open_gate, refused_by, monkeypatch):
+def test_garbage_ends_the_connection_at_once(words, open_gate, monkeypatch):
     """And without a word but the greeting."""
     monkeypatch.setattr(gate, "NEWCOMER_S", 1000.0)
     address, came = open_gate()
     with socket.create_connection(address) as stranger:
         stranger.sendall(words)
-        assert refused_by(stranger)
+        assert is_ended(stranger)
     assert came.empty()
 
 
@@ -193,15 +188,7 @@ def test_no_more_files(monkeypatch):
 
 
 def is_ended_now(connection) -> bool:
-    connection.settimeout(0.001)
-    try:
-        while connection.recv(4096):
-            pass
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        pass
-    return True
+    return is_ended(connection, timeout_s=0.001)
 
 
 def test_a_flood_that_never_stops(open_gate):
@@ -235,7 +222,7 @@ def test_a_flood_that_never_stops(open_gate):
 
 
 @pytest.mark.parametrize("key", [KEY, None], ids=["ours", "a stranger"])
-def test_one_who_drips(key, open_gate, monkeypatch, refused_by):
+def test_one_who_drips(key, open_gate, monkeypatch):
     """A byte now and then, of a proof or of a first message, does not give it more time."""
     monkeypatch.setattr(gate, "NEWCOMER_S", 0.5)
     address, came = open_gate()
@@ -246,7 +233,7 @@ def test_one_who_drips(key, open_gate, monkeypatch, refused_by):
         dripping.start()
         knock(address)  # meanwhile
         assert came.get(timeout=20)[1] == {"rank": 1}
-        assert refused_by(slow)
+        assert is_ended(slow)
         dripping.join(30)
         assert not dripping.is_alive()
     assert came.empty()
@@ -270,7 +257,7 @@ def test_half_a_line_and_an_end(open_gate):
     assert came.empty()
 
 
-def test_a_first_message_that_never_ends(open_gate, refused_by):
+def test_a_first_message_that_never_ends(open_gate):
     """Even from one who has the key."""
     address, _ = open_gate()
     with socket.create_connection(address) as endless:
@@ -282,7 +269,7 @@ def test_a_first_message_that_never_ends(open_gate, refused_by):
     assert sent < 2 * MAX_GREETING
 
 
-def test_a_message_that_is_no_use(open_gate, refused_by):
+def test_a_message_that_is_no_use(open_gate):
     """What `admit` does not like ends this connection, and no other."""
 
     def admit(wire, message):
@@ -292,7 +279,7 @@ def test_a_message_that_is_no_use(open_gate, refused_by):
     server = listen("127.0.0.1", 0)
     own = Gate(server, KEY, admit=admit, expected=2)
     wire = knock(server.getsockname(), message={"no": "rank"})
-    assert refused_by(wire.connection)
+    assert is_ended(wire.connection)
     knock(server.getsockname())
     assert came.get(timeout=20) == 1
     own.close()
@@ -337,7 +324,7 @@ class Recorded:
         return getattr(self._connection, name)
 
 
-def test_what_was_recorded_is_worth_nothing(open_gate, refused_by):
+def test_what_was_recorded_is_worth_nothing(open_gate):
     """All that one of ours has said, said again: to the same gate, and to that of a later job with the same key."""
     address, came = open_gate()
     recorded = Recorded(address)
@@ -346,7 +333,7 @@ def test_what_was_recorded_is_worth_nothing(open_gate, refused_by):
     for place in (address, open_gate()[0]):
         with socket.create_connection(place) as again:
             again.sendall(recorded.sent)
-            assert refused_by(again)
+            assert is_ended(again)
     assert came.empty()
 
 
