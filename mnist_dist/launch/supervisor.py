@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mnist_dist.base.errors import EXIT_LOST_PEER, EXIT_OK, UserError
+from mnist_dist.base.errors import EXIT_FAILURE, EXIT_LOST_PEER, EXIT_OK, UserError
 from mnist_dist.launch.child import Share, Signals, exit_code_of, start_child
 from mnist_dist.launch.ends import End, Outcome, judge
 from mnist_dist.launch.hosts import format_hosts, is_here
@@ -86,6 +86,8 @@ class _Process:
         code = self.process.poll()
         if code is None or -code in self.signals or code - 128 in self.signals - {signal.SIGINT}:
             return None
+        if code == EXIT_FAILURE and signal.SIGINT in self.signals:
+            return None  # Python ends with that while it has no line of ours to run yet
         return End(self.name, 128 - code if code < 0 else code)
 
 

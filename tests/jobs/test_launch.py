@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support import CHECKOUT
 from support.job import NUM_EPOCHS, start, wait_for_epoch
 from support.launchers import horovodrun
 from support.processes import family, freeze, is_alive, kill, send, wait_until
@@ -27,11 +28,11 @@ HERE, THERE, FAR = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 class Launched:
     """A job, its supervisor, and its ranks wherever they are."""
 
-    def __init__(self, words, args, folder: Path, printed_to: Path) -> None:
+    def __init__(self, words, args, folder: Path, printed_to: Path, env) -> None:
         self.folder = folder
         keys = words.index("train") + 1
         words = [*words[:keys], *args, *words[keys:], f"run_dir={folder}"]
-        self.job = start(*LAUNCH, *words, printed_to=printed_to, fresh=True)
+        self.job = start(*LAUNCH, *words, printed_to=printed_to, fresh=True, env=env)
         (self.supervisor,) = self.job.processes
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -77,10 +78,10 @@ def launch(args, tmp_path):
     """Start `python -m mnist_dist.launch WORDS`, followed by what all runs have in common."""
     started: list[Launched] = []
 
-    def begin(*words) -> Launched:
+    def begin(*words, env=None) -> Launched:
         if "strategy=horovod" in words:
             horovodrun()  # without Horovod the test is skipped
-        started.append(Launched(words, args, tmp_path / "run", tmp_path))
+        started.append(Launched(words, args, tmp_path / "run", tmp_path, env))
         return started[-1]
 
     yield begin
@@ -249,6 +250,22 @@ def test_a_signal_before_the_training(number, code, launch):
     assert launched.code() == code, launched.output()
     assert launched.starts_again() == []
     assert not launched.folder.exists()
+
+
+def test_ctrl_c_before_the_first_line(launch, tmp_path):
+    """Python itself ends with 1 then, and prints why."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, time\n"
+        "if rank := os.environ.get('MNIST_DIST_RANK'):\n"
+        "    pathlib.Path(__file__).with_name(f'{rank}.begun').touch()\n"
+        "    time.sleep(600)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(CHECKOUT)])
+    launched = launch("-np", 2, "train", "strategy=multiworker", env={"PYTHONPATH": path})
+    wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
+    launched.supervisor.send_signal(signal.SIGINT)
+    assert launched.code() == EXIT_INTERRUPTED, launched.output()
+    assert "KeyboardInterrupt" in launched.output()
 
 
 def test_a_second_ctrl_c_ends_what_hangs(launch):

@@ -16,7 +16,7 @@ import pytest
 
 from support import CHECKOUT
 from support.processes import LAUNCHER_VARIABLES
-from support.slurm_cluster import NODES
+from support.slurm_cluster import THREE_NODES
 
 JOB_S = 400  # on a busy machine; seconds on an idle one
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
@@ -76,8 +76,8 @@ class Job:
         number = max(map(int, re.findall(r"\.(\d+) training$", steps, re.MULTILINE)))
         step = f"{self.told('JobId')}.{number}"
         found = {}
-        for node in NODES:
-            with contextlib.suppress(subprocess.CalledProcessError):  # a node without any of them
+        for node in THREE_NODES:
+            with contextlib.suppress(subprocess.CalledProcessError):  # a node without any of them, or that is not there
                 for line in self.ask("scontrol", "listpids", step, node).splitlines():
                     pid, *_, rank = line.split()
                     if rank.isdecimal():
