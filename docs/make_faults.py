@@ -1,4 +1,4 @@
-"""Measures the tables of docs/faults.md: on this machine, and on a Slurm cluster of three nodes on it.
+"""Measures the tables of docs/faults.md: on this machine, by ssh to it, and on a Slurm cluster of three nodes on it.
 
     PYTHONPATH=. python docs/make_faults.py [REPEATS]
 
@@ -11,10 +11,12 @@ import os
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,20 +29,44 @@ from support.batch import Job as BatchJob
 from support.batch import environment_of_user, submitter, wait_until
 from support.data import create_small_arrays
 from support.job import Job, start_job, wait_for_epoch
-from support.processes import is_alive, send
+from support.processes import family, freeze, is_alive, kill, python_environment, send
 from support.runs import history_of
 from support.slurm_cluster import THREE_NODES, lost_node, revive, set_slurmd_timeout
+from support.soak import no_room, small_disk
+from support.sshd import Hosts, run_hosts
 
-FIRST, SECOND, _ = THREE_NODES
+FIRST, SECOND, THIRD = THREE_NODES
 # What each part of the time ends with: a line of the log.
 PARTS = {
-    "detect": r" is gone \(|^srun: error: |^Job \S+ goes back into the queue",
-    "end and probe": r"^Job \S+ goes on with |^Job \S+ on \S+: .* restarted 1 time",
+    "detect": r" is gone \(|^srun: error: |^Job \S+ goes back into the queue|: stopping after this epoch$|^Lost: ",
+    "end and probe": r"^Job \S+ goes on with |^Job \S+ on \S+: .* restarted 1 time|Starting again from ",
     "start": r"^Resuming after epoch ",
     "trace": r"^Epoch ",
 }
+MAX_S = 300
+READY = "\nEpoch 60/"
+"""What a job has printed when it is disturbed."""
 
-Fault = Callable[[BatchJob, dict[str, str]], contextlib.AbstractContextManager[object]]
+
+def time_parts(read: Callable[[], str], fault: AbstractContextManager[object]) -> dict[str, float]:
+    """Seconds of each part, from the fault to the first new epoch, by what the job prints."""
+    began, position = time.monotonic(), len(read())
+    found: dict[str, float] = {}
+    with fault:
+        for name, pattern in PARTS.items():
+            # Epochs that were finished while the fault was made do not count.
+            while not (match := re.compile(pattern, re.MULTILINE).search(text := read(), position)):
+                if time.monotonic() - began > MAX_S:
+                    raise RuntimeError(f"no {pattern} in\n{text}")
+                time.sleep(0.02)
+            found[name] = time.monotonic() - began - sum(found.values())
+            position = match.end()
+    return found
+
+
+# Under Slurm
+
+Fault = Callable[[BatchJob, dict[str, str]], AbstractContextManager[object]]
 
 
 @contextlib.contextmanager
@@ -62,6 +88,13 @@ def lose(node: str, number: signal.Signals, *, slurmd_timeout_s: int = 300) -> F
     return fault
 
 
+@contextlib.contextmanager
+def preempt(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
+    """Let a job that ends at once have the nodes."""
+    job.ask("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
+    yield
+
+
 FAULTS: dict[str, tuple[Fault, list[str]]] = {
     "a rank is killed": (kill_rank, ["--nodes=3"]),
     "a node is killed": (lose(SECOND, signal.SIGKILL), ["--nodes=3"]),
@@ -72,41 +105,69 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     ),
     "the node of the batch script is killed": (lose(FIRST, signal.SIGKILL, slurmd_timeout_s=60), ["--nodes=2"]),
     "the node of the batch script freezes": (lose(FIRST, signal.SIGSTOP, slurmd_timeout_s=60), ["--nodes=2"]),
+    "the job is preempted": (preempt, ["--nodes=3"]),
 }
 
 
 def measure(fault: Fault, words: list[str], environment: dict[str, str], desk: Path) -> dict[str, float]:
-    """Seconds of each part, from the fault to the first new epoch."""
+    """Seconds of each part."""
     options = [word for word in words if word.startswith("--")]
     for node in THREE_NODES:
         revive(environment, node)
     words = [word for word in words if word not in options]
     job = submitter(environment_of_user(environment), desk)(*words, options=[*options, "--cpus-per-task=1"])
-    wait_until(lambda: "\nEpoch 60/" in job.text(), job)
-    began, before = time.monotonic(), len(job.text())
-    found: dict[str, float] = {}
-    with fault(job, environment):
-        patterns = iter(PARTS.items())
-        name, pattern = next(patterns)
-        position = before
-        while True:
-            text = job.text()
-            # Epochs that were finished while the fault was made do not count.
-            if match := re.compile(pattern, re.MULTILINE).search(text, position):
-                found[name] = time.monotonic() - began - sum(found.values())
-                position = match.end()
-                following = next(patterns, None)
-                if following is None:
-                    break
-                name, pattern = following
-            elif time.monotonic() - began > 300:
-                raise RuntimeError(f"no {pattern} in\n{text[before:]}")
-            time.sleep(0.02)
+    wait_until(lambda: READY in job.text(), job)
+    found = time_parts(job.text, fault(job, environment))
     job.ask("scancel", job.job_id)
     return found
 
 
-# Without Slurm: from the fault to the end of all that is left, and from the same command to its first new epoch
+# By mnist_dist.launch
+
+LAUNCHED: dict[str, Callable[[Hosts, psutil.Process], object]] = {
+    "a process is killed": lambda _, supervisor: rank_of(supervisor, 0).kill(),
+    "a process freezes": lambda _, supervisor: rank_of(supervisor, 0).suspend(),
+    "a host is killed": lambda hosts, _: kill(hosts.daemons[THIRD]),
+    "the host of rank 0 freezes": lambda hosts, _: freeze(hosts.daemons[SECOND]),
+}
+
+
+def rank_of(supervisor: psutil.Process, rank: int) -> psutil.Process:
+    """The process of a rank on this host."""
+    return next(one for one in family(supervisor) if one.environ().get("MNIST_DIST_RANK") == str(rank))
+
+
+def measure_launched(name: str, root: Path, words: list[str]) -> dict[str, float]:
+    """Seconds of each part; three processes, here or on three hosts."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    printed = folder / "printed"
+    words = ["train", *words, f"run_dir={folder / 'run'}"]
+    with run_hosts(folder, (SECOND, THIRD)) as hosts, printed.open("w") as stream:
+        where = ["-H", f"{SECOND}:1,{FIRST}:1,{THIRD}:1", "--ssh", hosts.command] if "host" in name else ["-np", "3"]
+        supervisor = psutil.Popen(
+            [sys.executable, "-m", "mnist_dist.launch", *where, *words],
+            env=python_environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        began = time.monotonic()
+        while READY not in printed.read_text():
+            if supervisor.poll() is not None or time.monotonic() - began > MAX_S:
+                raise RuntimeError(printed.read_text())
+            time.sleep(0.02)
+
+        @contextlib.contextmanager
+        def fault() -> Iterator[None]:
+            LAUNCHED[name](hosts, supervisor)
+            yield
+
+        found = time_parts(printed.read_text, fault())
+        kill(supervisor)
+        supervisor.wait()
+    return found
+
+
+# By hand: from the fault to the end of all that is left, and from the same command to its first new epoch
 
 
 def kill_one(job: Job, _: Path) -> None:
@@ -138,35 +199,66 @@ def damage(job: Job, folder: Path) -> None:
     newest.write_bytes(content)
 
 
-PLAIN = {
+def fill_disk(_: Job, folder: Path) -> AbstractContextManager[None]:
+    """Leave no room; the next command has some again."""
+    return no_room(folder)
+
+
+PLAIN: dict[str, Callable[[Job, Path], AbstractContextManager[None] | None]] = {
     "a rank is killed": kill_one,
     "a rank freezes": freeze_one,
     "all ranks are killed": kill_all,
     "a signal to one rank": ask_to_stop,
     "the newest checkpoint is damaged": damage,
+    "the disk is full": fill_disk,
 }
 KIND = ("horovod", 3)
 
 
-def measure_plain(act: Callable[[Job, Path], None], root: Path, words: list[str]) -> dict[str, float]:
+def measure_plain(
+    act: Callable[..., AbstractContextManager[None] | None], root: Path, words: list[str]
+) -> dict[str, float]:
     """Seconds to the end of the processes that still run, and of the next command to its first new epoch."""
     folder = Path(tempfile.mkdtemp(dir=root))
-    run = folder / "run"
+    disk = folder / "disk"
+    disk.mkdir()
+    run = disk / "run"
     words = [*words, f"run_dir={run}"]
-    job = start_job(KIND, *words, printed_to=folder, fresh=True, launcher="srun")
+    with small_disk(disk) if act is fill_disk else nullcontext():
+        job = start_job(KIND, *words, printed_to=folder, fresh=True, launcher="srun")
+        wait_for_epoch(job, run, 60)
+        began = time.monotonic()
+        with act(job, run) or nullcontext():
+            while any(map(runs, job.processes)):
+                time.sleep(0.005)
+            ended = time.monotonic()
+        job.kill()
+        reached = len(history_of(run).epochs)
+        again = start_job(KIND, *words, printed_to=folder, fresh=True, launcher="srun")
+        begun = time.monotonic()
+        wait_for_epoch(again, run, reached + 1)
+        found = {"to the end": ended - began, "the same command again, to a new epoch": time.monotonic() - begun}
+        again.kill()
+    return found
+
+
+SUSPENDED_S = 20
+
+
+def measure_suspension(kind: tuple[str, int], root: Path, words: list[str]) -> dict[str, float]:
+    """Seconds from the end of a suspension to the first new epoch."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    run = folder / "run"
+    job = start_job(kind, *words, f"run_dir={run}", printed_to=folder, fresh=True, launcher="srun")
     wait_for_epoch(job, run, 60)
-    began = time.monotonic()
-    act(job, run)
-    while any(map(runs, job.processes)):
-        time.sleep(0.005)
-    ended = time.monotonic()
-    job.kill()
+    frozen = job.freeze()
     reached = len(history_of(run).epochs)
-    again = start_job(KIND, *words, printed_to=folder, fresh=True, launcher="srun")
-    begun = time.monotonic()
-    wait_for_epoch(again, run, reached + 1)
-    found = {"to the end": ended - began, "the same command again, to a new epoch": time.monotonic() - begun}
-    again.kill()
+    time.sleep(SUSPENDED_S)
+    began = time.monotonic()
+    send(frozen, signal.SIGCONT)
+    wait_for_epoch(job, run, reached + 1)
+    found = {"to a new epoch": time.monotonic() - began}
+    job.kill()
     return found
 
 
@@ -200,8 +292,11 @@ def main() -> None:
         np.savez(root / "small.npz", **create_small_arrays())
         words = ["data=npz", f"data.path={root / 'small.npz'}", "trainer.epochs=400"]
         print_rows({fault: partial(measure_plain, act, root, words) for fault, act in PLAIN.items()}, repeats)
+        suspended = f"all ranks are suspended for {SUSPENDED_S} s"
+        print_rows({suspended: partial(measure_suspension, KIND, root, words)}, repeats)
+        words.append("strategy=horovod")
+        print_rows({fault: partial(measure_launched, fault, root, words) for fault in LAUNCHED}, repeats)
         with soak_nodes.cluster_with_desk(root) as (environment, desk):
-            words = [*words, "strategy=horovod"]
             print_rows(
                 {
                     fault: partial(measure, act, [*words, *options], environment, desk)
