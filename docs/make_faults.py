@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -31,15 +32,17 @@ from support.data import create_small_arrays
 from support.job import Job, start_job, wait_for_epoch
 from support.processes import family, freeze, is_alive, kill, python_environment, send
 from support.runs import history_of
-from support.slurm_cluster import THREE_NODES, lost_node, revive, set_slurmd_timeout
+from support.scanner import Scanner
+from support.slurm_cluster import THREE_NODES, frozen_controller, lost_node, revive, set_slurmd_timeout
 from support.soak import no_room, small_disk
 from support.sshd import Hosts, run_hosts
 
 FIRST, SECOND, THIRD = THREE_NODES
 # What each part of the time ends with: a line of the log.
 PARTS = {
-    "detect": r" is gone \(|^srun: error: |^Job \S+ goes back into the queue|: stopping after this epoch$|^Lost: ",
-    "end and probe": r"^Job \S+ goes on with |^Job \S+ on \S+: .* restarted 1 time|Starting again from ",
+    "detect": r" is gone \(|^srun: error: |: stopping after this epoch$|(?=^Job \S+ goes back into the queue|^Lost: )",
+    "end": r"; asking which of its \d+ nodes answer$|^Job \S+ goes back into the queue|^Lost: ",
+    "ask": r"^Job \S+ goes on with |^Job \S+ on \S+: .* restarted 1 time|Starting again from ",
     "start": r"^Resuming after epoch ",
     "trace": r"^Epoch ",
 }
@@ -76,6 +79,13 @@ def kill_rank(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def freeze_rank(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
+    """Stop the process of the last rank."""
+    os.kill(job.processes()[-1], signal.SIGSTOP)
+    yield
+
+
 def lose(node: str, number: signal.Signals, *, slurmd_timeout_s: int = 300) -> Fault:
     """A fault that hits all that runs on a node."""
 
@@ -88,6 +98,18 @@ def lose(node: str, number: signal.Signals, *, slurmd_timeout_s: int = 300) -> F
     return fault
 
 
+SILENCE_S = 45
+
+
+@contextlib.contextmanager
+def lose_without_controller(_: BatchJob, environment: dict[str, str]) -> Iterator[None]:
+    """Kill a node while nobody answers Slurm's commands."""
+    with lost_node(environment, SECOND, signal.SIGKILL), contextlib.ExitStack() as stack:
+        stack.enter_context(frozen_controller(environment))
+        threading.Timer(SILENCE_S, stack.close).start()
+        yield
+
+
 @contextlib.contextmanager
 def preempt(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
     """Let a job that ends at once have the nodes."""
@@ -97,6 +119,7 @@ def preempt(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
 
 FAULTS: dict[str, tuple[Fault, list[str]]] = {
     "a rank is killed": (kill_rank, ["--nodes=3"]),
+    "a rank freezes": (freeze_rank, ["--nodes=3"]),
     "a node is killed": (lose(SECOND, signal.SIGKILL), ["--nodes=3"]),
     "a node freezes": (lose(SECOND, signal.SIGSTOP), ["--nodes=3"]),
     "a node freezes, and Slurm gives it up first (15 s)": (
@@ -105,6 +128,10 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     ),
     "the node of the batch script is killed": (lose(FIRST, signal.SIGKILL, slurmd_timeout_s=60), ["--nodes=2"]),
     "the node of the batch script freezes": (lose(FIRST, signal.SIGSTOP, slurmd_timeout_s=60), ["--nodes=2"]),
+    f"a node is killed, and Slurm's controller does not answer for {SILENCE_S} s": (
+        lose_without_controller,
+        ["--nodes=3"],
+    ),
     "the job is preempted": (preempt, ["--nodes=3"]),
 }
 
@@ -262,6 +289,21 @@ def measure_suspension(kind: tuple[str, int], root: Path, words: list[str]) -> d
     return found
 
 
+def measure_scan(kind: tuple[str, int], root: Path, words: list[str]) -> dict[str, float]:
+    """How many seconds more it takes to an epoch if strangers connect to all ports, again and again."""
+    took = []
+    for is_scanned in (False, True):
+        folder = Path(tempfile.mkdtemp(dir=root))
+        with Scanner() if is_scanned else nullcontext(Scanner()) as scanner:
+            began = time.monotonic()
+            options = {"fresh": True, "launcher": "srun", "started": scanner.processes}
+            job = start_job(kind, *words, f"run_dir={folder / 'run'}", printed_to=folder, **options)
+            wait_for_epoch(job, folder / "run", 60)
+            took.append(time.monotonic() - began)
+        job.kill()
+    return {"longer to epoch 60 by": took[1] - took[0]}
+
+
 def runs(process: psutil.Process) -> bool:
     """Whether it is neither stopped nor at its end."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -294,6 +336,7 @@ def main() -> None:
         print_rows({fault: partial(measure_plain, act, root, words) for fault, act in PLAIN.items()}, repeats)
         suspended = f"all ranks are suspended for {SUSPENDED_S} s"
         print_rows({suspended: partial(measure_suspension, KIND, root, words)}, repeats)
+        print_rows({"strangers scan the ports": partial(measure_scan, KIND, root, words)}, repeats)
         words.append("strategy=horovod")
         print_rows({fault: partial(measure_launched, fault, root, words) for fault in LAUNCHED}, repeats)
         with soak_nodes.cluster_with_desk(root) as (environment, desk):

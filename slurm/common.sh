@@ -53,7 +53,10 @@ nodes=$((${#hosts[@]} - ${spare_nodes:-0}))
 ((nodes >= 1 && nodes >= ${min_nodes:-1})) || fail "the job has ${#hosts[@]} node(s), with" \
     "spare_nodes=${spare_nodes:-0} and min_nodes=${min_nodes:-1}; give sbatch --nodes=N, the spare nodes included"
 gpus=${SLURM_GPUS_ON_NODE:-0}
-unset SLURM_GPUS # sbatch --gpus: srun would want so many for each step, on however few nodes
+if [[ -v SLURM_GPUS ]]; then # sbatch --gpus: srun would want so many for each step, on however few nodes
+    unset SLURM_GPUS
+    export SLURM_GPUS_PER_NODE=$gpus
+fi
 per_node=${SLURM_NTASKS_PER_NODE:-1}
 case $strategy in
     single | mirrored)

@@ -48,9 +48,9 @@ find_checkpoint() {
 # Note a loss: when, which nodes do not answer any more, and how that was noticed.
 note_loss() {
     {
-        mkdir -p "$(dirname "$folder")"
-        printf '%s\t%s\t%s\n' "$1" "${2// /,}" "$3" >>"$MNIST_DIST_LOSSES"
-        [[ -z $2 ]] || tr ' ' '\n' <<<"$2" >>"$suspects"
+        mkdir -p "$(dirname "$folder")" &&
+            printf '%s\t%s\t%s\n' "$1" "${2// /,}" "$3" >>"$MNIST_DIST_LOSSES" &&
+            { [[ -z $2 ]] || tr ' ' '\n' <<<"$2" >>"$suspects"; }
     } || echo "warning: this loss could not be noted beside $folder" >&2
 }
 
@@ -58,6 +58,7 @@ note_loss() {
 drop_lost_nodes() {
     local host live tries=0
     ((${#hosts[@]} > 1)) || return 0
+    [[ $fate != lost ]] || echo "Job $id: $reason; asking which of its ${#hosts[@]} nodes answer"
     # This script's own node is there: if it does not answer, it is Slurm that cannot be asked now.
     until live=" $(answering "${hosts[@]}" | tr '\n' ' ')" && [[ $live == *" $SLURMD_NODENAME "* ]]; do
         ((++tries < 6)) || return 0

@@ -13,7 +13,15 @@ from support.batch import Batch, Job, wait_until
 from support.job import SINGLE, start_job
 from support.launchers import horovodrun
 from support.runs import Result, result_of
-from support.slurm_cluster import THREE_NODES, leftovers, lost_node, revive, run_cluster, set_slurmd_timeout
+from support.slurm_cluster import (
+    THREE_NODES,
+    frozen_controller,
+    leftovers,
+    lost_node,
+    revive,
+    run_cluster,
+    set_slurmd_timeout,
+)
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("lost nodes")]
 
@@ -147,6 +155,40 @@ def test_the_node_of_the_batch_script(number, cluster, start, expected):
     assert "the node of the batch script does not answer" in Path(f"{batch.folder}.losses").read_text()
 
 
+@pytest.mark.parametrize(("node", "restarts"), [(SECOND, 0), (FIRST, 1)])
+def test_slurms_controller_does_not_answer_at_that_moment(node, restarts, cluster, start, expected):
+    """The batch script, or another node's watch over it, waits."""
+    job = start(options=ON_ALL if restarts == 0 else ["--nodes=2", "--cpus-per-task=1"])
+    wait_for_epochs(job, 20)
+    with lost_node(cluster, node, signal.SIGKILL):
+        with frozen_controller(cluster):
+            time.sleep(40)  # more than one question takes
+            assert " goes " not in job.text()
+        wait_until(lambda: "\nResults: " in job.text(), job)
+    check(cluster, job, expected, restarts=restarts, processes=2, lost=[node])
+
+
+def test_no_time_is_left_to_go_on(cluster, start, expected):
+    """The next start would not be warned before the time is up, so the job goes back into the queue."""
+    job = start(options=[*ON_ALL, "--time=2", "--signal=USR2@1"])
+    wait_for_epochs(job, 20)
+    os.kill(job.processes()[1], signal.SIGKILL)
+    batch = check(cluster, job, expected, restarts=1, processes=3)
+    assert "goes back into the queue: a process of the job was lost; it will resume from epoch-" in batch.log
+
+
+def test_a_loss_that_cannot_be_noted(cluster, start, expected):
+    job = start()
+    wait_for_epochs(job, 20)
+    losses = Path(f"{job.folder}.losses")
+    losses.mkdir()
+    os.kill(job.processes()[1], signal.SIGKILL)
+    wait_for_restart(job)
+    losses.rmdir()
+    batch = check(cluster, job, expected, processes=3)
+    assert f"warning: this loss could not be noted beside runs/job-{batch.job_id}" in batch.log
+
+
 @pytest.mark.parametrize("slurm_notices", [True, False])
 def test_a_frozen_node(slurm_notices, cluster, start, expected):
     """The other processes notice after 30 s; Slurm may be faster, if it is set to less."""
@@ -224,7 +266,7 @@ def test_more_than_the_job_has(words, fragment, submit, small):
 
 def test_several_processes_on_each_node(cluster, start, expected):
     """With (fake) GPUs, one for each process, and as a task of an array."""
-    options = ["--nodes=3", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--array=0-0"]
+    options = ["--nodes=3", "--ntasks-per-node=2", "--gpus=6", "--cpus-per-task=1", "--array=0-0"]
     job = start(options=[*options, "--output=runs/job-%A_%a.log"], log="job-{}_0.log", task="_0")
     wait_for_epochs(job, 20)
     with lost_node(cluster, SECOND, signal.SIGKILL):

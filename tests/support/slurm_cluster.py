@@ -156,6 +156,17 @@ def lost_node(environment: dict[str, str], node: str, number: signal.Signals, *,
             _signal(_processes_of(environment, node, with_script=True), signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def frozen_controller(environment: dict[str, str]) -> Iterator[None]:
+    """No command of Slurm is answered while the block runs; what runs already goes on."""
+    pid = int((Path(environment["SLURM_CONF"]).parent / "slurmctld.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
