@@ -33,7 +33,7 @@ from support.job import Job, start_job, wait_for_epoch
 from support.processes import family, freeze, is_alive, kill, python_environment, send
 from support.runs import history_of
 from support.scanner import Scanner
-from support.slurm_cluster import THREE_NODES, frozen_controller, lost_node, revive, set_slurmd_timeout
+from support.slurm_cluster import THREE_NODES, frozen_controller, lost_node, revive_all, set_slurmd_timeout
 from support.soak import no_room, small_disk
 from support.sshd import Hosts, run_hosts
 
@@ -139,8 +139,7 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
 def measure(fault: Fault, words: list[str], environment: dict[str, str], desk: Path) -> dict[str, float]:
     """Seconds of each part."""
     options = [word for word in words if word.startswith("--")]
-    for node in THREE_NODES:
-        revive(environment, node)
+    revive_all(environment)
     words = [word for word in words if word not in options]
     job = submitter(environment_of_user(environment), desk)(*words, options=[*options, "--cpus-per-task=1"])
     wait_until(lambda: READY in job.text(), job)

@@ -19,6 +19,7 @@ from support.slurm_cluster import (
     leftovers,
     lost_node,
     revive,
+    revive_all,
     run_cluster,
     set_slurmd_timeout,
 )
@@ -38,8 +39,7 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def _all_nodes_are_there(cluster):
-    for node in THREE_NODES:
-        revive(cluster, node)
+    revive_all(cluster)
 
 
 @pytest.fixture(scope="module")

@@ -189,6 +189,15 @@ def revive(environment: dict[str, str], node: str) -> None:
     _wait_for(lambda: node in _nodes_in(environment, "idle,mixed"), f"node {node}", folder)
 
 
+def revive_all(environment: dict[str, str]) -> None:
+    """Start what was lost, and end all jobs, so that the next one gets the first nodes."""
+    subprocess.run(["scancel", f"--user={os.getuid()}"], env=environment, timeout=60, check=True)
+    for node in THREE_NODES:
+        revive(environment, node)
+    folder = Path(environment["SLURM_CONF"]).parent
+    _wait_for(lambda: _nodes_in(environment, "idle") == set(THREE_NODES), "all nodes without jobs", folder)
+
+
 def set_slurmd_timeout(environment: dict[str, str], seconds: int) -> None:
     """Change after how long Slurm gives up a silent node."""
     path = Path(environment["SLURM_CONF"])
