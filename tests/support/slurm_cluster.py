@@ -148,8 +148,12 @@ def lost_node(environment: dict[str, str], node: str, number: signal.Signals, *,
         while new := set(_processes_of(environment, node, with_script=not spares_script)) - lost:
             _signal(new, signal.SIGSTOP)
             lost |= new
-        if number != signal.SIGSTOP:
-            _signal(lost, number)
+        # Nor may one wake up: the kernel continues what is stopped when its parent ends. So children first.
+        parents = {pid: _parent_of(pid) for pid in lost} if number != signal.SIGSTOP else {}
+        while parents:
+            leaves = parents.keys() - set(parents.values())
+            _signal(leaves, number)
+            parents = {pid: parent for pid, parent in parents.items() if pid not in leaves}
         yield
     finally:
         if not spares_script:
