@@ -117,31 +117,30 @@ def preempt(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
     yield
 
 
-FAULTS: dict[str, tuple[Fault, list[str]]] = {
-    "a rank is killed": (kill_rank, ["--nodes=3"]),
-    "a rank freezes": (freeze_rank, ["--nodes=3"]),
-    "a node is killed": (lose(SECOND, signal.SIGKILL), ["--nodes=3"]),
-    "a node freezes": (lose(SECOND, signal.SIGSTOP), ["--nodes=3"]),
+FAULTS: dict[str, tuple[Fault, int]] = {
+    "a rank is killed": (kill_rank, 3),
+    "a rank freezes": (freeze_rank, 3),
+    "a node is killed": (lose(SECOND, signal.SIGKILL), 3),
+    "a node freezes": (lose(SECOND, signal.SIGSTOP), 3),
     "a node freezes, and Slurm gives it up first (15 s)": (
         lose(SECOND, signal.SIGSTOP, slurmd_timeout_s=15),
-        ["--nodes=3"],
+        3,
     ),
-    "the node of the batch script is killed": (lose(FIRST, signal.SIGKILL, slurmd_timeout_s=60), ["--nodes=2"]),
-    "the node of the batch script freezes": (lose(FIRST, signal.SIGSTOP, slurmd_timeout_s=60), ["--nodes=2"]),
+    "the node of the batch script is killed": (lose(FIRST, signal.SIGKILL, slurmd_timeout_s=60), 2),
+    "the node of the batch script freezes": (lose(FIRST, signal.SIGSTOP, slurmd_timeout_s=60), 2),
     f"a node is killed, and Slurm's controller does not answer for {SILENCE_S} s": (
         lose_without_controller,
-        ["--nodes=3"],
+        3,
     ),
-    "the job is preempted": (preempt, ["--nodes=3"]),
+    "the job is preempted": (preempt, 3),
 }
 
 
-def measure(fault: Fault, words: list[str], environment: dict[str, str], desk: Path) -> dict[str, float]:
-    """Seconds of each part."""
-    options = [word for word in words if word.startswith("--")]
+def measure(fault: Fault, nodes: int, words: list[str], environment: dict[str, str], desk: Path) -> dict[str, float]:
+    """Seconds of each part, for a job of so many nodes."""
     revive_all(environment)
-    words = [word for word in words if word not in options]
-    job = submitter(environment_of_user(environment), desk)(*words, options=[*options, "--cpus-per-task=1"])
+    options = [f"--nodes={nodes}", "--cpus-per-task=1"]
+    job = submitter(environment_of_user(environment), desk)(*words, options=options)
     wait_until(lambda: READY in job.text(), job)
     found = time_parts(job.text, fault(job, environment))
     job.ask("scancel", job.job_id)
@@ -341,8 +340,8 @@ def main() -> None:
         with soak_nodes.cluster_with_desk(root) as (environment, desk):
             print_rows(
                 {
-                    fault: partial(measure, act, [*words, *options], environment, desk)
-                    for fault, (act, options) in FAULTS.items()
+                    fault: partial(measure, act, nodes, words, environment, desk)
+                    for fault, (act, nodes) in FAULTS.items()
                 },
                 repeats,
             )
