@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from support.batch import Job, environment_of_user, submitter, wait_until
 from support.slurm_cluster import THREE_NODES, leftovers, lost_node, revive, run_cluster
 
 NUM_EPOCHS = 300
+UNHURT_EPOCHS = 20
+"""A job that finishes so many after a loss does not need the node, which was a spare; else it finishes one at most."""
 
 
 class Loss(NamedTuple):
@@ -60,15 +63,22 @@ def lose_nodes(seed: int, args, environment: dict[str, str], desk: Path) -> tupl
     strategy, spares, losses = draw_losses(seed)
     submit = submitter(environment_of_user(environment), desk)
     job = submit(*args, f"strategy={strategy}", f"spare_nodes={spares}", options=["--nodes=3", "--cpus-per-task=1"])
-    made = []
-    for loss in losses:
-        goal = num_epochs(job) + loss.num_epochs
-        wait_until(lambda goal=goal: num_epochs(job) >= min(goal, NUM_EPOCHS), job)
-        before = num_starts(job)
-        with lost_node(environment, loss.node, loss.number):
+    made: list[Loss] = []
+    with contextlib.ExitStack() as lost:
+        for loss in losses:
+            goal = num_epochs(job) + loss.num_epochs
+            wait_until(lambda goal=goal: num_epochs(job) >= min(goal, NUM_EPOCHS), job)
+            before = num_starts(job)
+            assert not has_ended(job), f"{loss}: too late"
+            lost.enter_context(lost_node(environment, loss.node, loss.number))
             made.append(loss)
-            wait_until(lambda before=before: num_starts(job) > before or has_ended(job), job)
-        revive(environment, loss.node)
+            wait_until(partial(has_come, job, before + 1, num_epochs(job) + UNHURT_EPOCHS), job)
+            if num_starts(job) > before:  # else it was a spare, and stays lost at the next loss
+                lost.close()
+                for one in made:
+                    revive(environment, one.node)
+    for one in made:
+        revive(environment, one.node)
     batch = job()
     assert (batch.state, batch.returncode) == ("COMPLETED", 0), batch.log
     for node in THREE_NODES:
@@ -85,6 +95,11 @@ def num_epochs(job: Job) -> int:
 def num_starts(job: Job) -> int:
     """How often it was started or requeued, whether in the same allocation or not."""
     return job.text().count(" goes on with ") + int(job.told("Restarts"))
+
+
+def has_come(job: Job, starts: int, epochs: int) -> bool:
+    """Whether it was started so often, has so many epochs, or has ended."""
+    return num_starts(job) >= starts or num_epochs(job) >= epochs or has_ended(job)
 
 
 def has_ended(job: Job) -> bool:
