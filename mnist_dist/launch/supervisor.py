@@ -31,7 +31,7 @@ log = logging.getLogger("mnist_dist.launch")
 _NOTES = (".losses", ".suspects.txt")
 _NO_CHECKPOINT = "no checkpoint"
 _ANSWER_S = 20.0
-# How long processes have to end by SIGTERM, then by SIGKILL, which does not arrive on a lost host.
+# How long processes have to end by a signal, then by SIGKILL, which does not arrive on a lost host.
 _TERM_S, _KILL_S = 4.0, 5.0
 
 
@@ -174,7 +174,7 @@ class Supervisor:
             self._processes.append(_Process(f"rank {rank} ({host})", is_remote, process))
 
     def _wait_for_all(self) -> Outcome:
-        """Wait until all processes have ended; once one has failed, the others are ended too."""
+        """Wait until all processes have ended; once one has without success, the others are ended too."""
         ends: list[End] = []
         running, measures = list(self._processes), self._measures()
         due_s: float | None = None
@@ -189,14 +189,15 @@ class Supervisor:
             running = [one for one in running if one not in ended]
             new = [end for one in ended if (end := one.end()) is not None]
             ends += sorted(new, key=lambda end: not end.was_lost)
-            if due_s is None and any(end.code != EXIT_OK for end in new):
+            # Also one that a signal from here has ended: another may have missed it.
+            if due_s is None and any(one.process.poll() != EXIT_OK for one in ended):
                 self._noticed, due_s = time.time(), time.monotonic() + self._plan.leave_s
         return judge(ends, num_processes=len(self._processes))
 
     def _measures(self) -> Iterator[float]:
         """Each step ends what still runs, more and more firmly, and yields how long that may take."""
         for one in self._processes:
-            one.send(signal.SIGTERM)
+            one.send(self._stopped_by or signal.SIGTERM)
         yield _TERM_S
         yield self._kill_all()
         while True:

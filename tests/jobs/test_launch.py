@@ -252,11 +252,16 @@ def test_a_signal_before_the_training(number, code, launch):
     assert not launched.folder.exists()
 
 
-def test_ctrl_c_before_the_first_line(launch, tmp_path):
-    """Python itself ends with 1 then, and prints why."""
+@pytest.mark.parametrize("missed_by", ["none", "0", "1"])
+def test_ctrl_c_before_the_first_line(missed_by, launch, tmp_path):
+    """Python itself ends with 1 then, and prints why; or only prints, if it just was where an exception is ignored."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, pathlib, time\n"
+        "import os, pathlib, signal, time\n"
+        "def miss_one(number, frame):\n"
+        "    signal.signal(number, signal.default_int_handler)\n"
         "if rank := os.environ.get('MNIST_DIST_RANK'):\n"
+        f"    if rank == '{missed_by}':\n"
+        "        signal.signal(signal.SIGINT, miss_one)\n"
         "    pathlib.Path(__file__).with_name(f'{rank}.begun').touch()\n"
         "    time.sleep(600)\n"
     )
