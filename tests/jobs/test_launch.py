@@ -252,9 +252,16 @@ def test_a_signal_before_the_training(number, code, launch):
     assert not launched.folder.exists()
 
 
-@pytest.mark.parametrize("missed_by", ["none", "0", "1"])
-def test_ctrl_c_before_the_first_line(missed_by, launch, tmp_path):
-    """Python itself ends with 1 then, and prints why; or only prints, if it just was where an exception is ignored."""
+@pytest.mark.parametrize(
+    ("missed_by", "wait"),
+    [("none", "time.sleep(600)")]
+    + [(rank, wait) for rank in ("0", "1") for wait in ("time.sleep(600)", "signal.pause()")],
+)
+def test_ctrl_c_before_the_first_line(missed_by, wait, launch, tmp_path):
+    """Python itself ends with 1 then, and prints why; or only prints, if it just was where an exception is ignored.
+
+    Whoever has missed it still sleeps (`sleep`), or waits for the other in the meeting (`pause`), at the next signal.
+    """
     (tmp_path / "sitecustomize.py").write_text(
         "import os, pathlib, signal, time\n"
         "def miss_one(number, frame):\n"
@@ -263,7 +270,7 @@ def test_ctrl_c_before_the_first_line(missed_by, launch, tmp_path):
         f"    if rank == '{missed_by}':\n"
         "        signal.signal(signal.SIGINT, miss_one)\n"
         "    pathlib.Path(__file__).with_name(f'{rank}.begun').touch()\n"
-        "    time.sleep(600)\n"
+        f"    {wait}\n"
     )
     path = os.pathsep.join([str(tmp_path), str(CHECKOUT)])
     launched = launch("-np", 2, "train", "strategy=multiworker", env={"PYTHONPATH": path})
