@@ -42,6 +42,8 @@ class Event:
     """Seconds since 1970; of a lost run, when it last wrote its history."""
     epoch: int
     """Finished epochs at that time."""
+    last_epoch_time: float | None = None
+    """Of an end: when the last of them was finished, or the run was started, if none was since."""
     reason: str = ""
     error: str = ""
     """The class of the error that ended the run."""
@@ -77,9 +79,15 @@ def with_loss(path: Path, events: Sequence[Event]) -> tuple[Event, ...]:
     """The events of a run that is not alive; one that has not noted its end is lost since it last wrote its history."""
     if not events or events[-1].kind != "started":
         return tuple(events)
-    history = path / "history.csv"
-    since = max(events[-1].time, history.stat().st_mtime) if history.is_file() else events[-1].time
-    return (*events, Event(kind="lost", time=since, epoch=_num_epochs(path)))
+    since = _last_epoch_time(path, events)
+    return (*events, Event(kind="lost", time=since, epoch=_num_epochs(path), last_epoch_time=since))
+
+
+def _last_epoch_time(path: Path, events: Sequence[Event]) -> float:
+    """When `history.csv` was written by the last start, or else when that was."""
+    with contextlib.suppress(OSError):
+        return max(events[-1].time, (path / "history.csv").stat().st_mtime)
+    return events[-1].time
 
 
 def _num_epochs(path: Path) -> int:
@@ -136,8 +144,17 @@ class EventLog:
         """
         if self._is_running:
             self._is_running = False
-            epoch = _num_epochs(self._run_folder.path)
-            self._add(Event(kind=kind, time=time.time(), epoch=epoch, reason=reason, error=error, lost=lost))
+            path, events = self._run_folder.path, self._read()
+            end = Event(
+                kind=kind,
+                time=time.time(),
+                epoch=_num_epochs(path),
+                last_epoch_time=_last_epoch_time(path, events) if events else None,
+                reason=reason,
+                error=error,
+                lost=lost,
+            )
+            self._add(end)
             self._at_end()
 
     def failed(self, reason: str, error: str = "", *, lost: LostRank | None = None) -> None:

@@ -31,14 +31,15 @@ class Incident:
     """How it was noticed, in words."""
     epochs_computed_again: int
     seconds_lost: float
-    """Until the run was as far again."""
+    """From its last epoch until the run was as far again."""
 
 
 def list_incidents(events: Sequence["Event"], history: History) -> tuple[Incident, ...]:
     """The incidents of a run: each time that processes were lost and it was started again.
 
-    The seconds lost are those from the loss to the next start, whatever passed in between (in the queue, for example),
-    and of the epochs computed again; where there are none, what the first epoch took longer than the median one.
+    The seconds lost are those from the end of the last epoch to the next start, whatever passed in between (an epoch
+    that was not finished, the silence of a frozen process, the queue), and of the epochs computed again; where there
+    are none, what the first epoch took longer than the median one.
     """
     starts = [number for number, event in enumerate(events) if event.kind == "started"]
     return tuple(
@@ -55,6 +56,7 @@ def _was_lost(end: "Event") -> bool:
 def _describe(before: "Event", end: "Event", start: "Event", history: History) -> Incident:
     was_lost = _was_lost(end)
     moment = end.time if was_lost else start.losses[0].time
+    since = (end.last_epoch_time or moment) if was_lost else moment
     seconds = [row.epoch_s for row in history.epochs]
     again = max(end.epoch - start.epoch, 0)
     behind_s = sum(seconds[start.epoch : end.epoch])
@@ -78,5 +80,5 @@ def _describe(before: "Event", end: "Event", start: "Event", history: History) -
         hosts=tuple(hosts),
         how="; ".join(dict.fromkeys(how)),
         epochs_computed_again=again,
-        seconds_lost=max(start.time - moment, 0.0) + behind_s,
+        seconds_lost=max(start.time - since, 0.0) + behind_s,
     )

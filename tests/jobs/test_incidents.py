@@ -177,7 +177,8 @@ def test_a_lost_rank_is_in_summary_and_report(lost, uninterrupted, start, train,
     assert [loss["hosts"] for loss in again["losses"]] == [[NODES[lost]]]
     assert incident["time"] == end["time"]
     rows = history_of(folder).epochs[resumed:reached]
-    spent = again["time"] - end["time"] + sum(row.epoch_s for row in rows)
+    assert started["time"] < end["last_epoch_time"] <= end["time"]
+    spent = again["time"] - end["last_epoch_time"] + sum(row.epoch_s for row in rows)
     assert rows == () or incident["seconds_lost"] == pytest.approx(spent)
     page = (folder / "report.html").read_text()
     assert f"{NODES[lost]} (rank {lost})" in page and how in page

@@ -15,11 +15,12 @@ from support import CHECKOUT
 from support.job import NUM_EPOCHS, start, wait_for_epoch
 from support.launchers import horovodrun
 from support.processes import family, freeze, is_alive, kill, send, wait_until
-from support.runs import result_of
+from support.runs import result_of, summary_of
 from support.sshd import missing_programs, run_hosts
 
 from mnist_dist.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_OK, EXIT_PREEMPTED
 from mnist_dist.launch.losses import read_losses
+from mnist_dist.run.events import read_events
 
 LAUNCH = ("-m", "mnist_dist.launch")
 HERE, THERE, FAR = "127.0.0.1", "127.0.0.2", "127.0.0.3"
@@ -144,10 +145,15 @@ def test_a_frozen_process_is_noticed_by_the_others(launch, uninterrupted):
     launched = launch("-np", 2, "train", "strategy=multiworker")
     launched.wait_for_epoch(3)
     launched.ranks()[1].suspend()
+    frozen = time.time()
     assert launched.code() == EXIT_OK, launched.output()
     assert result_of(launched.folder) == result_of(uninterrupted)
     (line,) = launched.starts_again()
     assert line.startswith("Lost: rank 0 (localhost) ended with exit code 76, because another process is gone.")
+    (incident,) = summary_of(launched.folder)["incidents"]
+    assert incident["how"].startswith("silent for ")
+    (_, _, again, _) = read_events(launched.folder)
+    assert incident["seconds_lost"] > again.time - frozen - 2  # the silence counts; an epoch may just have been noted
 
 
 def test_a_second_loss_without_progress_ends_the_job_and_says_how_to_resume(launch, uninterrupted, start_python):

@@ -49,6 +49,24 @@ def test_events_follow_each_other(folder):
     assert ended == [["started", "stopped"], ["started", "stopped", "started", "finished"]]
 
 
+def test_the_end_says_when_the_last_epoch_was_finished(folder):
+    """Before the end, or before this start: then that is what counts."""
+    log, history = EventLog(folder), folder.path / "history.csv"
+    log.started(0, {})
+    finished = read_events(folder.path)[0].time + 5
+    os.utime(history, (finished, finished))
+    log.failed("rank 1 is gone")
+    log.started(2, {})
+    os.utime(history, (1, 1))
+    log.failed("rank 1 is gone")
+    log.started(2, {})
+    history.unlink()
+    log.failed("rank 1 is gone")
+    events = read_events(folder.path)
+    assert [end.last_epoch_time for end in events[1::2]] == [finished, events[2].time, events[4].time]
+    assert [start.last_epoch_time for start in events[::2]] == [None, None, None]
+
+
 def test_the_next_start_notes_what_was_lost(folder):
     EventLog(folder).started(0, {})
     EventLog(folder).started(1, {})

@@ -44,6 +44,13 @@ def test_a_peer_is_lost():
     assert list_incidents(events, history(20)) == (expected,)
 
 
+def test_a_frozen_peer_costs_its_silence_too():
+    """It was missed at 150, but the last epoch was finished at 120."""
+    end = failed(150, 7, **silent(), last_epoch_time=120)
+    (found,) = list_incidents((started(100, 0), end, started(170, 6)), history(20))
+    assert (found.time, found.seconds_lost) == (150, 51)
+
+
 def test_its_launcher_knows_more():
     """All ranks of the machine are lost, and another machine was when the launcher tried again."""
     losses = (Loss(160, ("b",), "rank 2 is gone (silent for 30 s)"), Loss(165, ("c",), "node c does not answer"))
@@ -152,7 +159,10 @@ def test_what_is_noted_is_read(folder):
 
 def test_events_of_an_earlier_version(folder):
     old = [started(100.0, 0), lost(150.0, 7), started(170.0, 6)]
-    lines = [{key: value for key, value in asdict(event).items() if key not in ("lost", "losses")} for event in old]
+    lines = [
+        {key: value for key, value in asdict(event).items() if key not in ("lost", "losses", "last_epoch_time")}
+        for event in old
+    ]
     (folder.path / EVENTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_events(folder.path) == tuple(old)
     (found,) = list_incidents(read_events(folder.path), history(7))
