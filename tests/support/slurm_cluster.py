@@ -60,6 +60,9 @@ SlurmdTimeout={slurmd_timeout_s}
 SlurmdParameters=config_overrides
 MinJobAge=300
 KillWait=10
+# Six messages to a frozen srun take 10 s each (MessageTimeout) before a step ends; with the default of 60 its node may
+# be drained meanwhile ("Kill task failed").
+UnkillableStepTimeout=180
 GresTypes=gpu
 {nodes}
 PreemptType=preempt/partition_prio
