@@ -96,7 +96,7 @@ def test_lost_again():
 
 def test_starts_that_failed_after_a_stop():
     """The run itself was stopped on request; a later start lost a machine before it could note anything."""
-    stop = Event(kind="stopped", time=150, epoch=7)
+    stop = Event(kind="stopped", time=150, epoch=7, last_epoch_time=149)
     assert list_incidents((started(100, 0), stop, started(170, 7)), history(7)) == ()
     (found,) = list_incidents((started(100, 0), stop, started(170, 7, Loss(160, ("b",), "no answer"))), history(7))
     assert (found.time, found.ranks, found.hosts, found.seconds_lost) == (160, (2, 3), ("b",), 10)
