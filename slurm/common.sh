@@ -162,17 +162,12 @@ run_step() {
 
 # End the processes on the nodes that answer, and srun.
 end_step() {
-    cancel_step training
+    local step name
+    while read -r step name; do
+        [[ $name != training ]] || scancel "$id.${step##*.}" 2>/dev/null || true
+    done < <(squeue --noheader --steps --jobs="$id" --format='%i %j' 2>/dev/null || true)
     sleep 1
     kill -KILL "$srun" 2>/dev/null || true
-}
-
-# Cancel the steps of this NAME, on this NODE if one is given.
-cancel_step() {
-    local step name nodes
-    while read -r step name nodes; do
-        [[ $name != "$1" || $nodes != "${2:-$nodes}" ]] || scancel "$id.${step##*.}" 2>/dev/null || true
-    done < <(squeue --noheader --steps --jobs="$id" --format='%i %j %N' 2>/dev/null || true)
 }
 
 # What the end of the step means, in `fate` and `reason`; ends this script if the job is not running any more.

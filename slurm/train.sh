@@ -115,8 +115,7 @@ stand_guard() {
     log_file=$(readlink -f "$log")
     for host in "${!guards[@]}"; do
         if [[ " ${hosts[*]} " != *" $host "* ]]; then # it may only be cut off from here
-            cancel_step guard "$host"
-            kill -KILL "${guards[$host]}" 2>/dev/null || true
+            kill -KILL "${guards[$host]}" 2>/dev/null || true # srun's helper then ends the step, wherever it runs
             unset "guards[$host]"
         fi
     done

@@ -15,6 +15,7 @@ from support.launchers import horovodrun
 from support.runs import Result, result_of
 from support.slurm_cluster import (
     THREE_NODES,
+    daemon_of,
     frozen_controller,
     leftovers,
     lost_node,
@@ -203,6 +204,7 @@ def test_a_frozen_node(slurm_notices, cluster, start, expected):
     losses = Path(f"{batch.folder}.losses").read_text()
     by_ranks = f"rank 1 ({SECOND}) is gone (silent for 30 s)"
     assert by_ranks in losses or (slurm_notices and f"Node failure on {SECOND}" in losses)
+    assert ("Node failure on" in job.text()) == ("a node was lost; asking" in job.text())
 
 
 def test_two_nodes_one_after_the_other(cluster, start, expected):
@@ -236,6 +238,23 @@ def test_a_node_that_comes_back_is_not_used(cluster, start, expected):
     os.kill(job.processes()[1], signal.SIGKILL)
     batch = check(cluster, job, expected, processes=2, lost=[SECOND])
     assert batch.log.count(f"Slurm: job {batch.job_id} on 127.0.0.[1,3], restarted 0 time(s)") == 2
+
+
+def test_a_node_that_is_only_cut_off(cluster, start, expected):
+    """It is dropped like one that is dead; once it can be reached again, its watch over the batch script is ended."""
+    job = start()
+    wait_for_epochs(job, 20)
+    assert any("guard" in command for command in leftovers(cluster, SECOND))
+    slurmd, process = daemon_of(cluster, SECOND), job.processes()[1]
+    os.kill(slurmd, signal.SIGSTOP)
+    try:
+        os.kill(process, signal.SIGKILL)
+        wait_for_restart(job)
+    finally:
+        os.kill(slurmd, signal.SIGCONT)
+    wait_until(lambda: leftovers(cluster, SECOND) == [], job)
+    assert job.told("JobState") == "RUNNING"
+    check(cluster, job, expected, processes=2, lost=[SECOND])
 
 
 def test_fewer_than_min_nodes(cluster, start, expected):
