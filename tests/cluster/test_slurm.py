@@ -333,6 +333,7 @@ def test_the_doctor_looks_at_two_nodes(environment, desk, small):
     assert "SIGUSR2@90" in rows["KillWait"]["fix"]
     assert rows["RequeueExit"]["status"] == "ok"
     assert "gives up a dead node after 300 s" in rows["SlurmdTimeout"]["found"]
+    assert (rows["UnkillableStepTimeout"]["status"], rows["UnkillableStepTimeout"]["found"][:6]) == ("ok", "180 s:")
     assert {name for name, row in rows.items() if row["status"] == "error"} == {"variables"}
     assert not (desk / "runs" / "doctor").exists()
 

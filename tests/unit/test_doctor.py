@@ -403,18 +403,24 @@ def test_open_files(soft, world_size, expected):
 
 CONFIG = """Configuration data as of 2026-11-26T09:00:00
 KillWait                = {kill} sec
+MessageTimeout          = {message} sec
 RequeueExit             = {requeue}
 RequeueExitHold         = {hold}
 SlurmdTimeout           = {slurmd} sec
 SLURM_VERSION           = 22.05.8
+UnkillableStepTimeout   = {unkillable} sec
 
 Slurmctld(primary) at node0 is UP
 """
 
 
-def rows_of_slurm(**values) -> dict[str, Finding]:
-    text = CONFIG.format(**{"kill": 30, "slurmd": 300, "requeue": "(null)", "hold": "(null)", **values})
-    return {finding.name: finding for finding in check_slurm(Topology(slurm=SLURM), answered(stdout=text))}
+SETTINGS = {"kill": 30, "message": 10, "slurmd": 300, "requeue": "(null)", "hold": "(null)", "unkillable": 120}
+
+
+def rows_of_slurm(*, world_size=2, **values) -> dict[str, Finding]:
+    topology = Topology(world_size=world_size, slurm=SLURM)
+    text = CONFIG.format(**{**SETTINGS, **values})
+    return {finding.name: finding for finding in check_slurm(topology, answered(stdout=text))}
 
 
 def test_slurm_as_it_should_be():
@@ -422,6 +428,15 @@ def test_slurm_as_it_should_be():
     assert {row.status for row in rows.values()} == {"ok"}
     assert "Slurm 22.05.8" in rows["Slurm"].found
     assert "30 s to finish the epoch" in rows["KillWait"].found
+    assert rows["UnkillableStepTimeout"].found.startswith("120 s")
+
+
+def test_no_other_node_can_be_drained():
+    assert "UnkillableStepTimeout" not in rows_of_slurm(world_size=1, unkillable=60)
+
+
+def test_an_unknown_setting_of_slurm():
+    check(rows_of_slurm(message="?")["UnkillableStepTimeout"], "unknown", "=120 sec, MessageTimeout=? sec")
 
 
 @pytest.mark.parametrize(
@@ -430,6 +445,8 @@ def test_slurm_as_it_should_be():
         ("KillWait", {"kill": 5}, "5 s to finish the epoch", "--signal=SIGUSR2@90"),
         ("SlurmdTimeout", {"slurmd": 0}, "never gives up a dead node", "SlurmdTimeout=300"),
         ("SlurmdTimeout", {"slurmd": 3600}, "waits so long for the node", "SlurmdTimeout=300"),
+        ("UnkillableStepTimeout", {"unkillable": 60}, "60 s: ", "UnkillableStepTimeout=120"),
+        ("UnkillableStepTimeout", {"message": 30}, "120 s: ", "UnkillableStepTimeout=360"),
         ("RequeueExit", {"requeue": "1-5"}, "exit code 1 and 2", "take the codes out of RequeueExit="),
         (
             "RequeueExit",

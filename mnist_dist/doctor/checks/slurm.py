@@ -38,6 +38,7 @@ def check_slurm(topology: Topology, outcome: Outcome | None) -> list[Finding]:
         Finding(name, "ok", f"{found}, Slurm {settings.get('SLURM_VERSION', '?')}"),
         _check_kill_wait(settings),
         _check_slurmd_timeout(settings),
+        *([_check_unkillable(settings)] if topology.world_size > topology.local_size else []),
         _check_requeue(settings),
     ]
 
@@ -72,6 +73,23 @@ def _check_slurmd_timeout(settings: Mapping[str, str]) -> Finding:
         found = f"{found}: a job that is requeued after a loss, or has ended, waits so long for the node"
         return Finding(name, "warning", found, fix)
     return Finding(name, "ok", found)
+
+
+def _check_unkillable(settings: Mapping[str, str]) -> Finding:
+    """Whether steps have the time to end while their srun is frozen.
+
+    They try six times to tell it that their tasks have ended, `MessageTimeout` each time (`_send_srun_resp_msg` in
+    src/slurmd/slurmstepd/mgr.c of Slurm 22.05); twice that is enough.
+    """
+    name = "UnkillableStepTimeout"
+    values = {key: settings.get(key, "") for key in (name, "MessageTimeout")}
+    seconds, message_s = map(_seconds, values.values())
+    if seconds is None or message_s is None:
+        return Finding(name, "unknown", ", ".join(f"{key}={printable(value, 40)}" for key, value in values.items()))
+    if seconds < (enough := 12 * message_s):
+        found = f"{seconds} s: when the node of the batch script freezes, Slurm may drain the job's other nodes as well"
+        return Finding(name, "warning", found, f"set UnkillableStepTimeout={enough} in slurm.conf")
+    return Finding(name, "ok", f"{seconds} s: a frozen node of the batch script does not drain the others")
 
 
 def _check_requeue(settings: Mapping[str, str]) -> Finding:
