@@ -33,7 +33,7 @@ from support.job import Job, start_job, wait_for_epoch
 from support.processes import family, freeze, is_alive, kill, python_environment, send
 from support.runs import history_of
 from support.scanner import Scanner
-from support.slurm_cluster import THREE_NODES, frozen_controller, lost_node, revive_all, set_slurmd_timeout
+from support.slurm_cluster import THREE_NODES, configure, frozen_controller, lost_node, revive_all
 from support.soak import no_room, small_disk
 from support.sshd import Hosts, run_hosts
 
@@ -86,16 +86,9 @@ def freeze_rank(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
     yield
 
 
-def lose(node: str, number: signal.Signals, *, slurmd_timeout_s: int = 300) -> Fault:
+def lose(node: str, number: signal.Signals) -> Fault:
     """A fault that hits all that runs on a node."""
-
-    @contextlib.contextmanager
-    def fault(_: BatchJob, environment: dict[str, str]) -> Iterator[None]:
-        set_slurmd_timeout(environment, slurmd_timeout_s)
-        with lost_node(environment, node, number):
-            yield
-
-    return fault
+    return lambda _, environment: lost_node(environment, node, number)
 
 
 SILENCE_S = 45
@@ -117,28 +110,34 @@ def preempt(job: BatchJob, _: dict[str, str]) -> Iterator[None]:
     yield
 
 
-FAULTS: dict[str, tuple[Fault, int]] = {
-    "a rank is killed": (kill_rank, 3),
-    "a rank freezes": (freeze_rank, 3),
-    "a node is killed": (lose(SECOND, signal.SIGKILL), 3),
-    "a node freezes": (lose(SECOND, signal.SIGSTOP), 3),
-    "a node freezes, and Slurm gives it up first (15 s)": (
-        lose(SECOND, signal.SIGSTOP, slurmd_timeout_s=15),
-        3,
+DEFAULTS = {"SlurmdTimeout": 300, "MessageTimeout": 10}
+"""Slurm's own; seconds."""
+
+FAULTS: dict[str, tuple[Fault, int, dict[str, int]]] = {
+    "a rank is killed": (kill_rank, 3, {}),
+    "a rank freezes": (freeze_rank, 3, {}),
+    "a node is killed": (lose(SECOND, signal.SIGKILL), 3, {}),
+    "a node freezes": (lose(SECOND, signal.SIGSTOP), 3, {}),
+    "a node freezes, and Slurm gives it up first (15 s)": (lose(SECOND, signal.SIGSTOP), 3, {"SlurmdTimeout": 15}),
+    "the node of the batch script is killed (15 s)": (lose(FIRST, signal.SIGKILL), 2, {"SlurmdTimeout": 15}),
+    "the same (60 s)": (lose(FIRST, signal.SIGKILL), 2, {"SlurmdTimeout": 60}),
+    "the node of the batch script freezes (15 s)": (lose(FIRST, signal.SIGSTOP), 2, {"SlurmdTimeout": 15}),
+    "the same, with `MessageTimeout=5`": (
+        lose(FIRST, signal.SIGSTOP),
+        2,
+        {"SlurmdTimeout": 15, "MessageTimeout": 5},
     ),
-    "the node of the batch script is killed": (lose(FIRST, signal.SIGKILL, slurmd_timeout_s=60), 2),
-    "the node of the batch script freezes": (lose(FIRST, signal.SIGSTOP, slurmd_timeout_s=60), 2),
-    f"a node is killed, and Slurm's controller does not answer for {SILENCE_S} s": (
-        lose_without_controller,
-        3,
-    ),
-    "the job is preempted": (preempt, 3),
+    f"a node is killed, and Slurm's controller does not answer for {SILENCE_S} s": (lose_without_controller, 3, {}),
+    "the job is preempted": (preempt, 3, {}),
 }
 
 
-def measure(fault: Fault, nodes: int, words: list[str], environment: dict[str, str], desk: Path) -> dict[str, float]:
-    """Seconds of each part, for a job of so many nodes."""
+def measure(
+    fault: Fault, nodes: int, settings: dict[str, int], words: list[str], environment: dict[str, str], desk: Path
+) -> dict[str, float]:
+    """Seconds of each part, for a job of so many nodes under a Slurm with these settings."""
     revive_all(environment)
+    configure(environment, **{**DEFAULTS, **settings})
     options = [f"--nodes={nodes}", "--cpus-per-task=1"]
     job = submitter(environment_of_user(environment), desk)(*words, options=options)
     wait_until(lambda: READY in job.text(), job)
@@ -339,10 +338,7 @@ def main() -> None:
         print_rows({fault: partial(measure_launched, fault, root, words) for fault in LAUNCHED}, repeats)
         with soak_nodes.cluster_with_desk(root) as (environment, desk):
             print_rows(
-                {
-                    fault: partial(measure, act, nodes, words, environment, desk)
-                    for fault, (act, nodes) in FAULTS.items()
-                },
+                {fault: partial(measure, *how, words, environment, desk) for fault, how in FAULTS.items()},
                 repeats,
             )
 

@@ -89,7 +89,7 @@ describe_loss() {
 # --- the node of this script --------------------------------------------------
 
 # It may be lost like any other, and with --no-kill the job would then live on with nobody to lead it. So processes on
-# two other nodes wait for signs of life; without any for 30 s one asks it and puts the job back into the queue, or ends it.
+# two other nodes wait for signs of life; without any for 15 s one asks it and puts the job back into the queue, or ends it.
 guard() {
     local patience_s=$1
     trap '' TERM USR2
@@ -111,7 +111,7 @@ guard() {
 
 declare -A guards=() # the srun of each, by node
 stand_guard() {
-    local own=$SLURMD_NODENAME host patience_s=30 log_file
+    local own=$SLURMD_NODENAME host patience_s=15 log_file
     log_file=$(readlink -f "$log")
     for host in "${!guards[@]}"; do
         if [[ " ${hosts[*]} " != *" $host "* ]]; then # it may only be cut off from here
@@ -121,7 +121,7 @@ stand_guard() {
     done
     for host in "${hosts[@]}"; do
         [[ $host != "$own" ]] || continue
-        ((patience_s <= 90)) || break
+        ((patience_s <= 75)) || break
         if [[ -z ${guards[$host]:-} ]] || ! kill -0 "${guards[$host]}" 2>/dev/null; then
             {
                 exec {quiet}<> <(:) # nothing ever comes from there

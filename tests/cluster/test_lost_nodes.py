@@ -15,6 +15,7 @@ from support.launchers import horovodrun
 from support.runs import Result, result_of
 from support.slurm_cluster import (
     THREE_NODES,
+    configure,
     daemon_of,
     frozen_controller,
     leftovers,
@@ -22,7 +23,6 @@ from support.slurm_cluster import (
     revive,
     revive_all,
     run_cluster,
-    set_slurmd_timeout,
 )
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("lost nodes")]
@@ -193,12 +193,12 @@ def test_a_loss_that_cannot_be_noted(cluster, start, expected):
 @pytest.mark.parametrize("slurm_notices", [True, False])
 def test_a_frozen_node(slurm_notices, cluster, start, expected):
     """The other processes notice after 30 s; Slurm may be faster, if it is set to less."""
-    set_slurmd_timeout(cluster, SLURMD_TIMEOUT_S if slurm_notices else 300)
+    configure(cluster, SlurmdTimeout=SLURMD_TIMEOUT_S if slurm_notices else 300)
     job = start()
     wait_for_epochs(job, 20)
     with lost_node(cluster, SECOND, signal.SIGSTOP):
         wait_until(lambda: "\nResults: " in job.text(), job)
-    set_slurmd_timeout(cluster, SLURMD_TIMEOUT_S)
+    configure(cluster, SlurmdTimeout=SLURMD_TIMEOUT_S)
     revive(cluster, SECOND)
     batch = check(cluster, job, expected, processes=2, lost=[SECOND])
     losses = Path(f"{batch.folder}.losses").read_text()

@@ -58,6 +58,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout={slurmd_timeout_s}
 SlurmdParameters=config_overrides
+MessageTimeout=10
 MinJobAge=300
 KillWait=10
 # Six messages to a frozen srun take 10 s each (MessageTimeout) before a step ends; with the default of 60 its node may
@@ -205,10 +206,14 @@ def revive_all(environment: dict[str, str]) -> None:
     _wait_for(lambda: _nodes_in(environment, "idle") == set(THREE_NODES), "all nodes without jobs", folder)
 
 
-def set_slurmd_timeout(environment: dict[str, str], seconds: int) -> None:
-    """Change after how long Slurm gives up a silent node."""
+def configure(environment: dict[str, str], **settings: int) -> None:
+    """Change settings of slurm.conf, such as `SlurmdTimeout`, for jobs that are started from now on."""
     path = Path(environment["SLURM_CONF"])
-    path.write_text(re.sub(r"(?m)^SlurmdTimeout=.*", f"SlurmdTimeout={seconds}", path.read_text()))
+    text = path.read_text()
+    for name, value in settings.items():
+        text, count = re.subn(rf"(?m)^{name}=.*", f"{name}={value}", text)
+        assert count == 1, name
+    path.write_text(text)
     subprocess.run(["scontrol", "reconfigure"], env=environment, timeout=60, check=True)
 
 
